@@ -1,0 +1,99 @@
+"""The context residual module: where the segmentation decoder and the context residual decoder meet."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, NormActConv, WeightStandardizedConv3d
+from monai_conres.residual import inter_slice_residual
+
+__all__ = ["ContextResidualModule"]
+
+
+class ContextResidualModule(nn.Module):
+    """Context residual mapping and context attention mapping at one scale (Fig. 2b, Eq. 4-6 of Zhang et al., 2021).
+
+    With the features ``F`` of a segmentation decoder and the incoming context residual ``I_res``::
+
+        G[s + 1] = |sigmoid(F[s + 1]) - sigmoid(F[s])|        Eq. 4, zero for the first slice
+        O_res    = Conv(Conv(G) + I_res)                      Eq. 5, context residual mapping
+        O_seg    = F * (1 + sigmoid(O_res))                   Eq. 6, context attention mapping
+
+    Args:
+        channels: number of channels of ``F``.
+        width: number of channels of the incoming and the outgoing context residual; ``None`` is ``channels``, as in
+            the paper. A narrower one is brought back to ``channels`` by a 1x1x1 convolution in front of the gate.
+        mapping: False switches the whole module off: features pass as they are and there is no residual.
+        attention: False switches the gate of Eq. 6 off: features pass as they are, the residual is still computed.
+        zero_init: True multiplies the gate by a learned strength for each channel, ``F * (1 + strength *
+            sigmoid(O_res))``, that starts at zero: at first ``O_seg`` is exactly ``F``.
+        spatial_axis: index of the slice axis among the three spatial axes.
+        norm: MONAI's name of a normalization layer, or ``(name, arguments)``.
+        act: MONAI's name of an activation layer, or ``(name, arguments)``.
+        fan_in_scaling: see :class:`~monai_conres.layers.WeightStandardizedConv3d`.
+
+    Shape:
+        ``features`` ``(b, channels, d, h, w)`` and ``residual`` ``(b, width, d, h, w)``, in and out.
+
+    Raises:
+        ValueError: when ``attention`` is asked for without ``mapping``: the gate is made from the mapping's output.
+
+    Note:
+        The paper draws its "Conv" as convolution, normalization, activation. As in its released code the inner
+        convolution of Eq. 5 is 1x1x1 and bare, and the outer one is preceded by normalization and activation, so that
+        the gate sees values of both signs.
+
+    Example:
+        >>> module = ContextResidualModule(8)
+        >>> features, residual = torch.randn(2, 1, 8, 4, 6, 5)
+        >>> gated, residual = module(features, residual)
+        >>> bool((gated / features).min() >= 1) and bool((gated / features).max() <= 2)
+        True
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        width: int | None = None,
+        mapping: bool = True,
+        attention: bool = True,
+        zero_init: bool = False,
+        spatial_axis: int = -1,
+        norm: str | tuple = DEFAULT_NORM,
+        act: str | tuple = DEFAULT_ACT,
+        fan_in_scaling: bool = True,
+    ) -> None:
+        super().__init__()
+        check_switches(mapping, attention)
+        self.mapping = mapping
+        self.attention = attention
+        self.spatial_axis = spatial_axis
+        width = channels if width is None else width
+        pointwise = {"kernel_size": 1, "fan_in_scaling": fan_in_scaling}
+        if mapping:
+            self.inner = WeightStandardizedConv3d(channels, width, **pointwise)
+            self.outer = NormActConv(width, width, norm=norm, act=act, fan_in_scaling=fan_in_scaling)
+        self.expand = WeightStandardizedConv3d(width, channels, **pointwise) if attention and width != channels else None
+        self.strength = nn.Parameter(torch.zeros(channels, 1, 1, 1)) if attention and zero_init else None
+
+    def forward(self, features: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gated features ``O_seg`` and the context residual features ``O_res``."""
+        if not self.mapping:
+            return features, residual
+        difference = inter_slice_residual(features.sigmoid(), spatial_axis=self.spatial_axis)
+        residual = self.outer(self.inner(difference) + residual)
+        if self.attention:
+            gate = (residual if self.expand is None else self.expand(residual)).sigmoid()
+            features = features * (1 + (gate if self.strength is None else self.strength * gate))
+        return features, residual
+
+
+def check_switches(mapping: bool, attention: bool) -> None:
+    """Raise where attention is on and mapping is off."""
+    if attention and not mapping:
+        raise ValueError(
+            "expected attention=False together with mapping=False, got attention=True: the attention is made from the "
+            "output of the mapping. Both False is the baseline of the paper."
+        )

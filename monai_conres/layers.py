@@ -1,0 +1,171 @@
+"""The network's building blocks: weight-standardized convolution, pre-activation unit, residual block, resizing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
+
+__all__ = ["NormActConv", "ResidualBlock", "WeightStandardizedConv3d", "resize"]
+
+DEFAULT_NORM = "group"
+DEFAULT_ACT = ("relu", {"inplace": True})
+
+
+class WeightStandardizedConv3d(nn.Conv3d):
+    """3D convolution, without bias and padded to keep the size, whose filters have zero mean and fixed variance.
+
+    Weight standardization (Qiao et al., 2019): each output channel's filter is shifted and scaled before it is used,
+    ``w' = gain * (w - mean(w)) / std(w)``, so that training with one or two volumes a batch stays stable.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: odd edge length of the kernel, in voxels.
+        stride: step of the kernel, one number or one per axis.
+        dilation: spacing of the kernel's taps, in voxels.
+        fan_in_scaling: scales the filters by ``1 / sqrt(fan_in)``, which gives an output of variance one for an input
+            of mean square one. False is the released configuration of the paper's authors: filters of variance one,
+            and so outputs whose scale grows with the number of input channels.
+
+    Shape:
+        ``(b, in_channels, d, h, w)`` to ``(b, out_channels, ceil(d / stride), ceil(h / stride), ceil(w / stride))``.
+
+    Raises:
+        ValueError: when ``kernel_size`` is not odd.
+
+    Example:
+        >>> convolution = WeightStandardizedConv3d(8, 16, stride=(2, 2, 1))
+        >>> convolution(torch.randn(1, 8, 7, 8, 5)).shape
+        torch.Size([1, 16, 4, 4, 5])
+        >>> filters = convolution.standardized_weight().flatten(1)
+        >>> bool((filters.mean(1).abs() < 1e-6).all())
+        True
+    """
+
+    eps = 1e-12  # added to the variance
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 3,
+        stride: int | tuple[int, int, int] = 1,
+        dilation: int = 1,
+        fan_in_scaling: bool = True,
+    ) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"expected an odd kernel_size, got {kernel_size}; an even one cannot be centered on a voxel.")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            bias=False,
+        )
+        self.gain = (in_channels * kernel_size**3) ** -0.5 if fan_in_scaling else 1.0
+
+    def standardized_weight(self) -> torch.Tensor:
+        """The filters that the convolution uses, ``(out_channels, in_channels, k, k, k)``."""
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3, 4), keepdim=True)
+        return (self.weight - mean) * (self.gain * torch.rsqrt(variance + self.eps))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Convolve ``input`` with the standardized filters."""
+        return self._conv_forward(input, self.standardized_weight(), None)
+
+
+class NormActConv(nn.Sequential):
+    """Normalization, activation, optional dropout, weight-standardized convolution: the network's one unit.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        norm: MONAI's name of a normalization layer, or ``(name, arguments)``; ``"group"`` alone has 8 groups, fewer
+            where 8 does not divide the channels.
+        act: MONAI's name of an activation layer, or ``(name, arguments)``.
+        dropout: probability of dropping a whole channel, or MONAI's ``(name, arguments)``; ``None`` or 0 for none.
+        kwargs: further arguments of :class:`WeightStandardizedConv3d`.
+
+    Raises:
+        ValueError: when the number of channels cannot be divided into the groups of the normalization.
+
+    Example:
+        >>> NormActConv(8, 16, stride=2)(torch.randn(1, 8, 4, 6, 8)).shape
+        torch.Size([1, 16, 2, 3, 4])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        norm: str | tuple = DEFAULT_NORM,
+        act: str | tuple = DEFAULT_ACT,
+        dropout: float | str | tuple | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__()
+        self.norm = norm_layer(norm, in_channels)
+        self.act = get_act_layer(act)
+        if dropout:
+            self.dropout = get_dropout_layer(("dropout", {"p": dropout}) if isinstance(dropout, float) else dropout, 3)
+        self.conv = WeightStandardizedConv3d(in_channels, out_channels, **kwargs)
+
+
+class ResidualBlock(nn.Module):
+    """Two pre-activation convolutions and a skip connection from input to output (Section III.A of the paper).
+
+    Args:
+        channels: number of input and output channels.
+        kwargs: further arguments of :class:`NormActConv`.
+
+    Example:
+        >>> ResidualBlock(8, dilation=2)(torch.randn(1, 8, 4, 6, 8)).shape
+        torch.Size([1, 8, 4, 6, 8])
+    """
+
+    def __init__(self, channels: int, **kwargs) -> None:
+        super().__init__()
+        self.unit1 = NormActConv(channels, channels, **kwargs)
+        self.unit2 = NormActConv(channels, channels, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(b, channels, d, h, w)`` to the same shape."""
+        return x + self.unit2(self.unit1(x))
+
+
+def norm_layer(norm: str | tuple, channels: int) -> nn.Module:
+    """MONAI's normalization layer for 3D features.
+
+    ``"group"`` alone has 8 groups (Section III.A of the paper), fewer where 8 does not divide the channels.
+
+    Raises:
+        ValueError: when the groups that ``norm`` asks for do not divide the channels.
+    """
+    if norm == "group":
+        norm = ("group", {"num_groups": math.gcd(8, channels)})
+    try:
+        return get_norm_layer(name=norm, spatial_dims=3, channels=channels)
+    except ValueError as error:
+        raise ValueError(
+            f"norm={norm} does not fit {channels} channels ({error}); choose channels that the number of groups "
+            'divides, or another norm, for example ("group", {"num_groups": 4}), or plain "group".'
+        ) from error
+
+
+def resize(features: torch.Tensor, size: Sequence[int], *, align_corners: bool = False) -> torch.Tensor:
+    """Trilinear resampling of ``(b, c, d, h, w)`` to the spatial size ``size``, whatever the factor along each axis.
+
+    Example:
+        >>> resize(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5)).shape
+        torch.Size([1, 2, 6, 7, 5])
+    """
+    return F.interpolate(features, size=tuple(size), mode="trilinear", align_corners=align_corners)

@@ -1,0 +1,194 @@
+"""Inter-slice residuals: the one definition that network, losses and transforms share.
+
+Every function takes tensors of shape ``(b, c, *spatial)``. The slice axis is ``spatial_axis``, an index among the
+*spatial* axes, ``-1`` (the last one) by default: after ``Orientationd("RAS")`` that is the axial view.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["inter_slice_residual", "residual_mask", "restore_mask"]
+
+
+def slice_dim(ndim: int, spatial_axis: int) -> int:
+    """Tensor dimension of the slice axis, in a tensor of shape ``(b, c, *spatial)`` with ``ndim`` dimensions.
+
+    Args:
+        ndim: number of dimensions of the tensor, batch and channel included.
+        spatial_axis: index of the slice axis among the spatial axes; negative counts from the end.
+
+    Raises:
+        ValueError: when there is no spatial axis, or ``spatial_axis`` is none of them.
+
+    Example:
+        >>> slice_dim(5, -1), slice_dim(5, 0)
+        (4, 2)
+    """
+    spatial = ndim - 2
+    if spatial < 1:
+        raise ValueError(
+            f"expected a tensor of shape (b, c, *spatial), got {ndim} dimension(s); "
+            "add the missing batch or channel dimension with tensor[None]."
+        )
+    if not -spatial <= spatial_axis < spatial:
+        raise ValueError(
+            f"expected spatial_axis between {-spatial} and {spatial - 1} for {spatial} spatial axes, got {spatial_axis}; "
+            "it counts the spatial axes only, without batch and channel."
+        )
+    return 2 + spatial_axis % spatial
+
+
+def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> torch.Tensor:
+    """Absolute difference of each slice to the one before it; zero for the first slice.
+
+    ``residual[s + 1] = |volume[s + 1] - volume[s]|`` and ``residual[0] = 0``: Eq. 4 of Zhang et al., 2021, without its
+    sigmoid, and Eq. 1 where ``volume`` is a binary mask. Differentiable.
+
+    Args:
+        volume: ``(b, c, *spatial)`` of any real or boolean dtype. Unsigned integers do not wrap around.
+        spatial_axis: index of the slice axis among the spatial axes.
+
+    Returns:
+        A tensor with the shape and the dtype of ``volume``. With a single slice it is zero.
+
+    Raises:
+        ValueError: when ``volume`` has no spatial axis, or ``spatial_axis`` is none of them.
+
+    Example:
+        >>> inter_slice_residual(torch.tensor([[[1.0, 4.0, 2.0]]]))
+        tensor([[[0., 3., 2.]]])
+    """
+    dim = slice_dim(volume.ndim, spatial_axis)
+    previous, current = volume[_slices(dim, None, -1)], volume[_slices(dim, 1, None)]
+    if volume.is_floating_point():
+        difference = (current - previous).abs()
+    elif volume.dtype == torch.bool:
+        difference = current ^ previous
+    else:
+        difference = torch.maximum(current, previous) - torch.minimum(current, previous)
+    first = torch.zeros_like(volume[_slices(dim, None, 1)])
+    return torch.cat([first, difference], dim=dim)
+
+
+def residual_mask(
+    label: torch.Tensor, *, num_classes: int | None = None, include_background: bool = True, spatial_axis: int = -1
+) -> torch.Tensor:
+    """Residual mask of a label: 1 where a voxel's class membership differs from the slice before it.
+
+    Eq. 1 of Zhang et al., 2021, for each channel; Eq. 13 for several classes, where the background is ignored. The
+    residual is not equivariant to a flip of the slice axis (it shifts by one slice): flip the label, then compute it.
+
+    Args:
+        label: either channels of zeros and ones ``(b, c, *spatial)`` (binary, multi-hot or one-hot), or, with
+            ``num_classes``, class indices ``(b, 1, *spatial)``.
+        num_classes: number of classes, background included, when ``label`` holds class indices.
+        include_background: False leaves out channel 0 of a one-hot label. Class indices always leave it out.
+        spatial_axis: index of the slice axis among the spatial axes.
+
+    Returns:
+        Zeros and ones in the dtype of ``label``, of shape ``(b, c, *spatial)``; one channel per foreground class
+        (``num_classes - 1``) for class indices, ``c - 1`` channels without the background.
+
+    Raises:
+        ValueError: when shape, ``spatial_axis``, ``num_classes`` and values do not fit each other. Values are looked
+            at on the CPU only: on an accelerator that would wait for the device.
+
+    Example:
+        >>> label = torch.tensor([[[0, 2, 2, 1]]])
+        >>> residual_mask(label, num_classes=3)
+        tensor([[[0, 0, 0, 1],
+                 [0, 1, 0, 1]]])
+        >>> residual_mask(label == 2)
+        tensor([[[False,  True, False,  True]]])
+    """
+    slice_dim(label.ndim, spatial_axis)  # before anything else: the shape decides what the other errors would say
+    if num_classes is None:
+        if not include_background:
+            if label.shape[1] < 2:
+                raise ValueError(
+                    f"expected a one-hot label of 2 or more channels with include_background=False, got shape "
+                    f"{tuple(label.shape)}; pass num_classes for class indices, or include_background=True."
+                )
+            label = label[:, 1:]
+        _check_values(label, 2, "zeros and ones, or class indices together with num_classes")
+    else:
+        label = _foreground(label, num_classes)
+    # zeros and ones, so "differs" is the whole difference: one pass, no gradient, no temporary
+    dim = slice_dim(label.ndim, spatial_axis)
+    previous, current = label[_slices(dim, None, -1)], label[_slices(dim, 1, None)]
+    residual = torch.empty_like(label, requires_grad=False)
+    residual[_slices(dim, None, 1)] = 0
+    changed = residual[_slices(dim, 1, None)]
+    if label.is_floating_point():
+        changed.copy_(current != previous)
+    else:
+        torch.bitwise_xor(current, previous, out=changed)
+    return residual
+
+
+def restore_mask(first_slice: torch.Tensor, residual: torch.Tensor, *, spatial_axis: int = -1) -> torch.Tensor:
+    """Rebuild a mask from its first slice and its residual mask: the exact inverse of :func:`residual_mask`.
+
+    One slice and the residuals hold the whole shape (Section I of Zhang et al., 2021): a voxel is inside when it was
+    inside in the first slice and changed an even number of times since, or the other way round.
+
+    Args:
+        first_slice: ``(b, c, *spatial)`` of zeros and ones, with one slice along the slice axis.
+        residual: ``(b, c, *spatial)`` of zeros and ones, as :func:`residual_mask` returns.
+        spatial_axis: index of the slice axis among the spatial axes.
+
+    Returns:
+        The mask, with the shape and the dtype of ``residual``.
+
+    Raises:
+        ValueError: when the shapes do not fit each other, or on values that are not zeros and ones (CPU only).
+
+    Example:
+        >>> mask = torch.tensor([[[1, 1, 0, 0, 1]]])
+        >>> restore_mask(mask[..., :1], residual_mask(mask))
+        tensor([[[1, 1, 0, 0, 1]]])
+    """
+    dim = slice_dim(residual.ndim, spatial_axis)
+    expected = (*residual.shape[:dim], 1, *residual.shape[dim + 1 :])
+    if tuple(first_slice.shape) != expected:
+        raise ValueError(
+            f"expected first_slice of shape {expected} for a residual of shape {tuple(residual.shape)}, got "
+            f"{tuple(first_slice.shape)}; keep the slice axis: mask.narrow({dim}, 0, 1)."
+        )
+    _check_values(first_slice, 2, "zeros and ones")
+    _check_values(residual, 2, "zeros and ones")
+    changes = residual.cumsum(dim, dtype=torch.int32)  # how often each voxel has changed up to this slice
+    return ((changes + first_slice.to(torch.int32)) % 2).to(residual.dtype)
+
+
+def _slices(dim: int, start: int | None, stop: int | None) -> tuple[slice, ...]:
+    return (*(slice(None) for _ in range(dim)), slice(start, stop))
+
+
+def _foreground(label: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Class indices ``(b, 1, *spatial)`` to zeros and ones ``(b, num_classes - 1, *spatial)``, background left out."""
+    if num_classes < 2:
+        raise ValueError(f"expected num_classes of 2 or more (background included), got {num_classes}.")
+    if label.shape[1] != 1:
+        raise ValueError(
+            f"expected class indices of shape (b, 1, *spatial) with num_classes={num_classes}, got shape "
+            f"{tuple(label.shape)}; leave out num_classes for a label of one channel per class."
+        )
+    _check_values(label, num_classes, f"class indices from 0 to {num_classes - 1}")
+    classes = torch.arange(1, num_classes, device=label.device, dtype=label.dtype)
+    return (label == classes.view(1, -1, *(1,) * (label.ndim - 2))).to(label.dtype)
+
+
+def _check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
+    """Raise unless ``label`` holds whole numbers from 0 to ``num_classes - 1``.
+
+    Only on the CPU, and not while a graph is captured: elsewhere reading a value waits for the device.
+    """
+    if label.dtype == torch.bool or label.device.type != "cpu" or torch.compiler.is_compiling() or not label.numel():
+        return
+    low, high = (value.item() for value in torch.aminmax(label))
+    whole = not label.is_floating_point() or torch.equal(label, label.trunc())
+    if not (0 <= low and high < num_classes and whole):  # NaN fails the comparison
+        got = "NaN" if low != low else f"values from {low} to {high}" + ("" if whole else ", not whole numbers")
+        raise ValueError(f"expected a label of {expected}, got {got}; map the label's values first (MapLabelValued).")

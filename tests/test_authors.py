@@ -1,0 +1,68 @@
+"""The released configuration against numbers from the released network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from monai_conres import ConResNet, convert_authors_state_dict
+from monai_conres.layers import resize
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason="the outputs of the released network are not beside the repository"
+)
+
+
+def released_state_dict() -> dict[str, torch.Tensor]:
+    state = {}
+    for index, (name, shape) in enumerate(json.loads((REFERENCE / "state_dict_keys.json").read_text())):
+        values = np.float32(0.1) * np.random.RandomState(index).standard_normal(shape).astype(np.float32)
+        if len(shape) == 1 and name.endswith("weight"):
+            values = values + np.float32(1)
+        state[name] = torch.from_numpy(values)
+    return state
+
+
+@needs_reference
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 5e-4)])
+def test_outputs_equal_the_released_network_s(dtype, tolerance, prefix):
+    network = ConResNet.authors(4, 3)
+    released = {prefix + key: value for key, value in released_state_dict().items()}
+    network.load_state_dict(convert_authors_state_dict(released))
+    image = np.random.RandomState(10000).standard_normal((1, 4, 16, 32, 32)).astype(np.float32)
+    with torch.no_grad():
+        segmentation, residuals = network.to(dtype).eval().heads(torch.from_numpy(image).to(dtype))
+    expected = np.load(REFERENCE / "forward_16x32x32.npz")
+    names = ("segmentation", "residual", "residual_x2", "residual_x4")
+    for name, logits in zip(names, (segmentation, *residuals), strict=True):
+        # the released network up-samples its coarse heads
+        got = resize(logits, (16, 32, 32), align_corners=True).double().numpy()
+        want = expected[name].astype(np.float64)
+        assert np.abs(got - want).max() <= tolerance * want.std(), name
+
+
+@needs_reference
+def test_released_parameters_that_are_never_used_are_left_out():
+    released = released_state_dict()
+    converted = convert_authors_state_dict(released)
+    assert sum(v.numel() for v in released.values()) - sum(v.numel() for v in converted.values()) == 422_464
+    assert set(converted) == set(ConResNet.authors(4, 3).state_dict())
+
+
+def test_first_convolution_of_another_number_of_modalities():
+    weight = torch.randn(32, 1, 3, 3, 3)
+    assert torch.equal(convert_authors_state_dict({"conv_4_32.0.weight": weight})["encoder.0.0.weight"], weight)
+    assert torch.equal(convert_authors_state_dict({"conv_1_32.0.weight": weight})["encoder.0.0.weight"], weight)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "layer5.0.conv1.weight", "seg_x8.0.conv_seg.weight", "seg_x2.0.conv.weight"])
+def test_other_keys_are_refused(key):
+    with pytest.raises(ValueError, match=f"expected the keys of the authors' network.*{key}"):
+        convert_authors_state_dict({key: torch.zeros(1)})

@@ -1,0 +1,151 @@
+"""What people do with a trained network: export, compile, copy, train in MONAI's engines, infer by sliding window."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.utils import set_determinism
+
+from monai_conres import ConResLoss, ConResNet, ConResOutput
+
+SIZE = (20, 13, 17)
+
+
+def small_network(**kwargs) -> ConResNet:
+    torch.manual_seed(0)
+    return ConResNet(2, 3, channels=(8, 16, 32), strides=(2, (2, 1, 2)), blocks=(1, 1, 1, 1), **kwargs)
+
+
+@pytest.fixture
+def network() -> ConResNet:
+    return small_network().eval()
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(1, 2, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def test_torch_export_gives_the_same_logits_at_another_size(network, image):
+    size = {axis: torch.export.Dim(name, min=9, max=64) for axis, name in zip((2, 3, 4), "dhw", strict=True)}
+    program = torch.export.export(network, (image,), dynamic_shapes=({0: None, 1: None, **size},))
+    other = torch.randn(1, 2, 9, 16, 22)
+    for volume in (image, other):
+        torch.testing.assert_close(program.module()(volume), network(volume), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_runtime_gives_the_same_logits_at_another_size(network, image, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "network.onnx"
+    size = {axis: torch.export.Dim(name, min=9, max=64) for axis, name in zip((2, 3, 4), "dhw", strict=True)}
+    torch.onnx.export(network, (image,), path, dynamo=True, dynamic_shapes=({0: None, 1: None, **size},), verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for volume in (image, torch.randn(1, 2, 9, 16, 22)):
+        (got,) = session.run(None, {session.get_inputs()[0].name: volume.numpy()})
+        np.testing.assert_allclose(got, network(volume).detach().numpy(), atol=1e-4)
+
+
+def test_jit_trace_gives_the_same_logits_at_another_size(network, image):
+    traced = torch.jit.trace(network, image)
+    other = torch.randn(1, 2, 9, 16, 22)
+    for volume in (image, other):
+        torch.testing.assert_close(traced(volume), network(volume), rtol=1e-5, atol=1e-5)
+
+
+def test_compile_of_the_training_forward_has_no_graph_break(image):
+    network = small_network(dropout=None)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    expected, got = network(image), compiled(image)
+    assert isinstance(got, ConResOutput)
+    torch.testing.assert_close(got.segmentation, expected.segmentation)
+    for a, b in zip(got.residuals, expected.residuals, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inductor_gives_the_same_logits(network, image):
+    compiled = torch.compile(network)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_copies_are_equal_and_independent(network, image, duplicate):
+    twin = duplicate(network)
+    before = network(image)
+    torch.testing.assert_close(twin(image), before, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    torch.testing.assert_close(network(image), before, rtol=0, atol=0)
+
+
+def test_state_dict_round_trip_by_value(network, image):
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    file.seek(0)
+    twin = small_network()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(twin.eval()(image), network(image), rtol=0, atol=0)
+
+
+def test_autocast_stays_close_to_float32(network, image):
+    with torch.no_grad():
+        expected = network(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = network(image)
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).abs().max() < 0.05 * expected.std()  # 8 bits of mantissa
+
+
+def test_sliding_window_stitches_segmentation_and_residual(image):
+    network = small_network(eval_residual=True).eval()
+    inferer = SlidingWindowInferer(roi_size=SIZE, sw_batch_size=2, overlap=0.25)
+    with torch.no_grad():
+        for got, expected in zip(inferer(image, network), network(image), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        long = torch.randn(1, 2, SIZE[0], SIZE[1], 2 * SIZE[2])
+        halves = [network(half)[0] for half in long.split(SIZE[2], dim=-1)]
+        tiled, _ = SlidingWindowInferer(roi_size=SIZE, overlap=0)(long, network)
+    torch.testing.assert_close(tiled, torch.cat(halves, dim=-1), rtol=1e-5, atol=1e-5)
+
+
+def test_supervised_trainer_and_evaluator_run_unmodified(image):
+    set_determinism(0)
+    label = (image[:, :1] > 0).long() + (image[:, 1:] > 0).long()  # three classes that the image decides
+    data = Dataset([{"image": MetaTensor(image[0]), "label": MetaTensor(label[0])}] * 4)
+    loader = DataLoader(data, batch_size=2)
+    network = ConResNet(2, 3, residual_channels=2, channels=(8, 16), strides=(2,), blocks=(1, 1, 1), dropout=None)
+    loss = ConResLoss(softmax=True, to_onehot_y=True)
+    losses = []
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=6,
+        train_data_loader=loader,
+        network=network,
+        optimizer=torch.optim.Adam(network.parameters(), 1e-2),
+        loss_function=loss,
+        inferer=SimpleInferer(),
+    )
+    trainer.add_event_handler("iteration_completed", lambda engine: losses.append(engine.state.output["loss"]))
+    trainer.run()
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+
+    evaluator = SupervisedEvaluator(
+        device="cpu", val_data_loader=loader, network=network, inferer=SlidingWindowInferer(SIZE)
+    )
+    evaluator.run()
+    predicted = evaluator.state.output[0]["pred"]
+    with torch.no_grad():
+        torch.testing.assert_close(predicted.as_tensor(), network.eval()(image)[0], rtol=1e-4, atol=1e-4)

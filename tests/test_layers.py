@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from monai_conres.layers import NormActConv, ResidualBlock, WeightStandardizedConv3d, resize
+
+
+def standardize_naive(weight: np.ndarray, fan_in_scaling: bool) -> np.ndarray:
+    """Filter by filter, from the definition."""
+    standardized = np.empty_like(weight)
+    for index, kernel in enumerate(weight):
+        standardized[index] = (kernel - kernel.mean()) / kernel.std(ddof=1)
+        if fan_in_scaling:
+            standardized[index] /= np.sqrt(kernel.size)
+    return standardized
+
+
+@pytest.mark.parametrize("fan_in_scaling", [True, False])
+@pytest.mark.parametrize(("kernel_size", "stride", "dilation"), [(3, 1, 1), (3, (2, 1, 2), 1), (3, 1, 2), (1, 1, 1)])
+def test_convolution_uses_the_standardized_filters(fan_in_scaling, kernel_size, stride, dilation):
+    layer = WeightStandardizedConv3d(
+        3, 5, kernel_size=kernel_size, stride=stride, dilation=dilation, fan_in_scaling=fan_in_scaling
+    ).double()
+    image = torch.randn(2, 3, 7, 8, 9, dtype=torch.float64)
+    weight = torch.from_numpy(standardize_naive(layer.weight.detach().numpy(), fan_in_scaling))
+    expected = F.conv3d(image, weight, stride=stride, padding=dilation * (kernel_size // 2), dilation=dilation)
+    torch.testing.assert_close(layer(image), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_fan_in_scaling_gives_unit_variance():
+    layer = WeightStandardizedConv3d(64, 48)
+    output = layer(torch.randn(1, 64, 12, 13, 14))[..., 1:-1, 1:-1, 1:-1]
+    assert output.var().item() == pytest.approx(1, abs=0.05)
+
+
+def test_gradient_of_the_weight_matches_finite_differences():
+    layer = WeightStandardizedConv3d(2, 3).double()
+    image = torch.randn(1, 2, 3, 4, 3, dtype=torch.float64)
+
+    def convolve(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, image)
+
+    assert torch.autograd.gradcheck(convolve, layer.weight.detach().requires_grad_())
+
+
+def test_scale_and_shift_of_the_raw_weight_do_not_matter():
+    layer = WeightStandardizedConv3d(3, 4)
+    before = layer.standardized_weight()
+    with torch.no_grad():
+        layer.weight.mul_(7).add_(2)
+    torch.testing.assert_close(layer.standardized_weight(), before, rtol=1e-4, atol=1e-5)
+
+
+def test_even_kernel_is_refused():
+    with pytest.raises(ValueError, match="odd kernel_size, got 2"):
+        WeightStandardizedConv3d(1, 1, kernel_size=2)
+
+
+def test_unit_is_norm_then_activation_then_convolution():
+    unit = NormActConv(4, 6, norm=("group", {"num_groups": 2}), act="relu")
+    with torch.no_grad():
+        unit.norm.weight.uniform_(0.5, 2)
+        unit.norm.bias.uniform_(-1, 1)
+    image = torch.randn(2, 4, 5, 6, 7)
+    groups = image.reshape(2, 2, -1)
+    normalized = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    shape = (1, 4, 1, 1, 1)
+    activated = (normalized.reshape(image.shape) * unit.norm.weight.view(shape) + unit.norm.bias.view(shape)).clamp(0)
+    expected = F.conv3d(activated, unit.conv.standardized_weight(), padding=1)
+    torch.testing.assert_close(unit(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_drops_whole_channels_in_training_only():
+    unit = NormActConv(8, 4, dropout=0.5)
+    dropped = unit.dropout.train()(torch.ones(4, 8, 2, 3, 4)).flatten(2)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert (dropped == dropped[..., :1]).all()
+    image = torch.randn(1, 8, 2, 3, 4)
+    torch.testing.assert_close(unit.eval()(image), unit.conv(unit.act(unit.norm(image))))
+    assert not hasattr(NormActConv(8, 4, dropout=0.0), "dropout")
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(ValueError, match=r"does not fit 12 channels .*num_groups.: 4"):
+        NormActConv(12, 4, norm=("group", {"num_groups": 8}))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(32, 8), (8, 8), (12, 4), (20, 4), (6, 2), (3, 1)])
+def test_plain_group_norm_takes_as_many_groups_as_fit(channels, groups):
+    assert NormActConv(channels, 4).norm.num_groups == groups
+
+
+def test_residual_block_adds_its_input():
+    block = ResidualBlock(8)
+    image = torch.randn(1, 8, 3, 4, 5)
+    torch.testing.assert_close(block(image), image + block.unit2(block.unit1(image)))
+    assert not torch.equal(block(image), image)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_resize_interpolates_linearly(align_corners):
+    ramp = torch.arange(4.0).view(1, 1, 1, 1, 4).expand(1, 1, 2, 3, 4)
+    got = resize(ramp, (2, 3, 8), align_corners=align_corners)[0, 0, 0, 0]
+    position = np.linspace(0, 3, 8) if align_corners else (np.arange(8) + 0.5) / 2 - 0.5
+    np.testing.assert_allclose(got, np.interp(position, np.arange(4), np.arange(4)), rtol=1e-6, atol=1e-6)
