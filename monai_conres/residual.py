@@ -39,6 +39,49 @@ def slice_dim(ndim: int, spatial_axis: int) -> int:
     return 2 + spatial_axis % spatial
 
 
+def foreground_masks(
+    label: torch.Tensor, *, num_classes: int | None = None, include_background: bool = True
+) -> torch.Tensor:
+    """A mask of zeros and ones for each class that has a residual, with the label's values checked.
+
+    Args:
+        label: as for :func:`residual_mask`.
+        num_classes: as for :func:`residual_mask`.
+        include_background: as for :func:`residual_mask`.
+
+    Returns:
+        Zeros and ones in the dtype of ``label``, one channel per class.
+
+    Raises:
+        ValueError: as :func:`residual_mask`.
+
+    Example:
+        >>> foreground_masks(torch.tensor([[[0, 2, 2, 1]]]), num_classes=3)
+        tensor([[[0, 0, 0, 1],
+                 [0, 1, 1, 0]]])
+    """
+    if num_classes is None:
+        if not include_background:
+            if label.shape[1] < 2:
+                raise ValueError(
+                    f"expected a one-hot label of 2 or more channels with include_background=False, got shape "
+                    f"{tuple(label.shape)}; pass num_classes for class indices, or include_background=True."
+                )
+            label = label[:, 1:]
+        _check_values(label, 2, "zeros and ones, or class indices together with num_classes")
+        return label
+    if num_classes < 2:
+        raise ValueError(f"expected num_classes of 2 or more (background included), got {num_classes}.")
+    if label.shape[1] != 1:
+        raise ValueError(
+            f"expected class indices of shape (b, 1, *spatial) with num_classes={num_classes}, got shape "
+            f"{tuple(label.shape)}; leave out num_classes for a label of one channel per class."
+        )
+    _check_values(label, num_classes, f"class indices from 0 to {num_classes - 1}")
+    classes = torch.arange(1, num_classes, device=label.device, dtype=label.dtype)
+    return (label == classes.view(1, -1, *(1,) * (label.ndim - 2))).to(label.dtype)
+
+
 def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> torch.Tensor:
     """Absolute difference of each slice to the one before it; zero for the first slice.
 
@@ -102,27 +145,16 @@ def residual_mask(
         >>> residual_mask(label == 2)
         tensor([[[False,  True, False,  True]]])
     """
-    slice_dim(label.ndim, spatial_axis)  # before anything else: the shape decides what the other errors would say
-    if num_classes is None:
-        if not include_background:
-            if label.shape[1] < 2:
-                raise ValueError(
-                    f"expected a one-hot label of 2 or more channels with include_background=False, got shape "
-                    f"{tuple(label.shape)}; pass num_classes for class indices, or include_background=True."
-                )
-            label = label[:, 1:]
-        _check_values(label, 2, "zeros and ones, or class indices together with num_classes")
-    else:
-        label = _foreground(label, num_classes)
-    # zeros and ones, so "differs" is the whole difference: one pass, no gradient, no temporary
     dim = slice_dim(label.ndim, spatial_axis)
+    label = foreground_masks(label, num_classes=num_classes, include_background=include_background)
+    # zeros and ones, so "differs" is the whole difference: one pass and no gradient
     previous, current = label[_slices(dim, None, -1)], label[_slices(dim, 1, None)]
     residual = torch.empty_like(label, requires_grad=False)
     residual[_slices(dim, None, 1)] = 0
     changed = residual[_slices(dim, 1, None)]
-    if label.is_floating_point():
+    if label.is_floating_point() or torch.compiler.is_compiling():
         changed.copy_(current != previous)
-    else:
+    else:  # without a temporary
         torch.bitwise_xor(current, previous, out=changed)
     return residual
 
@@ -164,20 +196,6 @@ def restore_mask(first_slice: torch.Tensor, residual: torch.Tensor, *, spatial_a
 
 def _slices(dim: int, start: int | None, stop: int | None) -> tuple[slice, ...]:
     return (*(slice(None) for _ in range(dim)), slice(start, stop))
-
-
-def _foreground(label: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Class indices ``(b, 1, *spatial)`` to zeros and ones ``(b, num_classes - 1, *spatial)``, background left out."""
-    if num_classes < 2:
-        raise ValueError(f"expected num_classes of 2 or more (background included), got {num_classes}.")
-    if label.shape[1] != 1:
-        raise ValueError(
-            f"expected class indices of shape (b, 1, *spatial) with num_classes={num_classes}, got shape "
-            f"{tuple(label.shape)}; leave out num_classes for a label of one channel per class."
-        )
-    _check_values(label, num_classes, f"class indices from 0 to {num_classes - 1}")
-    classes = torch.arange(1, num_classes, device=label.device, dtype=label.dtype)
-    return (label == classes.view(1, -1, *(1,) * (label.ndim - 2))).to(label.dtype)
 
 
 def _check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:

@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.inferers import SimpleInferer, SlidingWindowInferer
@@ -137,7 +138,7 @@ def test_supervised_trainer_and_evaluator_run_unmodified(image):
         loss_function=loss,
         inferer=SimpleInferer(),
     )
-    trainer.add_event_handler("iteration_completed", lambda engine: losses.append(engine.state.output["loss"]))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output[0]["loss"]))
     trainer.run()
     assert len(losses) == 12
     assert losses[-1] < 0.8 * losses[0]
