@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.metrics import DiceMetric, HausdorffDistanceMetric
+
+from monai_conres import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
+
+SIZE = (6, 7, 9)
+THICK = (1.25, 1.25, 7.7)
+
+
+def blob(seed: int) -> torch.Tensor:
+    random = np.random.default_rng(seed)
+    center = np.array([2.5, 3, 4]) + random.uniform(-0.8, 0.8, 3)
+    distance = np.linalg.norm(np.stack(np.indices(SIZE)) - center[:, None, None, None], axis=0)
+    return torch.from_numpy((distance + random.uniform(-0.6, 0.6, SIZE) < 2.4).astype(np.float32))[None, None]
+
+
+def surface(mask: np.ndarray) -> np.ndarray:
+    """Voxels of the mask with a neighbor outside of it; outside of the volume counts."""
+    inside = np.ones(mask.shape, bool)
+    padded = np.pad(mask.astype(bool), 1)
+    for axis in range(3):
+        for shift in (-1, 1):
+            inside &= np.roll(padded, shift, axis)[1:-1, 1:-1, 1:-1]
+    return np.argwhere(mask.astype(bool) & ~inside)
+
+
+def surface_distances(a: torch.Tensor, b: torch.Tensor, spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of every surface voxel of each mask to the other surface, by comparing all pairs."""
+    points = [surface(mask.numpy()[0, 0]) * np.array(spacing) for mask in (a, b)]
+    distance = np.linalg.norm(points[0][:, None] - points[1][None], axis=-1)
+    return distance.min(1), distance.min(0)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), THICK])
+def test_distances_agree_with_all_pairs_of_surface_voxels(spacing):
+    prediction, reference = blob(1), blob(2)
+    there, back = surface_distances(prediction, reference, spacing)
+    for percentile in (95, 100):
+        got = BratsHausdorffDistanceMetric(percentile=percentile)(prediction, reference, spacing=spacing)
+        expected = max(np.percentile(there, percentile), np.percentile(back, percentile))
+        assert expected > 0
+        assert got.item() == pytest.approx(expected, rel=1e-5)
+    for tolerance in (1.0, 1.5):
+        got = BratsSurfaceDiceMetric(tolerance=tolerance)(prediction, reference, spacing=spacing)
+        near = (there <= tolerance).sum() + (back <= tolerance).sum()
+        assert 0 < near < len(there) + len(back)
+        assert got.item() == pytest.approx(near / (len(there) + len(back)), rel=1e-6)
+
+
+def test_dice_by_hand():
+    prediction, reference = torch.zeros(2, 1, 3, *SIZE)
+    prediction[0, 0, 0, 0, :4], reference[0, 0, 0, 0, 1:7] = 1, 1  # 4 and 6 voxels, 3 in common
+    prediction[0, 1, 0], reference[0, 1, 0] = 1, 1
+    got = BratsDiceMetric()(prediction, reference)
+    torch.testing.assert_close(got, torch.tensor([[0.6, 1.0, 1.0]]))
+    torch.testing.assert_close(BratsDiceMetric(include_background=False)(prediction, reference), got[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("metric", "both", "one"),
+    [
+        (BratsDiceMetric(), 1, 0),
+        (BratsHausdorffDistanceMetric(), 0, (6**2 + 7**2 + 9**2) ** 0.5),
+        (BratsHausdorffDistanceMetric(empty_distance=374), 0, 374),
+        (BratsSurfaceDiceMetric(), 1, 0),
+    ],
+)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_empty_masks(metric, both, one):
+    full, empty = blob(1), torch.zeros(1, 1, *SIZE)
+    prediction = torch.cat([empty, empty, full])
+    reference = torch.cat([empty, full, empty])
+    metric(prediction, reference)
+    expected = torch.tensor([[both], [one], [one]], dtype=torch.float32)
+    torch.testing.assert_close(metric.get_buffer(), expected)
+    torch.testing.assert_close(metric.aggregate(), expected.mean(0))
+    metric.reset()
+
+
+def test_what_monai_does_with_a_missed_structure():
+    """The reason for these classes: if this changes in MONAI they may go."""
+    full, empty = blob(1), torch.zeros(1, 1, *SIZE)
+    prediction, reference = torch.cat([full, empty, full]), torch.cat([full, full, empty])
+    dice, distance = DiceMetric(), HausdorffDistanceMetric(include_background=True, percentile=95)
+    with pytest.warns(UserWarning, match="all 0"):
+        distance(prediction, reference)
+    dice(prediction, reference)
+    assert dice.aggregate().item() == 0.5  # the false positive is gone
+    assert distance.aggregate().item() == 0  # and so is everything that is not perfect
+
+
+def test_worst_distance_of_brats():
+    reference = torch.zeros(1, 1, 155, 240, 240)
+    reference[..., 0] = 1
+    metric = BratsHausdorffDistanceMetric()
+    assert metric(torch.zeros_like(reference), reference).item() == pytest.approx(373.1287, abs=1e-4)
+
+
+def test_spacing_of_each_case_and_of_integers():
+    prediction, reference = torch.cat([blob(1), blob(1)]), torch.cat([blob(2), torch.zeros(1, 1, *SIZE)])
+    metric = BratsHausdorffDistanceMetric()
+    got = metric(prediction, reference, spacing=[(1.0, 1.0, 1.0), THICK])
+    alone = metric(prediction[:1], reference[:1])
+    diagonal = ((6 * 1.25) ** 2 + (7 * 1.25) ** 2 + (9 * 7.7) ** 2) ** 0.5
+    torch.testing.assert_close(got, torch.tensor([[alone.item()], [diagonal]]))
+    mixed = metric(prediction[:1], reference[:1], spacing=(1, 1, 2.5))
+    torch.testing.assert_close(mixed, metric(prediction[:1], reference[:1], spacing=(1.0, 1.0, 2.5)))
+    with pytest.raises(ValueError, match="spacing of 3 numbers"):
+        metric(prediction, reference, spacing=(1, 2))
+
+
+def test_lists_and_several_calls_and_reductions():
+    metric = BratsDiceMetric()
+    metric([blob(1)[0], blob(2)[0]], [blob(1)[0], blob(1)[0]])
+    metric(blob(3).bool(), blob(3).to(torch.uint8))
+    buffer = metric.get_buffer()
+    assert buffer.shape == (3, 1) and buffer[0] == buffer[2] == 1 and buffer[1] < 1
+    assert metric.aggregate("mean").item() == pytest.approx(buffer.mean().item())
+    torch.testing.assert_close(metric.aggregate("none"), buffer)
+
+
+def test_errors():
+    mask = blob(1)
+    with pytest.raises(ValueError, match=r"same shape .*got \(1, 1, 6, 7, 9\) and \(1, 1, 6, 7, 8\)"):
+        BratsDiceMetric()(mask, mask[..., :8])
+    with pytest.raises(ValueError, match="expected a prediction of zeros and ones"):
+        BratsDiceMetric()(mask * 0.5, mask)
+    with pytest.raises(ValueError, match="expected a reference of zeros and ones"):
+        BratsDiceMetric()(mask, mask * 2)
+    with pytest.raises(ValueError, match="2 or more channels"):
+        BratsDiceMetric(include_background=False)(mask, mask)
+    with pytest.raises(ValueError, match="got none; call the metric"):
+        BratsDiceMetric().aggregate()

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from monai.data import CacheDataset, DataLoader, MetaTensor, PersistentDataset
+from monai.transforms import Compose, EnsureTyped, Flip, RandFlipd
+
+import monai_conres.transforms as transforms
+from monai_conres import InterSliceResidual, InterSliceResiduald, ResidualMask, ResidualMaskd
+from tests import reference
+
+AFFINE = torch.diag(torch.tensor([1.25, 1.25, 7.7, 1.0], dtype=torch.float64))
+
+
+@pytest.fixture
+def classes() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 3, (1, 4, 5, 7))
+
+
+def expected_mask(classes: np.ndarray, axis: int = 3) -> np.ndarray:
+    onehot = np.concatenate([classes == 1, classes == 2])
+    return reference.residual_mask(onehot, axis)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+def test_residual_mask_keeps_the_type(classes, axis, dtype):
+    transform = ResidualMask(num_classes=3, spatial_axis=axis)
+    label = classes.astype(dtype)
+    got = transform(label)
+    assert isinstance(got, np.ndarray) and got.dtype == dtype
+    np.testing.assert_array_equal(got, expected_mask(classes, axis + 1))
+    tensor = transform(torch.from_numpy(label))
+    assert type(tensor) is torch.Tensor
+    np.testing.assert_array_equal(tensor.numpy(), got)
+    meta = transform(MetaTensor(torch.from_numpy(label), affine=AFFINE, meta={"filename_or_obj": "case"}))
+    assert isinstance(meta, MetaTensor) and meta.dtype == tensor.dtype
+    torch.testing.assert_close(meta.affine, AFFINE)
+    assert meta.meta["filename_or_obj"] == "case"
+    np.testing.assert_array_equal(meta.numpy(), got)
+
+
+def test_inter_slice_residual_of_an_image():
+    image = np.random.default_rng(0).normal(size=(2, 4, 5, 7)).astype(np.float32)
+    expected = np.zeros_like(image)
+    expected[:, :, 1:] = np.abs(image[:, :, 1:] - image[:, :, :-1])
+    got = InterSliceResidual(spatial_axis=1)(MetaTensor(image, affine=AFFINE))
+    np.testing.assert_allclose(got.numpy(), expected)
+    torch.testing.assert_close(got.affine, AFFINE)
+
+
+def test_dictionary_transforms_add_a_key_and_leave_the_others(classes):
+    data = {"image": np.float32([[[1, 4, 2]]]), "label": classes, "name": "case"}
+    result = Compose([ResidualMaskd("label", num_classes=3), InterSliceResiduald("image", new_key_prefix="d_")])(data)
+    assert set(result) == {"image", "label", "name", "residual_label", "d_image"}
+    assert result["label"] is classes and "residual_label" not in data
+    np.testing.assert_array_equal(result["residual_label"], expected_mask(classes))
+    np.testing.assert_array_equal(result["d_image"], [[[0, 3, 2]]])
+    assert set(ResidualMaskd(["label", "seg"], num_classes=3, allow_missing_keys=True)({"label": classes})) == {
+        "label",
+        "residual_label",
+    }
+    with pytest.raises(KeyError, match="seg"):
+        ResidualMaskd(["label", "seg"], num_classes=3)({"label": classes})
+
+
+def test_one_hot_label(classes):
+    onehot = np.concatenate([classes == c for c in range(3)])
+    got = ResidualMaskd("label", include_background=False)({"label": onehot})["residual_label"]
+    np.testing.assert_array_equal(got, expected_mask(classes).astype(bool))
+
+
+@pytest.mark.parametrize("dataset", ["cache", "persistent"])
+def test_datasets_and_loaders_of_several_processes(classes, dataset, tmp_path):
+    data = [{"label": np.roll(classes, i, axis=2)} for i in range(4)]
+    transform = Compose([ResidualMaskd("label", num_classes=3), EnsureTyped(["label", "residual_label"])])
+    if dataset == "cache":
+        cached = CacheDataset(data, transform, progress=False, num_workers=2)
+    else:
+        cached = PersistentDataset(data, transform, cache_dir=tmp_path)
+    batches = list(DataLoader(cached, batch_size=2, num_workers=2))
+    got = torch.cat([batch["residual_label"] for batch in batches])
+    np.testing.assert_array_equal(got.numpy(), np.stack([expected_mask(item["label"]) for item in data]))
+    twin = pickle.loads(pickle.dumps(transform))
+    np.testing.assert_array_equal(twin(data[0])["residual_label"], got[0].numpy())
+
+
+def test_a_residual_belongs_after_the_flips(classes):
+    flip, residual = Flip(spatial_axis=2), ResidualMask(num_classes=3)
+    label = torch.from_numpy(classes)
+    right, wrong = residual(flip(label)), flip(residual(label))
+    assert not torch.equal(right, wrong)
+    torch.testing.assert_close(right[..., 1:], wrong[..., :-1])  # shifted by one slice
+    chain = Compose([RandFlipd("label", prob=1, spatial_axis=2), ResidualMaskd("label", num_classes=3)])
+    torch.testing.assert_close(chain({"label": label})["residual_label"].as_tensor(), right)
+
+
+def test_aliases():
+    assert transforms.ResidualMaskDict is transforms.ResidualMaskD is ResidualMaskd
+    assert transforms.InterSliceResidualDict is transforms.InterSliceResidualD is InterSliceResiduald
+
+
+def test_errors(classes):
+    with pytest.raises(ValueError, match=r"expected an array of shape \(c, \*spatial\), got \(3,\).*LoadImaged"):
+        InterSliceResidual()(np.zeros(3))
+    with pytest.raises(ValueError, match="spatial_axis between -3 and 2"):
+        InterSliceResidual(spatial_axis=3)(np.zeros((1, 4, 5, 6)))
+    with pytest.raises(ValueError, match="class indices from 0 to 1, got values from 0 to 2"):
+        ResidualMask(num_classes=2)(classes)
