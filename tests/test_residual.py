@@ -99,15 +99,16 @@ def straightforward(mask: np.ndarray) -> np.ndarray:
 def test_ten_times_faster_than_straightforward_numpy():
     mask = np.random.default_rng(0).random((1, 3, 155, 240, 240)) > 0.5
     label = torch.from_numpy(mask)
-    ratios = []
-    for _ in range(5):
+    ours, theirs = [], []
+    for _ in range(12):
         start = time.perf_counter()
         expected = straightforward(mask)
         middle = time.perf_counter()
         got = residual_mask(label)
-        ratios.append((middle - start) / (time.perf_counter() - middle))
+        ours.append(time.perf_counter() - middle)
+        theirs.append(middle - start)
     np.testing.assert_array_equal(got.numpy(), expected)
-    assert np.median(ratios) > 10, ratios
+    assert min(theirs) / min(ours) > 10, (theirs, ours)  # the least disturbed run of each
 
 
 @pytest.mark.parametrize(
