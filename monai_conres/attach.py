@@ -181,7 +181,8 @@ class ConResWrapper(nn.Module):
         if getattr(self, "_is_replica", False):
             raise RuntimeError("nn.DataParallel copies a network without its hooks; use DistributedDataParallel.")
         if (deep_supervision := getattr(self.decoder, "deep_supervision", None)) is not None:
-            self.backbone.decoder.deep_supervision = deep_supervision  # nnU-Net's trainer sets network.decoder's
+            # nnU-Net's trainer sets network.decoder's
+            self.backbone.get_submodule("decoder").deep_supervision = deep_supervision
         thread = _thread()
         current = self._passes[thread] = _Pass(image)
         try:
@@ -221,4 +222,6 @@ def _thread() -> int:
 
 def _attached_hooks(network: nn.Module) -> bool:
     hooks = (hook for module in network.modules() for hook in module._forward_hooks.values())
-    return any(isinstance(hook, partial) and getattr(hook.func, "__func__", None) is ConResWrapper._gate for hook in hooks)
+    return any(
+        isinstance(hook, partial) and getattr(hook.func, "__func__", None) is ConResWrapper._gate for hook in hooks
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -92,7 +93,7 @@ class ConResNet(nn.Module):
         self.attention = attention
         self.align_corners = align_corners
         self.eval_residual = eval_residual
-        unit = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
+        unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
 
         # one entry per resolution: down-sampling convolution and residual blocks
         self.encoder = nn.ModuleList()
@@ -129,7 +130,7 @@ class ConResNet(nn.Module):
         )
 
     @classmethod
-    def authors(cls, in_channels: int, out_channels: int, spatial_axis: int = 0, **kwargs) -> ConResNet:
+    def authors(cls, in_channels: int, out_channels: int, spatial_axis: int = 0, **kwargs: Any) -> ConResNet:
         """The network as its authors released it, number for number; slices on the first spatial axis.
 
         Checkpoints of the original code load through :func:`~monai_conres.convert_authors_state_dict`.
@@ -203,7 +204,7 @@ class ConResNet(nn.Module):
 
 def _check_levels(
     channels: Sequence[int], strides: Sequence[int | Sequence[int]], blocks: Sequence[int]
-) -> list[tuple[int, int, int]]:
+) -> list[tuple[int, ...]]:
     """Raise unless the arguments describe the same number of resolutions; the strides as one number per axis."""
     if len(channels) < 2 or len(strides) != len(channels) - 1 or len(blocks) != len(channels) + 1:
         raise ValueError(

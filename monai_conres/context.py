@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -71,11 +73,13 @@ class ContextResidualModule(nn.Module):
         self.attention = attention
         self.spatial_axis = spatial_axis
         width = channels if width is None else width
-        pointwise = {"kernel_size": 1, "fan_in_scaling": fan_in_scaling}
+        pointwise: dict[str, Any] = {"kernel_size": 1, "fan_in_scaling": fan_in_scaling}
         if mapping:
             self.inner = WeightStandardizedConv3d(channels, width, **pointwise)
             self.outer = NormActConv(width, width, norm=norm, act=act, fan_in_scaling=fan_in_scaling)
-        self.expand = WeightStandardizedConv3d(width, channels, **pointwise) if attention and width != channels else None
+        self.expand = (
+            WeightStandardizedConv3d(width, channels, **pointwise) if attention and width != channels else None
+        )
         self.strength = nn.Parameter(torch.zeros(channels, 1, 1, 1)) if attention and zero_init else None
 
     def forward(self, features: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

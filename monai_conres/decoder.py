@@ -6,6 +6,7 @@ It knows the channels of a segmentation decoder's features, never the network th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -95,20 +96,18 @@ class ConResDecoder(nn.Module):
         self.spatial_axis = spatial_axis
         self.align_corners = align_corners
         self.attention = attention
-        unit = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
-        module = {"attention": attention, "zero_init": zero_init, "spatial_axis": spatial_axis, **unit}
+        unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
+        module: dict[str, Any] = {"attention": attention, "zero_init": zero_init, "spatial_axis": spatial_axis, **unit}
         widths = tuple(min(c, width or c) for c in channels)
         self.entries = nn.ModuleList([WeightStandardizedConv3d(in_channels, widths[0], fan_in_scaling=fan_in_scaling)])
-        for coarse, fine in zip(widths[:-1], widths[1:], strict=True):
+        for coarse, fine in itertools.pairwise(widths):
             self.entries.append(nn.Identity() if coarse == fine else NormActConv(coarse, fine, **unit))
         self.stages = nn.ModuleList(
             ContextResidualModule(c, width=w, **module) for c, w in zip(channels, widths, strict=True)
         )
         self.heads = nn.ModuleList(nn.Conv3d(w, out_channels, kernel_size=1) for w in widths)
 
-    def step(
-        self, stage: int, features: torch.Tensor, previous: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, stage: int, features: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pass one scale.
 
         Args:

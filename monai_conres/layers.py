@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -60,7 +61,9 @@ class WeightStandardizedConv3d(nn.Conv3d):
         fan_in_scaling: bool = True,
     ) -> None:
         if kernel_size % 2 == 0:
-            raise ValueError(f"expected an odd kernel_size, got {kernel_size}; an even one cannot be centered on a voxel.")
+            raise ValueError(
+                f"expected an odd kernel_size, got {kernel_size}; an even one cannot be centered on a voxel."
+            )
         super().__init__(
             in_channels,
             out_channels,
@@ -110,7 +113,7 @@ class NormActConv(nn.Sequential):
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
         dropout: float | str | tuple | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.norm = norm_layer(norm, in_channels)
@@ -132,7 +135,7 @@ class ResidualBlock(nn.Module):
         torch.Size([1, 8, 4, 6, 8])
     """
 
-    def __init__(self, channels: int, **kwargs) -> None:
+    def __init__(self, channels: int, **kwargs: Any) -> None:
         super().__init__()
         self.unit1 = NormActConv(channels, channels, **kwargs)
         self.unit2 = NormActConv(channels, channels, **kwargs)

@@ -278,9 +278,7 @@ class CompoundBoundaryLoss(nn.Module):
 
     steps: torch.Tensor
 
-    def __init__(
-        self, loss: nn.Module, boundary_loss: nn.Module, *, max_steps: int, final_alpha: float = 0.01
-    ) -> None:
+    def __init__(self, loss: nn.Module, boundary_loss: nn.Module, *, max_steps: int, final_alpha: float = 0.01) -> None:
         super().__init__()
         if max_steps < 1 or not 0 <= final_alpha <= 1:
             raise ValueError(

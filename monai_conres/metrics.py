@@ -45,7 +45,7 @@ class _BratsMetric(CumulativeIterationMetric):
             raise ValueError("expected values to aggregate, got none; call the metric on predictions first.")
         return do_metric_reduction(values, reduction or self.reduction)[0]
 
-    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """``(b, c, *spatial)`` of zeros and ones, twice, to values ``(b, c)``."""
         if y_pred.shape != y.shape or y.ndim < 4:
             raise ValueError(
@@ -65,6 +65,7 @@ class _BratsMetric(CumulativeIterationMetric):
         y_pred, y = y_pred.float(), y.float()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the (ground truth|prediction) of class")  # that is our business
+            warnings.filterwarnings("ignore", message=".*always_return_as_numpy")  # MONAI's own call
             values = self._values(y_pred, y, **kwargs)
         empty_pred, empty = y_pred.flatten(2).sum(-1) == 0, y.flatten(2).sum(-1) == 0
         best, worst = self._empty_values(y, **kwargs)

@@ -33,8 +33,8 @@ def slice_dim(ndim: int, spatial_axis: int) -> int:
         )
     if not -spatial <= spatial_axis < spatial:
         raise ValueError(
-            f"expected spatial_axis between {-spatial} and {spatial - 1} for {spatial} spatial axes, got {spatial_axis}; "
-            "it counts the spatial axes only, without batch and channel."
+            f"expected spatial_axis between {-spatial} and {spatial - 1} for {spatial} spatial axes, got {spatial_axis}"
+            "; it counts the spatial axes only, without batch and channel."
         )
     return 2 + spatial_axis % spatial
 
@@ -207,6 +207,6 @@ def _check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
         return
     low, high = (value.item() for value in torch.aminmax(label))
     whole = not label.is_floating_point() or torch.equal(label, label.trunc())
-    if not (0 <= low and high < num_classes and whole):  # NaN fails the comparison
+    if not (low >= 0 and high < num_classes and whole):  # NaN fails the comparison
         got = "NaN" if low != low else f"values from {low} to {high}" + ("" if whole else ", not whole numbers")
         raise ValueError(f"expected a label of {expected}, got {got}; map the label's values first (MapLabelValued).")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def decoder_stages(
             )
     else:
         chosen = _named(features, [stages] if isinstance(stages, str) else list(stages), table)
-    for coarse, fine in zip(chosen[:-1], chosen[1:], strict=True):
+    for coarse, fine in itertools.pairwise(chosen):
         if coarse.node in _ancestors(output, blocked=fine.node):
             raise ValueError(
                 f"expected the features of {coarse.name!r} to reach the output through {fine.name!r} alone, got a way "
@@ -141,7 +142,9 @@ def _search(features: Sequence[Feature], output: Any) -> list[Feature]:
     chain: list[Feature] = []
     for index in reversed(range(len(candidates))):
         feature = candidates[index]
-        followed = any(later.has_parameters and feature.node in _ancestors(later.node) for later in candidates[index + 1 :])
+        followed = any(
+            later.has_parameters and feature.node in _ancestors(later.node) for later in candidates[index + 1 :]
+        )
         coarser = [earlier for earlier in candidates[:index] if _is_coarser(earlier, feature)]
         past = _ancestors(output, blocked=feature.node)
         if followed and coarser and not any(earlier.node in past for earlier in coarser):
@@ -177,7 +180,7 @@ def _numbered(name: str) -> Callable[[nn.Module], list[str]]:
 
     def find(network: nn.Module) -> list[str]:
         before, _, after = name.partition("[i]")
-        return [f"{before}.{index}{after}" for index in range(len(network.get_submodule(before)))]
+        return [f"{before}.{index}{after}" for index, _ in enumerate(network.get_submodule(before).children())]
 
     return find
 
@@ -231,9 +234,7 @@ def _named(features: Sequence[Feature], names: Sequence[str], table: DecoderStag
     return sorted({by_name[name] for name in names}, key=features.index)
 
 
-def _trace(
-    network: nn.Module, in_channels: int, spatial_size: Sequence[int] | None
-) -> tuple[DecoderStages, Any]:
+def _trace(network: nn.Module, in_channels: int, spatial_size: Sequence[int] | None) -> tuple[DecoderStages, Any]:
     """The features of one forward pass that reach the output, and the node of the output in the graph."""
     sizes = [(edge,) * 3 for edge in _SIZES] if spatial_size is None else [tuple(spatial_size)]
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
@@ -340,7 +341,7 @@ def _main() -> None:
         prog="python -m monai_conres.stages",
         description="Show the features of a network's decoder, and which of them attach_conres would gate (*).",
     )
-    parser.add_argument("network", help="an expression, such as \"monai.networks.nets.BasicUNet(in_channels=1)\"")
+    parser.add_argument("network", help='an expression, such as "monai.networks.nets.BasicUNet(in_channels=1)"')
     parser.add_argument("--in-channels", type=int, default=1, help="channels of the image (default 1)")
     parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="spatial size to trace with")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Pictures of slices: masks of reference and predictions as in Fig. 4 of Zhang et al., 2021, residual masks as in Fig. 1.
+"""Pictures of slices: masks of reference and predictions as in Fig. 4 of Zhang et al., 2021, residuals as in Fig. 1.
 
 Everything works without a display. An axis that is not sliced is drawn from left to right or from bottom to top; after
 ``Orientationd("RAS")`` an axial slice has anterior at the top and the patient's right on the right.
@@ -7,9 +7,7 @@ Everything works without a display. An axis that is not sliced is drawn from lef
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from monai.config import NdarrayOrTensor
 from monai.utils import convert_to_numpy, optional_import
 
+from monai_conres.files import atomic_path
 from monai_conres.residual import foreground_masks, residual_mask
 
 _INSTALL = "{}; install it with: pip install 'monai-conres[plot]'"
@@ -86,7 +85,13 @@ def plot_slices(
         _show(row[0], background, window, spacing, axis)
         row[0].set_ylabel(f"slice {number}", fontsize=8)
         for axes, mask in zip(row[1:], colored.values(), strict=False):
-            _show(axes, _overlay(background, window, [_cut(channel, axis, number) for channel in mask]), None, spacing, axis)
+            _show(
+                axes,
+                _overlay(background, window, [_cut(channel, axis, number) for channel in mask]),
+                None,
+                spacing,
+                axis,
+            )
         for axes, gray in zip(row[1 + len(colored) :], grays.values(), strict=True):
             _show(axes, _cut(gray, axis, number), (0, 1), spacing, axis)
     for axes, title in zip(grid[0], ["image", *colored, *grays], strict=True):
@@ -139,7 +144,9 @@ def plot_residuals(
         overlay = _overlay(background, window, [_cut(mask, axis, number) for mask in masks])
         _show(grid[1][column], overlay, None, spacing, axis)
         # in the colors of the classes, on black
-        changes = _overlay(np.zeros_like(background), (0, 1), [_cut(mask, axis, number) for mask in residual], opacity=1.0)
+        changes = _overlay(
+            np.zeros_like(background), (0, 1), [_cut(mask, axis, number) for mask in residual], opacity=1.0
+        )
         _show(grid[2][column], changes, None, spacing, axis)
         grid[0][column].set_title(f"slice {number}", fontsize=9)
     for row, name in zip(grid, ("image", "mask", "residual mask"), strict=True):
@@ -156,17 +163,8 @@ def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 150) -> N
         path: name of the file; folders on the way are made.
         dpi: dots per inch.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png.tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            figure.savefig(file, format="png", dpi=dpi)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def _channels(array: NdarrayOrTensor, size: tuple[int, ...]) -> np.ndarray:
@@ -185,7 +183,9 @@ def _spatial(image: NdarrayOrTensor) -> np.ndarray:
     volume = convert_to_numpy(image)
     volume = volume[0] if volume.ndim == 4 else volume
     if volume.ndim != 3:
-        raise ValueError(f"expected an image of shape (c, d, h, w) or (d, h, w), got {volume.shape}; take one of a batch.")
+        raise ValueError(
+            f"expected an image of shape (c, d, h, w) or (d, h, w), got {volume.shape}; take one of a batch."
+        )
     return volume.astype(np.float32)
 
 
@@ -202,7 +202,7 @@ def _spread_slices(mask: np.ndarray | None, size: tuple[int, ...], axis: int, co
     """Numbers of slices, evenly spread over those where the mask is not empty."""
     candidates = np.arange(size[axis])
     if mask is not None and mask.any():
-        candidates = candidates[mask.any(axis=0).any(axis=tuple(other for other in range(3) if other != axis))]
+        candidates = candidates[np.any(mask, axis=(0, *(1 + other for other in range(3) if other != axis)))]
     count = min(count, len(candidates))
     return [int(candidates[round((2 * i + 1) * len(candidates) / (2 * count) - 0.5)]) for i in range(count)]
 
@@ -241,9 +241,7 @@ def _figure(
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
-def _show(
-    axes: Axes, picture: np.ndarray, window: Sequence[float] | None, spacing: Sequence[float], axis: int
-) -> None:
+def _show(axes: Axes, picture: np.ndarray, window: Sequence[float] | None, spacing: Sequence[float], axis: int) -> None:
     """Draw one slice in its true proportions."""
     horizontal, vertical = (spacing[other] for other in range(3) if other != axis)
     low, high = (None, None) if window is None else window

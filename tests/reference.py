@@ -1,5 +1,5 @@
-"""Naive references, in float64 numpy, written from the equations: loops over slices and voxels' formulas, nothing shared
-with the package."""
+"""Naive references, in float64 numpy, written from the equations: loops over slices, nothing shared with
+the package."""
 
 from __future__ import annotations
 

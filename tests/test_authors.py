@@ -62,7 +62,9 @@ def test_first_convolution_of_another_number_of_modalities():
     assert torch.equal(convert_authors_state_dict({"conv_1_32.0.weight": weight})["encoder.0.0.weight"], weight)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "layer5.0.conv1.weight", "seg_x8.0.conv_seg.weight", "seg_x2.0.conv.weight"])
+@pytest.mark.parametrize(
+    "key", ["state_dict", "layer5.0.conv1.weight", "seg_x8.0.conv_seg.weight", "seg_x2.0.conv.weight"]
+)
 def test_other_keys_are_refused(key):
     with pytest.raises(ValueError, match=f"expected the keys of the authors' network.*{key}"):
         convert_authors_state_dict({key: torch.zeros(1)})

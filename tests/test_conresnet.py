@@ -44,7 +44,9 @@ def multiply_adds_by_hand(channels, mapping: bool, voxels: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("mapping", "live", "billions"), [(True, 19_018_732, 537.516), (False, 18_783_715, 453.181)], ids=["ConResNet", "baseline"]
+    ("mapping", "live", "billions"),
+    [(True, 19_018_732, 537.516), (False, 18_783_715, 453.181)],
+    ids=["ConResNet", "baseline"],
 )
 def test_size_is_the_paper_s(mapping, live, billions):
     for network in (
@@ -71,10 +73,12 @@ def test_baseline_is_the_segmentation_path_of_the_network_without_attention():
     torch.manual_seed(0)
     mapping, baseline = small_network(attention=False), small_network(mapping=False, attention=False)
     missing, unexpected = baseline.load_state_dict(mapping.state_dict(), strict=False)
-    assert not missing and all(key.startswith("residual_decoder.") for key in unexpected)
+    assert not missing
+    assert all(key.startswith("residual_decoder.") for key in unexpected)
     image = torch.randn(1, 2, 8, 12, 5)
     got = baseline(image)
-    assert isinstance(got, ConResOutput) and got.residuals == ()
+    assert isinstance(got, ConResOutput)
+    assert got.residuals == ()
     torch.testing.assert_close(got.segmentation, mapping(image).segmentation)
 
 
@@ -181,7 +185,8 @@ def test_sigmoids_are_not_saturated_at_initialization(seed):
 def test_authors_setting_is_the_default_but_for_scaling_and_corners():
     network = ConResNet.authors(1, 2)
     assert not any(m.gain != 1 for m in network.modules() if isinstance(m, WeightStandardizedConv3d))
-    assert network.align_corners and network.residual_decoder.align_corners
+    assert network.align_corners
+    assert network.residual_decoder.align_corners
     assert network.residual_decoder.spatial_axis == 0
 
 

@@ -51,7 +51,9 @@ def test_heads_are_fine_to_coarse_and_linear():
         torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("in_channels", "channels", "out_channels"), [(1, (), 1), (0, (8,), 1), (1, (8, 0), 1), (1, (8,), 0)])
+@pytest.mark.parametrize(
+    ("in_channels", "channels", "out_channels"), [(1, (), 1), (0, (8,), 1), (1, (8, 0), 1), (1, (8,), 0)]
+)
 def test_channels_must_be_positive(in_channels, channels, out_channels):
     with pytest.raises(ValueError, match="expected positive numbers of channels and at least one scale"):
         ConResDecoder(in_channels, channels, out_channels)

@@ -167,7 +167,9 @@ def test_softmax_loss(random, to_onehot_y):
     onehot = np.concatenate([classes == c for c in range(4)], axis=1).astype(np.float32)
     segmentation, logits = random.normal(0, 2, (2, 4, *SIZE)), heads(random, 3)
     output = ConResOutput(torch.from_numpy(segmentation), tuple(map(torch.from_numpy, logits)))
-    got = ConResLoss(softmax=True, to_onehot_y=to_onehot_y)(output, torch.from_numpy(classes if to_onehot_y else onehot))
+    got = ConResLoss(softmax=True, to_onehot_y=to_onehot_y)(
+        output, torch.from_numpy(classes if to_onehot_y else onehot)
+    )
     expected = reference.multiclass_segmentation_loss(segmentation, classes)
     expected += reference.residual_loss(logits, onehot[:, 1:], 4, 0.5, 1.0)
     assert got.item() == pytest.approx(expected, rel=1e-5)
@@ -248,7 +250,7 @@ def test_residual_loss_errors_of_class_indices():
         ContextResidualLoss(to_onehot_y=True)(torch.zeros(1, 2, *SIZE), torch.arange(5).view(1, 1, 5, 1, 1))
     with pytest.raises(ValueError, match="one of to_onehot_y=True and include_background=False"):
         ContextResidualLoss(to_onehot_y=True, include_background=False)
-    with pytest.raises(ValueError, match="got none.*mapping=False"):
+    with pytest.raises(ValueError, match=r"got none.*mapping=False"):
         ContextResidualLoss()((), torch.zeros(1, 2, *SIZE))
     with pytest.raises(ValueError, match="spatial_axis between -3 and 2"):
         ContextResidualLoss(spatial_axis=3)(torch.zeros(1, 2, *SIZE), torch.zeros(1, 2, *SIZE))
@@ -264,7 +266,9 @@ def test_joint_loss_errors():
     loss = ConResLoss(softmax=True, to_onehot_y=True)
     label = torch.zeros(1, 1, *SIZE)
     segmentation = torch.zeros(1, 3, *SIZE)
-    with pytest.raises(ValueError, match=r"expected 2 residual channels.*got 3.*residual_channels=2 \(out_channels - 1"):
+    with pytest.raises(
+        ValueError, match=r"expected 2 residual channels.*got 3.*residual_channels=2 \(out_channels - 1"
+    ):
         loss(ConResOutput(segmentation, (segmentation,)), label)
     with pytest.raises(ValueError, match=r"expected a label of shape \(1, 1, 5, 6, 8\).*got \(1, 1, 5, 6, 4\)"):
         loss(segmentation, label[..., :4])
@@ -280,9 +284,9 @@ def test_joint_loss_errors():
 
 @pytest.mark.parametrize("wrap", [lambda loss: loss, DeepSupervisionLoss])
 def test_contradicting_activations(wrap):
-    with pytest.raises(ValueError, match="sigmoid=True, as the flags here, got .* with softmax=True"):
+    with pytest.raises(ValueError, match=r"sigmoid=True, as the flags here, got .* with softmax=True"):
         ConResLoss(wrap(DiceCELoss(softmax=True)), sigmoid=True)
-    with pytest.raises(ValueError, match="softmax=True, as the flags here, got .* with sigmoid=True"):
+    with pytest.raises(ValueError, match=r"softmax=True, as the flags here, got .* with sigmoid=True"):
         ConResLoss(wrap(DiceCELoss(sigmoid=True)), softmax=True)
 
 

@@ -118,7 +118,9 @@ def test_lists_and_several_calls_and_reductions():
     metric([blob(1)[0], blob(2)[0]], [blob(1)[0], blob(1)[0]])
     metric(blob(3).bool(), blob(3).to(torch.uint8))
     buffer = metric.get_buffer()
-    assert buffer.shape == (3, 1) and buffer[0] == buffer[2] == 1 and buffer[1] < 1
+    assert buffer.shape == (3, 1)
+    assert buffer[0] == buffer[2] == 1
+    assert buffer[1] < 1
     assert metric.aggregate("mean").item() == pytest.approx(buffer.mean().item())
     torch.testing.assert_close(metric.aggregate("none"), buffer)
 

@@ -122,7 +122,11 @@ def test_ten_times_faster_than_straightforward_numpy():
         (torch.full((1, 1, 4), float("nan")), {}, "got NaN"),
         (torch.full((1, 1, 4), -1), {"num_classes": 3}, "class indices from 0 to 2, got values from -1 to -1"),
         (torch.full((1, 1, 4), 3), {"num_classes": 3}, "class indices from 0 to 2, got values from 3 to 3"),
-        (torch.zeros(1, 2, 4), {"num_classes": 3}, r"class indices of shape \(b, 1, \*spatial\).*got shape \(1, 2, 4\)"),
+        (
+            torch.zeros(1, 2, 4),
+            {"num_classes": 3},
+            r"class indices of shape \(b, 1, \*spatial\).*got shape \(1, 2, 4\)",
+        ),
         (torch.zeros(1, 1, 4), {"num_classes": 1}, "num_classes of 2 or more"),
         (torch.zeros(1, 1, 4), {"include_background": False}, "one-hot label of 2 or more channels"),
     ],
@@ -134,7 +138,9 @@ def test_residual_mask_errors(label, arguments, message):
 
 def test_restore_mask_errors():
     residual = torch.zeros(1, 1, 3, 4, 5)
-    with pytest.raises(ValueError, match=r"first_slice of shape \(1, 1, 3, 1, 5\).*got \(1, 1, 1, 4, 5\).*narrow\(3, 0, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"first_slice of shape \(1, 1, 3, 1, 5\).*got \(1, 1, 1, 4, 5\).*narrow\(3, 0, 1\)"
+    ):
         restore_mask(residual[:, :, :1], residual, spatial_axis=1)
     with pytest.raises(ValueError, match="zeros and ones"):
         restore_mask(residual[..., :1] + 2, residual)

@@ -31,13 +31,15 @@ def test_residual_mask_keeps_the_type(classes, axis, dtype):
     transform = ResidualMask(num_classes=3, spatial_axis=axis)
     label = classes.astype(dtype)
     got = transform(label)
-    assert isinstance(got, np.ndarray) and got.dtype == dtype
+    assert isinstance(got, np.ndarray)
+    assert got.dtype == dtype
     np.testing.assert_array_equal(got, expected_mask(classes, axis + 1))
     tensor = transform(torch.from_numpy(label))
     assert type(tensor) is torch.Tensor
     np.testing.assert_array_equal(tensor.numpy(), got)
     meta = transform(MetaTensor(torch.from_numpy(label), affine=AFFINE, meta={"filename_or_obj": "case"}))
-    assert isinstance(meta, MetaTensor) and meta.dtype == tensor.dtype
+    assert isinstance(meta, MetaTensor)
+    assert meta.dtype == tensor.dtype
     torch.testing.assert_close(meta.affine, AFFINE)
     assert meta.meta["filename_or_obj"] == "case"
     np.testing.assert_array_equal(meta.numpy(), got)
@@ -56,7 +58,8 @@ def test_dictionary_transforms_add_a_key_and_leave_the_others(classes):
     data = {"image": np.float32([[[1, 4, 2]]]), "label": classes, "name": "case"}
     result = Compose([ResidualMaskd("label", num_classes=3), InterSliceResiduald("image", new_key_prefix="d_")])(data)
     assert set(result) == {"image", "label", "name", "residual_label", "d_image"}
-    assert result["label"] is classes and "residual_label" not in data
+    assert result["label"] is classes
+    assert "residual_label" not in data
     np.testing.assert_array_equal(result["residual_label"], expected_mask(classes))
     np.testing.assert_array_equal(result["d_image"], [[[0, 3, 2]]])
     assert set(ResidualMaskd(["label", "seg"], num_classes=3, allow_missing_keys=True)({"label": classes})) == {

@@ -64,7 +64,9 @@ def test_rows_columns_and_kinds_of_mask(image, label):
     panels = pictures(figure)
     assert len(panels) == 8
     np.testing.assert_allclose(panels[1], panels[2])
-    assert panels[3][5, 4] == 0.25 and panels[3].sum() == 0.25 and panels[7].sum() == 0
+    assert panels[3][5, 4] == 0.25
+    assert panels[3].sum() == 0.25
+    assert panels[7].sum() == 0
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["edema", "core"]
 
 
@@ -97,7 +99,7 @@ def test_the_file_is_a_picture_and_appears_whole(image, label, tmp_path):
     before = path.read_bytes()
 
     def fail(*args, **kwargs):
-        args[0].write(b"half of it")
+        args[0].write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     figure.savefig = fail

@@ -1,0 +1,47 @@
+# make demo [DATA=folder] [OUT=folder]   make test   make docs   make format   make clean
+PYTHON ?= python3
+OUT ?= demo
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs format clean
+
+help:
+	@echo "make demo            train the baseline and ConResNet on phantoms, compare them (results in $(OUT)/)"
+	@echo "make demo DATA=dir   the same on a data set in Medical Segmentation Decathlon layout"
+	@echo "make test            format, lint, spelling, types, documentation, tests"
+	@echo "make docs            documentation into docs/_build"
+	@echo "make format          mend what the format and lint checks would find"
+	@echo "make clean           remove what the others made"
+
+demo: $(VENV)/.examples
+	$(RUN) examples/quickstart.py --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
+
+test: $(VENV)/.test docs
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m codespell_lib
+	$(RUN) -m mypy
+	$(RUN) -m pytest
+
+docs: $(VENV)/.test
+	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build
+
+format: $(VENV)/.test
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The environment is complete when its mark is there, and made anew when it is not.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit("expected Python 3.10 or newer, got %d.%d; try make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(VENV)/.examples $(VENV)/.test: $(VENV)/.%: $(VENV)/.python setup.cfg pyproject.toml constraints.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	$(if $(filter test,$*),$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps dynamic-network-architectures==0.4.4)
+	touch $@

@@ -1,0 +1,25 @@
+"""Names that the examples in docstrings take for granted, and where the tests find real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace):
+    torch.manual_seed(0)
+    doctest_namespace.update(np=np, torch=torch, nn=torch.nn)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """A folder with Decathlon data sets: the environment variable MONAI_CONRES_DATA, or ``../shared/data``."""
+    folder = Path(os.environ.get("MONAI_CONRES_DATA", Path(__file__).parent.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real data here; set MONAI_CONRES_DATA to a folder with Task04_Hippocampus")
+    return folder

@@ -1,0 +1,224 @@
+"""Train the paper's baseline and ConResNet on the same data, compare them, and draw what they see.
+
+    python examples/quickstart.py                    # on phantoms, which it makes itself
+    python examples/quickstart.py --data FOLDER      # on any data set in Medical Segmentation Decathlon layout
+
+The one difference between the two networks is context residual learning: ``mapping`` and ``attention``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+
+import torch
+from monai.data import CacheDataset, DataLoader
+from monai.inferers import SlidingWindowInferer
+from monai.networks import one_hot
+from monai.transforms import (
+    Compose,
+    EnsureTyped,
+    LoadImaged,
+    NormalizeIntensityd,
+    Orientationd,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandScaleIntensityd,
+    SpatialPadd,
+)
+from monai.utils import set_determinism
+from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils.data import RandomSampler
+from tqdm import tqdm
+
+from monai_conres import BratsDiceMetric, BratsHausdorffDistanceMetric, ConResLoss, ConResNet, residual_mask
+from monai_conres.datasets import check_voxels, read_decathlon, training_plan
+from monai_conres.files import atomic_path
+from monai_conres.phantom import write_phantom_dataset
+from monai_conres.visualize import plot_slices, save_figure
+
+NETWORKS = {
+    "baseline": {"mapping": False, "attention": False},
+    "ConResNet": {"mapping": True, "attention": True, "eval_residual": True},
+}
+KEYS = ("image", "label")
+PREPARE = [
+    LoadImaged(KEYS, ensure_channel_first=True),
+    Orientationd(KEYS, axcodes="RAS", labels=None),  # the last axis now has the axial slices, spatial_axis=-1
+    NormalizeIntensityd("image", nonzero=True, channel_wise=True),
+    EnsureTyped(KEYS, dtype=(torch.float32, torch.uint8)),
+]
+
+
+def augmentations(patch: tuple[int, ...]) -> list:
+    """What is done anew each time a case is drawn."""
+    return [
+        SpatialPadd(KEYS, spatial_size=patch),
+        RandCropByPosNegLabeld(KEYS, label_key="label", spatial_size=patch, pos=2, neg=1),
+        RandFlipd(KEYS, prob=0.5, spatial_axis=0),
+        RandScaleIntensityd("image", factors=0.1, prob=0.5),
+    ]
+
+
+def train(network: ConResNet, dataset: CacheDataset, options: argparse.Namespace, title: str) -> float:
+    """Train a network; the seconds it took."""
+    set_determinism(options.seed)  # the same patches in the same order for each network
+    draws = RandomSampler(dataset, replacement=True, num_samples=options.iterations * options.batch_size)
+    loader = DataLoader(dataset, batch_size=options.batch_size, sampler=draws)
+    loss_function = ConResLoss(softmax=True, to_onehot_y=True)
+    optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
+    schedule = PolynomialLR(optimizer, total_iters=options.iterations, power=0.9)
+    network.train()
+    start = time.perf_counter()
+    with tqdm(loader, desc=f"train {title}") as progress:
+        for batch in progress:
+            image, label = (batch[key].to(options.device) for key in KEYS)
+            loss = loss_function(network(image), label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def predict(
+    network: ConResNet, image: torch.Tensor, patch: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Class indices of one case, and the probabilities of its residual masks where the network predicts them."""
+    inferer = SlidingWindowInferer(patch, sw_batch_size=2, overlap=0.25, mode="gaussian")
+    output = inferer(image, network.eval())
+    segmentation, residual = output if isinstance(output, tuple) else (output, None)
+    return segmentation.argmax(1, keepdim=True), None if residual is None else residual.sigmoid()
+
+
+def evaluate(
+    network: ConResNet, dataset: CacheDataset, classes: tuple[str, ...], patch: tuple[int, ...], title: str, device: str
+) -> list[dict]:
+    """One row of values for each case."""
+    dice, distance = BratsDiceMetric(), BratsHausdorffDistanceMetric()
+    rows = []
+    for case in tqdm(dataset, desc=f"evaluate {title}"):
+        reference = case["label"][None].as_tensor()
+        image = case["image"][None].as_tensor().to(device)
+        start = time.perf_counter()
+        predicted, residual = predict(network, image, patch)
+        predicted = predicted.cpu()
+        seconds = time.perf_counter() - start
+        masks = [one_hot(label, num_classes=len(classes))[:, 1:] for label in (predicted, reference)]
+        row = {"network": title, "case": case["name"], "inference (s)": seconds}
+        for name, value in zip(classes[1:], dice(*masks)[0], strict=True):
+            row[f"Dice {name}"] = value.item()
+        for name, value in zip(classes[1:], distance(*masks, spacing=case["image"].pixdim.tolist())[0], strict=True):
+            row[f"HD95 {name} (mm)"] = value.item()
+        # how well the change from slice to slice is known: that of the segmentation, and that the network predicts
+        changes = [residual_mask(mask) for mask in masks]
+        row["Dice of residual masks (of the segmentation)"] = dice(*changes).mean().item()
+        if residual is not None:
+            predicted_changes = (residual.cpu() > 0.5).float()
+            row["Dice of residual masks (predicted)"] = dice(predicted_changes, changes[1]).mean().item()
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict], totals: dict[str, dict]) -> str:
+    """Means over the cases, a column for each network, in Markdown."""
+    values = {name: dict(totals[name]) for name in totals}
+    for name in totals:
+        own = [row for row in rows if row["network"] == name]
+        for key in [key for key in own[0] if key not in ("network", "case")]:
+            values[name][key] = f"{sum(row[key] for row in own) / len(own):.3f}"
+    names = list(totals)
+    keys = sorted({key for name in names for key in values[name]}, key=list(values[names[-1]]).index)
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    lines += [f"| {key} | {' | '.join(str(values[name].get(key, '-')) for name in names)} |" for key in keys]
+    return "\n".join(lines) + "\n"
+
+
+def main(options: argparse.Namespace) -> None:
+    """Read the data, train and evaluate each network, write everything."""
+    if options.data is None:
+        options.data = options.out / "Task00_Phantom"
+        if not options.data.exists():
+            write_phantom_dataset(options.data)
+    data = read_decathlon(options.data)
+    training, validation = (cases[: options.cases] for cases in data.split(seed=options.seed))
+    for case in tqdm(training + validation, desc="check files"):
+        check_voxels(case)
+    patch, strides = training_plan(
+        data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(options.channels)
+    )
+    print(f"{len(training)} training and {len(validation)} validation cases, patch {patch}, strides {strides}")
+    training_set = CacheDataset(training, Compose(PREPARE + augmentations(patch)), progress=False)
+    validation_set = CacheDataset(validation, Compose(PREPARE), progress=False)
+
+    networks, rows, totals = {}, [], {}
+    for title, parts in NETWORKS.items():
+        set_determinism(options.seed)
+        network = ConResNet(
+            data.channels,
+            len(data.classes),
+            residual_channels=len(data.classes) - 1,  # the background has no residual
+            channels=options.channels,
+            strides=strides,
+            blocks=(1,) * (len(options.channels) + 1),
+            **parts,
+        ).to(options.device)
+        seconds = train(network, training_set, options, title)
+        rows += evaluate(network, validation_set, data.classes, patch, title, options.device)
+        totals[title] = {
+            "parameters": f"{sum(parameter.numel() for parameter in network.parameters()):,}",
+            "training (s)": f"{seconds:.0f}",
+        }
+        networks[title] = network
+        with atomic_path(options.out / f"{title}.pt") as temporary:
+            torch.save(network.state_dict(), temporary)
+
+    with atomic_path(options.out / "cases.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with atomic_path(options.out / "table.md") as temporary:
+        temporary.write_text(table(rows, totals))
+    for case in list(validation_set)[:2]:
+        image = case["image"][None].as_tensor().to(options.device)
+        predictions = {title: predict(network, image, patch) for title, network in networks.items()}
+        figure = plot_slices(
+            case["image"],
+            {"reference": case["label"]} | {title: labels[0].cpu() for title, (labels, _) in predictions.items()},
+            residuals={
+                "residual": residual_mask(case["label"][None], num_classes=len(data.classes))[0],
+                "residual, predicted": predictions["ConResNet"][1][0].cpu(),
+            },
+            class_names=data.classes[1:],
+            spacing=case["image"].pixdim.tolist(),
+        )
+        save_figure(figure, options.out / f"{case['name']}.png")
+    print((options.out / "table.md").read_text())
+    print(f"Pictures, weights and the table are in {options.out}")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with dataset.json; phantoms are made without one")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
+    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--channels", type=int, nargs="+", default=(8, 16, 32, 64), help="of each resolution")
+    parser.add_argument("--max-voxels", type=int, default=48 * 56 * 40, help="of a training patch, roughly")
+    parser.add_argument("--cases", type=int, help="use at most so many cases for training and for validation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except ValueError as error:  # the data or an argument: the message says what to do
+        sys.exit(f"error: {error}")

@@ -1,0 +1,194 @@
+"""Folders in the layout of the Medical Segmentation Decathlon: read, checked, split, and a plan to train on them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.data import load_decathlon_datalist, partition_dataset
+from monai.utils import optional_import
+
+nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
+
+__all__ = ["DecathlonDatalist", "check_voxels", "read_decathlon", "training_plan"]
+
+
+@dataclass(frozen=True)
+class DecathlonDatalist:
+    """What a data set consists of.
+
+    Attributes:
+        cases: names of the files of each case, ``{"image": ..., "label": ...}``, as MONAI's dictionary transforms take
+            them, together with the ``"name"`` of the case.
+        channels: number of channels of the images.
+        classes: names of the classes, the background first.
+        shape: median number of voxels along each axis.
+        spacing: median size of a voxel along each axis, in mm.
+        folds: names of the validation cases of each fold, from ``splits_final.json``; empty without such a file.
+    """
+
+    cases: list[dict[str, str]]
+    channels: int
+    classes: tuple[str, ...]
+    shape: tuple[float, ...]
+    spacing: tuple[float, ...]
+    folds: list[set[str]]
+
+    def split(
+        self, fold: int = 0, *, folds: int = 5, seed: int = 0
+    ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """Training and validation cases of one fold: nnU-Net's where the data set has them, else seeded ones.
+
+        Args:
+            fold: number of the fold, from 0.
+            folds: how many parts to make, where the data set has no folds of its own.
+            seed: seed of these.
+
+        Raises:
+            ValueError: when there is no such fold.
+        """
+        parts = self.folds or [
+            {case["name"] for case in part}
+            for part in partition_dataset(
+                self.cases, num_partitions=min(folds, len(self.cases)), shuffle=True, seed=seed
+            )
+        ]
+        if not 0 <= fold < len(parts):
+            raise ValueError(f"expected a fold from 0 to {len(parts) - 1}, got {fold}.")
+        held_out = parts[fold]
+        training = [case for case in self.cases if case["name"] not in held_out]
+        return training, [case for case in self.cases if case["name"] in held_out]
+
+
+def read_decathlon(folder: str | os.PathLike) -> DecathlonDatalist:
+    """Read the list of training cases of a data set in the layout of the Medical Segmentation Decathlon.
+
+    The headers of all files are looked at; :func:`check_voxels` looks at the rest.
+
+    Args:
+        folder: the folder with ``dataset.json``. nnU-Net's ``splits_final.json`` beside it is optional.
+
+    Raises:
+        ValueError: when ``dataset.json`` or a file it names is missing or cannot be read, or image and label have
+            different sizes. The error names the file.
+
+    Example:
+        >>> import tempfile
+        >>> from monai_conres.phantom import write_phantom_dataset
+        >>> folder = Path(tempfile.mkdtemp(), "Task00_Phantom")
+        >>> write_phantom_dataset(folder, cases=3, size=(12, 14, 10))
+        >>> data = read_decathlon(folder)
+        >>> data.channels, data.classes, data.shape
+        (4, ('background', 'edema', 'necrosis', 'enhancing tumor'), (12.0, 14.0, 10.0))
+        >>> [len(cases) for cases in data.split(0, folds=3)]
+        [2, 1]
+    """
+    folder = Path(folder)
+    file = folder / "dataset.json"
+    if not file.is_file():
+        raise ValueError(
+            f"expected a data set in the layout of the Medical Segmentation Decathlon, found no {file}; it lists the "
+            "files of the cases, their modalities and labels."
+        )
+    try:
+        description = json.loads(file.read_text())
+        labels = description["labels"]
+        cases = load_decathlon_datalist(str(file), data_list_key="training")
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"expected {file} to list 'training' and 'labels', got an error: {error!r}.") from error
+    shapes, spacings, channels = [], [], set()
+    for case in cases:
+        image, label = (_header(case[key]) for key in ("image", "label"))
+        if image.get_data_shape()[:3] != label.get_data_shape()[:3]:
+            raise ValueError(
+                f"expected image and label of the same size, got {image.get_data_shape()[:3]} in {case['image']} and "
+                f"{label.get_data_shape()[:3]} in {case['label']}; take the case out of {file} or mend it."
+            )
+        case["name"] = Path(case["image"]).name.removesuffix(".gz").removesuffix(".nii")
+        shapes.append(image.get_data_shape()[:3])
+        spacings.append(image.get_zooms()[:3])
+        channels.add(image.get_data_shape()[3] if len(image.get_data_shape()) > 3 else 1)
+    if len(channels) != 1:
+        raise ValueError(f"expected one number of channels in all images of {file}, got {sorted(channels)}.")
+    splits = folder / "splits_final.json"
+    folds = [set(split["val"]) for split in json.loads(splits.read_text())] if splits.is_file() else []
+    return DecathlonDatalist(
+        cases=cases,
+        channels=channels.pop(),
+        classes=tuple(labels[key] for key in sorted(labels, key=int)),
+        shape=tuple(np.median(shapes, axis=0).tolist()),
+        spacing=tuple(round(float(edge), 4) for edge in np.median(spacings, axis=0)),
+        folds=folds,
+    )
+
+
+def check_voxels(case: Mapping[str, str]) -> None:
+    """Read the files of one case to their ends: a download that broke off has a good header, too.
+
+    Args:
+        case: one of the cases of a :class:`DecathlonDatalist`.
+
+    Raises:
+        ValueError: when a file cannot be read, or a label has values that are no whole numbers. It names the file.
+    """
+    for key in ("image", "label"):
+        try:
+            voxels = np.asanyarray(nib.load(case[key]).dataobj)
+        except Exception as error:
+            raise ValueError(f"expected a NIfTI file, cannot read {case[key]} ({error}); fetch it again.") from error
+        if not np.isfinite(voxels).all() or (key == "label" and (voxels % 1).any()):
+            expected = "whole numbers" if key == "label" else "finite intensities"
+            raise ValueError(f"expected {expected} in {case[key]}, got others; mend the file or take the case out.")
+
+
+def training_plan(
+    shape: Sequence[float], spacing: Sequence[float], *, max_voxels: int, levels: int = 4
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Patch size and strides for volumes of some shape and spacing, in nnU-Net's manner.
+
+    An axis is down-sampled where its voxels are not yet longer than twice the shortest ones, so thick slices are left
+    alone until the plane has caught up. The patch is of about the same length in mm along every axis.
+
+    Args:
+        shape: usual number of voxels along each axis.
+        spacing: usual size of a voxel along each axis, in mm.
+        max_voxels: size of the patch, in voxels, roughly.
+        levels: number of resolutions of the network.
+
+    Returns:
+        The patch size, and the strides between the resolutions.
+
+    Example:
+        >>> training_plan((256, 256, 37), (1.25, 1.25, 7.7), max_voxels=64 * 64 * 32)
+        ((96, 96, 16), ((2, 2, 1), (2, 2, 1), (2, 2, 2)))
+    """
+    edges = np.asarray(spacing, dtype=float)
+    voxels = np.asarray(shape, dtype=float)
+    strides = []
+    for _ in range(levels - 1):
+        stride = np.where((edges < 2 * edges.min()) & (voxels >= 8), 2, 1)
+        strides.append(tuple(stride.tolist()))
+        edges, voxels = edges * stride, voxels / stride
+    length = max(np.multiply(shape, spacing))  # mm
+    while np.prod(np.minimum(shape, length / np.asarray(spacing))) > max_voxels:
+        length *= 0.98
+    multiple = np.prod(strides, axis=0)
+    patch = np.ceil(np.minimum(shape, length / np.asarray(spacing)) / multiple - 0.25) * multiple
+    return tuple(int(size) for size in np.maximum(patch, multiple)), tuple(strides)
+
+
+def _header(file: str) -> Any:
+    """The header of a NIfTI file."""
+    if not Path(file).is_file():
+        raise ValueError(
+            f"expected the file {file}, which dataset.json names, but it is missing; fetch the data again."
+        )
+    try:
+        return nib.load(file).header
+    except Exception as error:
+        raise ValueError(f"expected a NIfTI file, cannot read {file} ({error}); fetch it again.") from error

@@ -1,0 +1,42 @@
+"""Files and folders that are there complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["atomic_path"]
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path to write a file or make a folder at; it gets its name when the block ends without an error.
+
+    A file of that name is replaced, a folder of that name is an error. Folders on the way are made.
+
+    Args:
+        path: name of the file or folder.
+
+    Raises:
+        OSError: when ``path`` is a folder already and has something in it.
+
+    Example:
+        >>> folder = tempfile.mkdtemp()
+        >>> with atomic_path(f"{folder}/table.md") as temporary:
+        ...     _ = temporary.write_text("complete")
+        >>> os.listdir(folder)
+        ['table.md']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        temporary = work / path.name  # the ending tells many writers the format
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(work)
