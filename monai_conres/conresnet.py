@@ -40,6 +40,7 @@ class ConResNet(nn.Module):
         act: MONAI's name of an activation layer, or ``(name, arguments)``.
         dropout: probability of dropping a channel of the encoder's output while training.
         fan_in_scaling: see :class:`~monai_conres.layers.WeightStandardizedConv3d`.
+        inner_norm: see :class:`ContextResidualModule`.
         align_corners: how features are up-sampled; True in the released code of the authors.
         eval_residual: True makes ``eval()`` return ``(segmentation, residual)``, both logits at full resolution, so
             that sliding-window inference stitches both. An attribute, to be changed at any time.
@@ -54,7 +55,7 @@ class ConResNet(nn.Module):
     Note:
         As in the authors' released code, and unlike the paper's figures, normalization and activation come before
         each convolution. The default setting differs from the released one in well-conditioned weights
-        (``fan_in_scaling``) and ``align_corners``; :meth:`authors` is the released one.
+        (``fan_in_scaling``), ``inner_norm`` and ``align_corners``; :meth:`authors` is the released one.
 
     Example:
         >>> network = ConResNet(4, 3, channels=(8, 16, 32), strides=(2, (2, 2, 1)), blocks=(1, 1, 1, 1))
@@ -82,6 +83,7 @@ class ConResNet(nn.Module):
         act: str | tuple = DEFAULT_ACT,
         dropout: float | str | tuple | None = 0.1,
         fan_in_scaling: bool = True,
+        inner_norm: bool = True,
         align_corners: bool = False,
         eval_residual: bool = False,
     ) -> None:
@@ -122,6 +124,7 @@ class ConResNet(nn.Module):
                 out_channels if residual_channels is None else residual_channels,
                 attention=attention,
                 spatial_axis=spatial_axis,
+                inner_norm=inner_norm,
                 align_corners=align_corners,
                 **unit,
             )
@@ -140,9 +143,8 @@ class ConResNet(nn.Module):
             >>> sum(parameter.numel() for parameter in network.parameters())
             19018732
         """
-        return cls(
-            in_channels, out_channels, spatial_axis=spatial_axis, fan_in_scaling=False, align_corners=True, **kwargs
-        )
+        released: dict[str, Any] = {"fan_in_scaling": False, "inner_norm": False, "align_corners": True}
+        return cls(in_channels, out_channels, spatial_axis=spatial_axis, **released, **kwargs)
 
     def forward(self, image: torch.Tensor) -> ConResOutput | torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Segment ``image``; see the class for what is returned in which mode."""

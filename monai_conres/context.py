@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, NormActConv, WeightStandardizedConv3d
+from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, NormActConv, WeightStandardizedConv3d, norm_layer
 from monai_conres.residual import inter_slice_residual
 
 __all__ = ["ContextResidualModule"]
@@ -34,6 +34,7 @@ class ContextResidualModule(nn.Module):
         norm: MONAI's name of a normalization layer, or ``(name, arguments)``.
         act: MONAI's name of an activation layer, or ``(name, arguments)``.
         fan_in_scaling: see :class:`~monai_conres.layers.WeightStandardizedConv3d`.
+        inner_norm: False leaves out the normalization after the inner convolution of Eq. 5, as the released code does.
 
     Shape:
         ``features`` ``(b, channels, d, h, w)`` and ``residual`` ``(b, width, d, h, w)``, in and out.
@@ -42,9 +43,10 @@ class ContextResidualModule(nn.Module):
         ValueError: when ``attention`` is asked for without ``mapping``: the gate is made from the mapping's output.
 
     Note:
-        The paper draws its "Conv" as convolution, normalization, activation. As in its released code the inner
-        convolution of Eq. 5 is 1x1x1 and bare, and the outer one is preceded by normalization and activation, so that
-        the gate sees values of both signs.
+        The paper's "Conv" is convolution, normalization, activation. As in its released code the outer one of Eq. 5 is
+        preceded by normalization and activation, so that the gate sees values of both signs, and the inner one is
+        1x1x1; that code leaves out its normalization, and then ``G``, a difference of sigmoids, is small beside
+        ``I_res``.
 
     Example:
         >>> module = ContextResidualModule(8)
@@ -66,6 +68,7 @@ class ContextResidualModule(nn.Module):
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
         fan_in_scaling: bool = True,
+        inner_norm: bool = True,
     ) -> None:
         super().__init__()
         check_switches(mapping, attention)
@@ -76,6 +79,7 @@ class ContextResidualModule(nn.Module):
         pointwise: dict[str, Any] = {"kernel_size": 1, "fan_in_scaling": fan_in_scaling}
         if mapping:
             self.inner = WeightStandardizedConv3d(channels, width, **pointwise)
+            self.inner_norm = norm_layer(norm, width) if inner_norm else nn.Identity()
             self.outer = NormActConv(width, width, norm=norm, act=act, fan_in_scaling=fan_in_scaling)
         self.expand = (
             WeightStandardizedConv3d(width, channels, **pointwise) if attention and width != channels else None
@@ -87,7 +91,7 @@ class ContextResidualModule(nn.Module):
         if not self.mapping:
             return features, residual
         difference = inter_slice_residual(features.sigmoid(), spatial_axis=self.spatial_axis)
-        residual = self.outer(self.inner(difference) + residual)
+        residual = self.outer(self.inner_norm(self.inner(difference)) + residual)
         if self.attention:
             gate = (residual if self.expand is None else self.expand(residual)).sigmoid()
             features = features * (1 + (gate if self.strength is None else self.strength * gate))

@@ -151,7 +151,7 @@ def training_plan(
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Patch size and strides for volumes of some shape and spacing, in nnU-Net's manner.
 
-    An axis is down-sampled where its voxels are not yet longer than twice the shortest ones, so thick slices are left
+    An axis is down-sampled while its voxels are shorter than twice the shortest ones, so thick slices are left
     alone until the plane has caught up. The patch is of about the same length in mm along every axis.
 
     Args:
@@ -171,7 +171,8 @@ def training_plan(
     voxels = np.asarray(shape, dtype=float)
     strides = []
     for _ in range(levels - 1):
-        stride = np.where((edges < 2 * edges.min()) & (voxels >= 8), 2, 1)
+        divisible = voxels >= 8  # 4 are left
+        stride = np.where(divisible & (edges < 2 * edges.min(where=divisible, initial=np.inf)), 2, 1)
         strides.append(tuple(stride.tolist()))
         edges, voxels = edges * stride, voxels / stride
     length = max(np.multiply(shape, spacing))  # mm

@@ -58,6 +58,7 @@ class ConResDecoder(nn.Module):
         norm: MONAI's name of a normalization layer, or ``(name, arguments)``.
         act: MONAI's name of an activation layer, or ``(name, arguments)``.
         fan_in_scaling: see :class:`~monai_conres.layers.WeightStandardizedConv3d`.
+        inner_norm: see :class:`ContextResidualModule`.
         align_corners: how features are resampled from scale to scale; True in the released code of the authors.
 
     Raises:
@@ -85,6 +86,7 @@ class ConResDecoder(nn.Module):
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
         fan_in_scaling: bool = True,
+        inner_norm: bool = True,
         align_corners: bool = False,
     ) -> None:
         super().__init__()
@@ -97,7 +99,13 @@ class ConResDecoder(nn.Module):
         self.align_corners = align_corners
         self.attention = attention
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
-        module: dict[str, Any] = {"attention": attention, "zero_init": zero_init, "spatial_axis": spatial_axis, **unit}
+        module: dict[str, Any] = {
+            "attention": attention,
+            "zero_init": zero_init,
+            "spatial_axis": spatial_axis,
+            "inner_norm": inner_norm,
+            **unit,
+        }
         widths = tuple(min(c, width or c) for c in channels)
         self.entries = nn.ModuleList([WeightStandardizedConv3d(in_channels, widths[0], fan_in_scaling=fan_in_scaling)])
         for coarse, fine in itertools.pairwise(widths):

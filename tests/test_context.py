@@ -12,7 +12,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def module_naive(module: ContextResidualModule, features, residual, axis: int):
+def module_naive(module: ContextResidualModule, features, residual, axis: int, inner_norm: bool):
     """Eq. 4-6, slice by slice in numpy; only the convolutions are torch's."""
     activated = sigmoid(features.numpy())
     context = np.zeros_like(activated)
@@ -20,6 +20,8 @@ def module_naive(module: ContextResidualModule, features, residual, axis: int):
     for s in range(moved.shape[0] - 1):
         out[s + 1] = np.abs(moved[s + 1] - moved[s])
     inner = F.conv3d(torch.from_numpy(context), module.inner.standardized_weight())
+    if inner_norm:
+        inner = F.group_norm(inner, 8, module.inner_norm.weight, module.inner_norm.bias)
     summed = inner + residual
     normalized = F.group_norm(summed, 8, module.outer.norm.weight, module.outer.norm.bias)
     output = F.conv3d(normalized.clamp(0), module.outer.conv.standardized_weight(), padding=1).detach().numpy()
@@ -27,11 +29,14 @@ def module_naive(module: ContextResidualModule, features, residual, axis: int):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_module_is_equations_4_to_6(axis):
+@pytest.mark.parametrize("inner_norm", [True, False])
+def test_module_is_equations_4_to_6(axis, inner_norm):
     torch.manual_seed(axis)
-    module = ContextResidualModule(8, spatial_axis=axis).double()
+    module = ContextResidualModule(8, spatial_axis=axis, inner_norm=inner_norm).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)  # norms that are not the identity
     features, residual = torch.randn(2, 2, 8, 4, 5, 6, dtype=torch.float64)
-    expected = module_naive(module, features, residual, axis)
+    expected = module_naive(module, features, residual, axis, inner_norm)
     for got, want in zip(module(features, residual), expected, strict=True):
         np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-9, atol=1e-9)
 

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from monai_conres.datasets import check_voxels, read_decathlon, training_plan
+from monai_conres.phantom import write_phantom_dataset
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=5, size=(12, 14, 10), spacing=(1, 1, 2.5))
+    return tmp_path / "data"
+
+
+def test_read_decathlon(folder):
+    data = read_decathlon(folder)
+    assert [case["name"] for case in data.cases] == [f"phantom_00{i}" for i in range(5)]
+    assert data.channels == 4
+    assert data.classes == ("background", "edema", "necrosis", "enhancing tumor")
+    assert data.shape == (12, 14, 10)
+    assert data.spacing == (1, 1, 2.5)
+    for case in data.cases:
+        check_voxels(case)
+
+
+def test_seeded_folds_are_disjoint_and_complete(folder):
+    data = read_decathlon(folder)
+    parts = [data.split(fold, folds=3, seed=1) for fold in range(3)]
+    for training, validation in parts:
+        names = [case["name"] for case in training + validation]
+        assert sorted(names) == [case["name"] for case in data.cases]
+    held_out = [case["name"] for _, validation in parts for case in validation]
+    assert len(held_out) == len(set(held_out)) == 5
+    assert parts[0] == data.split(0, folds=3, seed=1)
+    assert any(data.split(0, folds=3, seed=seed) != parts[0] for seed in (2, 3, 4))
+    with pytest.raises(ValueError, match="fold from 0 to 2, got 3"):
+        data.split(3, folds=3)
+
+
+def test_folds_of_the_data_set_come_first(folder):
+    splits = [{"train": [], "val": ["phantom_003", "phantom_001"]}]
+    (folder / "splits_final.json").write_text(json.dumps(splits))
+    training, validation = read_decathlon(folder).split(0)
+    assert [case["name"] for case in validation] == ["phantom_001", "phantom_003"]
+    assert len(training) == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "voxels", "patch", "strides"),
+    [
+        ((40, 48, 40), (1, 1, 1), 10**6, (40, 48, 40), ((2, 2, 2),) * 3),
+        ((256, 256, 36), (1.25, 1.25, 7.7), 48 * 56 * 48, (96, 96, 16), ((2, 2, 1), (2, 2, 1), (2, 2, 2))),
+        ((6, 64, 64), (1, 1, 1), 10**6, (6, 64, 64), ((1, 2, 2),) * 3),  # too few voxels to halve
+    ],
+)
+def test_training_plan(shape, spacing, voxels, patch, strides):
+    assert training_plan(shape, spacing, max_voxels=voxels) == (patch, strides)
+
+
+def test_errors_name_the_file(folder):
+    image = folder / "imagesTr" / "phantom_002.nii.gz"
+    label = folder / "labelsTr" / "phantom_002.nii.gz"
+    whole = image.read_bytes()
+
+    image.write_bytes(whole[: len(whole) // 2])  # the header can still be read
+    case = read_decathlon(folder).cases[2]
+    with pytest.raises(ValueError, match=r"cannot read .*imagesTr/phantom_002\.nii\.gz"):
+        check_voxels(case)
+    image.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read .*imagesTr/phantom_002\.nii\.gz"):
+        read_decathlon(folder)
+    image.unlink()
+    with pytest.raises(ValueError, match=r"imagesTr/phantom_002\.nii\.gz.*missing"):
+        read_decathlon(folder)
+
+    image.write_bytes(whole)
+    nib.save(nib.Nifti1Image(np.zeros((12, 14, 9), np.uint8), np.eye(4)), label)
+    with pytest.raises(
+        ValueError, match=r"same size, got .*12, 14, 10.* in .*phantom_002.* and .*12, 14, 9.*phantom_002"
+    ):
+        read_decathlon(folder)
+    nib.save(nib.Nifti1Image(np.full((12, 14, 10), 0.5, np.float32), np.eye(4)), label)
+    with pytest.raises(ValueError, match=r"whole numbers in .*labelsTr/phantom_002"):
+        check_voxels(read_decathlon(folder).cases[2])
+
+    (folder / "dataset.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"dataset\.json to list 'training' and 'labels'"):
+        read_decathlon(folder)
+    (folder / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match=r"dataset\.json to list"):
+        read_decathlon(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"found no .*dataset\.json"):
+        read_decathlon(folder)
+
+
+def test_real_data(real_data):
+    hippocampus = read_decathlon(real_data / "Task04_Hippocampus")
+    assert len(hippocampus.cases) == 260
+    assert hippocampus.classes == ("background", "Anterior", "Posterior")
+    assert [[len(part) for part in hippocampus.split(fold)] for fold in range(5)] == [[208, 52]] * 5
+    thick = read_decathlon(real_data / "CHAOS_T2SPIR")
+    assert thick.spacing == (1.25, 1.25, 7.7)
+    assert thick.channels == 1

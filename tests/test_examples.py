@@ -1,0 +1,71 @@
+"""The scripts of examples/, run as a user would, on little."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from monai_conres import ConResNet
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = ("--iterations", "3", "--channels", "8", "8", "16", "--max-voxels", "8000")
+
+
+def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def table(text: str) -> dict[str, list[str]]:
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].strip(): [value.strip() for value in row[1:]] for row in rows}
+
+
+def check_quickstart(out: Path, result: subprocess.CompletedProcess, cases: int, pictures: int) -> None:
+    assert result.returncode == 0, result.stderr[-3000:]
+    text = (out / "table.md").read_text()
+    assert text in result.stdout
+    values = table(text)
+    rows = list(csv.DictReader((out / "cases.csv").open()))
+    assert len(rows) == 2 * cases
+    for key in [key for key in rows[0] if key.startswith(("Dice", "HD95")) and "predicted" not in key]:
+        for column, network in enumerate(("baseline", "ConResNet")):
+            mean = sum(float(row[key]) for row in rows if row["network"] == network) / cases
+            assert float(values[key][column]) == pytest.approx(mean, abs=5e-4)
+            assert mean >= 0
+    parameters = [int(value.replace(",", "")) for value in values["parameters"]]
+    assert 0 < parameters[0] < parameters[1]
+    files = list(out.glob("*.png"))
+    assert len(files) == pictures
+    assert all(imread(file)[..., :3].std() > 0.05 for file in files)
+    assert not list(out.glob(".*"))
+
+
+def test_quickstart_on_phantoms(tmp_path):
+    result = run("quickstart.py", "--out", tmp_path, "--cases", "2", *SMALL)
+    check_quickstart(tmp_path, result, cases=2, pictures=2)
+    weights = torch.load(tmp_path / "ConResNet.pt", weights_only=True)
+    network = ConResNet(4, 4, residual_channels=3, channels=(8, 8, 16), strides=(2, 2), blocks=(1, 1, 1, 1))
+    network.load_state_dict(weights)
+    assert "predicted" in result.stdout
+
+
+@pytest.mark.parametrize(("task", "classes"), [("Task04_Hippocampus", 2), ("CHAOS_T2SPIR", 4)])
+def test_quickstart_on_real_data(real_data, tmp_path, task, classes):
+    result = run("quickstart.py", "--data", real_data / task, "--out", tmp_path, "--cases", "1", *SMALL)
+    check_quickstart(tmp_path, result, cases=1, pictures=1)
+    assert sum(key.startswith("HD95") for key in table(result.stdout)) == classes
+
+
+def test_quickstart_says_what_is_wrong_with_the_data(tmp_path):
+    result = run("quickstart.py", "--data", tmp_path, "--out", tmp_path / "out")
+    assert result.returncode == 1
+    assert "dataset.json" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
