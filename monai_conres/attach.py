@@ -26,7 +26,7 @@ def attach_conres(
     *,
     residual_channels: int | None = None,
     stages: str | Sequence[str] = "auto",
-    width: int | None = 64,
+    width: int | None = 32,
     attention: bool = True,
     zero_init: bool = False,
     spatial_axis: int = -1,

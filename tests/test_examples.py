@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.image import imread
+from monai.networks import nets
 
 from monai_conres import ConResNet
 
@@ -61,6 +63,37 @@ def test_quickstart_on_real_data(real_data, tmp_path, task, classes):
     result = run("quickstart.py", "--data", real_data / task, "--out", tmp_path, "--cases", "1", *SMALL)
     check_quickstart(tmp_path, result, cases=1, pictures=1)
     assert sum(key.startswith("HD95") for key in table(result.stdout)) == classes
+
+
+def test_attach_unet(tmp_path):
+    dice = {}
+    for name, plain in (("plain", ["--plain"]), ("attached", [])):
+        result = run("attach_unet.py", "--out", tmp_path, "--cases", "2", "--epochs", "1", *plain)
+        assert result.returncode == 0, result.stderr[-3000:]
+        (dice[name],) = re.findall(r"epoch 1: mean Dice (0\.\d+)", result.stdout)
+        weights = torch.load(tmp_path / "network.pt", weights_only=True)
+        assert any(key.startswith("decoder.heads") for key in weights) == (name == "attached")
+    assert dice["plain"] != dice["attached"]
+
+
+def test_attach_cost(tmp_path):
+    """Counts of one network, against the convolutions of the decoder counted by hand."""
+    result = run("benchmarks/attach_cost.py", "--out", tmp_path, "--no-times", "--networks", "SegResNet (16)")
+    assert result.returncode == 0, result.stderr[-3000:]
+    (row,) = csv.DictReader((tmp_path / "attach_cost.csv").open())
+    plain = sum(
+        p.numel() for p in nets.SegResNet(3, 16, 4, 4, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1)).parameters()
+    )
+    assert float(row["parameters (M)"]) == pytest.approx(plain / 1e6, abs=0.005)
+    # features 64, 32, 16; residual path 32, 32, 16: entries, inner, outer, gate of the first, heads
+    per_voxel = [
+        4 * 32 * 27 + 64 * 32 + 32 * 32 * 27 + 32 * 64 + 32 * 3,
+        32 * 32 + 32 * 32 * 27 + 32 * 3,
+        32 * 16 * 27 + 16 * 16 + 16 * 16 * 27 + 16 * 3,
+    ]
+    added = sum(macs * 128**3 / 8**scale for scale, macs in zip((2, 1, 0), per_voxel, strict=True))
+    total = float(row["multiply-adds (1e9)"]) * 1e9
+    assert float(row["multiply-adds, added"].removesuffix(" %")) == pytest.approx(100 * added / total, abs=0.3)
 
 
 def test_quickstart_says_what_is_wrong_with_the_data(tmp_path):
