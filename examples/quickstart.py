@@ -24,9 +24,9 @@ from monai.transforms import (
     LoadImaged,
     NormalizeIntensityd,
     Orientationd,
-    RandCropByPosNegLabeld,
-    RandFlipd,
+    RandCropByLabelClassesd,
     RandScaleIntensityd,
+    RandShiftIntensityd,
     SpatialPadd,
 )
 from monai.utils import set_determinism
@@ -53,13 +53,13 @@ PREPARE = [
 ]
 
 
-def augmentations(patch: tuple[int, ...]) -> list:
+def augmentations(patch: tuple[int, ...], classes: int) -> list:
     """What is done anew each time a case is drawn."""
     return [
         SpatialPadd(KEYS, spatial_size=patch),
-        RandCropByPosNegLabeld(KEYS, label_key="label", spatial_size=patch, pos=2, neg=1),
-        RandFlipd(KEYS, prob=0.5, spatial_axis=0),
-        RandScaleIntensityd("image", factors=0.1, prob=0.5),
+        RandCropByLabelClassesd(KEYS, label_key="label", spatial_size=patch, num_classes=classes),
+        RandScaleIntensityd("image", factors=0.2, prob=0.5),
+        RandShiftIntensityd("image", offsets=0.2, prob=0.5),
     ]
 
 
@@ -154,7 +154,7 @@ def main(options: argparse.Namespace) -> None:
         data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(options.channels)
     )
     print(f"{len(training)} training and {len(validation)} validation cases, patch {patch}, strides {strides}")
-    training_set = CacheDataset(training, Compose(PREPARE + augmentations(patch)), progress=False)
+    training_set = CacheDataset(training, Compose(PREPARE + augmentations(patch, len(data.classes))), progress=False)
     validation_set = CacheDataset(validation, Compose(PREPARE), progress=False)
 
     networks, rows, totals = {}, [], {}
