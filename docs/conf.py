@@ -1,14 +1,13 @@
 """Sphinx configuration: make docs."""
 
-from importlib.metadata import version
+import importlib.metadata
 
 project = "monai_conres"
 author = "The monai_conres authors"
 copyright = "2026, the monai_conres authors"
-release = version("monai-conres")
+release = importlib.metadata.version("monai-conres")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 autodoc_member_order = "bysource"

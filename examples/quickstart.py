@@ -149,7 +149,7 @@ def main(options: argparse.Namespace) -> None:
     data = read_decathlon(options.data)
     training, validation = (cases[: options.cases] for cases in data.split(seed=options.seed))
     for case in tqdm(training + validation, desc="check files"):
-        check_voxels(case)
+        check_voxels(case, len(data.classes))
     patch, strides = training_plan(
         data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(options.channels)
     )

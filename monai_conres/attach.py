@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from monai_conres.decoder import ConResDecoder, ConResOutput
-from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, resize
+from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, resize_features
 from monai_conres.residual import slice_dim
 from monai_conres.stages import decoder_stages
 
@@ -149,7 +149,7 @@ class ConResWrapper(nn.Module):
         self._handles = [
             backbone.get_submodule(name).register_forward_hook(partial(self._gate, name)) for name in modules
         ]
-        self.train(backbone.training)
+        self.training = backbone.training  # not train(): parts of the backbone may be frozen in eval mode
 
     def forward(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Segment ``image``; further arguments go to the backbone. See :func:`attach_conres` for what is returned."""
@@ -157,10 +157,11 @@ class ConResWrapper(nn.Module):
             return self.heads(image, *args, **kwargs)
         if not self.eval_residual:
             if not self.decoder.attention:  # nothing of the residual path reaches the segmentation
+                self._prepare()
                 return self.backbone(image, *args, **kwargs)
             return self._run(image, *args, **kwargs)[0]
         segmentation, residuals = self.heads(image, *args, **kwargs)
-        return segmentation, resize(residuals[0], image.shape[2:])
+        return segmentation, resize_features(residuals[0], image.shape[2:])
 
     def heads(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> ConResOutput:
         """All outputs in either mode: the backbone's, and logits of the residual masks, fine to coarse."""
@@ -178,11 +179,7 @@ class ConResWrapper(nn.Module):
 
     def _run(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
         """The backbone's output and the context residual features, coarse to fine."""
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError("nn.DataParallel copies a network without its hooks; use DistributedDataParallel.")
-        if (deep_supervision := getattr(self.decoder, "deep_supervision", None)) is not None:
-            # nnU-Net's trainer sets network.decoder's
-            self.backbone.get_submodule("decoder").deep_supervision = deep_supervision
+        self._prepare()
         thread = _thread()
         current = self._passes[thread] = _Pass(image)
         try:
@@ -195,6 +192,13 @@ class ConResWrapper(nn.Module):
                 f"{len(current.residuals)} of them; attach with stages=[...] that always run."
             )
         return segmentation, current.residuals
+
+    def _prepare(self) -> None:
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError("nn.DataParallel copies a network without its hooks; use DistributedDataParallel.")
+        if (deep_supervision := getattr(self.decoder, "deep_supervision", None)) is not None:
+            # nnU-Net's trainer sets network.decoder's
+            self.backbone.get_submodule("decoder").deep_supervision = deep_supervision
 
     def _gate(self, name: str, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Forward hook of the backbone's stages: the features that the backbone goes on with."""

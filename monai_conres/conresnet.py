@@ -10,7 +10,14 @@ import torch.nn as nn
 
 from monai_conres.context import check_switches
 from monai_conres.decoder import ConResDecoder, ConResOutput
-from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, NormActConv, ResidualBlock, WeightStandardizedConv3d, resize
+from monai_conres.layers import (
+    DEFAULT_ACT,
+    DEFAULT_NORM,
+    NormActConv,
+    PreActivationBlock,
+    WeightStandardizedConv3d,
+    resize_features,
+)
 from monai_conres.residual import slice_dim
 
 __all__ = ["ConResNet"]
@@ -89,6 +96,10 @@ class ConResNet(nn.Module):
     ) -> None:
         super().__init__()
         check_switches(mapping, attention)
+        if min(in_channels, out_channels) < 1:
+            raise ValueError(
+                f"expected 1 or more channels, got in_channels={in_channels}, out_channels={out_channels}."
+            )
         slice_dim(5, spatial_axis)
         self.in_channels = in_channels
         self.strides = _check_levels(channels, strides, blocks)
@@ -104,9 +115,9 @@ class ConResNet(nn.Module):
                 down: nn.Module = WeightStandardizedConv3d(in_channels, width, fan_in_scaling=fan_in_scaling)
             else:
                 down = NormActConv(channels[level - 1], width, stride=self.strides[level - 1], **unit)
-            self.encoder.append(nn.Sequential(down, *(ResidualBlock(width, **unit) for _ in range(blocks[level]))))
+            self.encoder.append(nn.Sequential(down, *(PreActivationBlock(width, **unit) for _ in range(blocks[level]))))
         self.bottleneck = nn.Sequential(
-            *(ResidualBlock(channels[-1], dilation=2, **unit) for _ in range(blocks[-1])),
+            *(PreActivationBlock(channels[-1], dilation=2, **unit) for _ in range(blocks[-1])),
             NormActConv(channels[-1], channels[-2], dropout=dropout, **unit),
         )
 
@@ -179,7 +190,7 @@ class ConResNet(nn.Module):
         residuals: list[torch.Tensor] = []
         for stage, unit in enumerate(self.decoder):
             skip = skips.pop()
-            features = unit(resize(features, skip.shape[2:], align_corners=self.align_corners) + skip)
+            features = unit(resize_features(features, skip.shape[2:], align_corners=self.align_corners) + skip)
             if residual_decoder is not None:
                 previous = residuals[-1] if residuals else image
                 features, residual = residual_decoder.step(stage, features, previous)

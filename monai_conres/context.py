@@ -72,6 +72,8 @@ class ContextResidualModule(nn.Module):
     ) -> None:
         super().__init__()
         check_switches(mapping, attention)
+        if zero_init and not attention:
+            raise ValueError("expected attention=True together with zero_init=True: there is no gate to open.")
         self.mapping = mapping
         self.attention = attention
         self.spatial_axis = spatial_axis

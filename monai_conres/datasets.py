@@ -50,7 +50,7 @@ class DecathlonDatalist:
             seed: seed of these.
 
         Raises:
-            ValueError: when there is no such fold.
+            ValueError: when there is no such fold, or nothing to train or to validate with in it.
         """
         parts = self.folds or [
             {case["name"] for case in part}
@@ -62,7 +62,13 @@ class DecathlonDatalist:
             raise ValueError(f"expected a fold from 0 to {len(parts) - 1}, got {fold}.")
         held_out = parts[fold]
         training = [case for case in self.cases if case["name"] not in held_out]
-        return training, [case for case in self.cases if case["name"] in held_out]
+        validation = [case for case in self.cases if case["name"] in held_out]
+        if not training or not validation:
+            raise ValueError(
+                f"expected cases to train and to validate with in fold {fold}, got {len(training)} and "
+                f"{len(validation)} of {len(self.cases)}; are the names in splits_final.json those of the images?"
+            )
+        return training, validation
 
 
 def read_decathlon(folder: str | os.PathLike) -> DecathlonDatalist:
@@ -99,8 +105,15 @@ def read_decathlon(folder: str | os.PathLike) -> DecathlonDatalist:
         description = json.loads(file.read_text())
         labels = description["labels"]
         cases = load_decathlon_datalist(str(file), data_list_key="training")
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"expected {file} to list 'training' and 'labels', got an error: {error!r}.") from error
+        if not all(case["image"] and case["label"] for case in cases):
+            raise ValueError("an entry of 'training' without 'image' or 'label'")
+        if sorted(map(int, labels)) != list(range(len(labels))):
+            raise ValueError(f"the keys of 'labels' are {sorted(labels)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected {file} to list 'training', an image and a label for each case, and 'labels', a name for each of "
+            f'the classes "0", "1", ..., got an error: {error!r}.'
+        ) from error
     shapes, spacings, channels = [], [], set()
     for case in cases:
         image, label = (_header(case[key]) for key in ("image", "label"))
@@ -116,7 +129,10 @@ def read_decathlon(folder: str | os.PathLike) -> DecathlonDatalist:
     if len(channels) != 1:
         raise ValueError(f"expected one number of channels in all images of {file}, got {sorted(channels)}.")
     splits = folder / "splits_final.json"
-    folds = [set(split["val"]) for split in json.loads(splits.read_text())] if splits.is_file() else []
+    try:
+        folds = [set(split["val"]) for split in json.loads(splits.read_text())] if splits.is_file() else []
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"expected a list of {{'train': [...], 'val': [...]}} in {splits}, got {error!r}.") from error
     return DecathlonDatalist(
         cases=cases,
         channels=channels.pop(),
@@ -127,22 +143,26 @@ def read_decathlon(folder: str | os.PathLike) -> DecathlonDatalist:
     )
 
 
-def check_voxels(case: Mapping[str, str]) -> None:
+def check_voxels(case: Mapping[str, str], num_classes: int) -> None:
     """Read the files of one case to their ends: a download that broke off has a good header, too.
 
     Args:
         case: one of the cases of a :class:`DecathlonDatalist`.
+        num_classes: number of classes, background included.
 
     Raises:
-        ValueError: when a file cannot be read, or a label has values that are no whole numbers. It names the file.
+        ValueError: when a file cannot be read, or a label has values that are no classes. It names the file.
     """
     for key in ("image", "label"):
         try:
             voxels = np.asanyarray(nib.load(case[key]).dataobj)
         except Exception as error:
             raise ValueError(f"expected a NIfTI file, cannot read {case[key]} ({error}); fetch it again.") from error
-        if not np.isfinite(voxels).all() or (key == "label" and (voxels % 1).any()):
-            expected = "whole numbers" if key == "label" else "finite intensities"
+        if key == "image":
+            expected, fits = "finite intensities", np.isfinite(voxels).all()
+        else:
+            expected, fits = f"classes from 0 to {num_classes - 1}", np.isin(voxels, np.arange(num_classes)).all()
+        if not fits:
             raise ValueError(f"expected {expected} in {case[key]}, got others; mend the file or take the case out.")
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from monai_conres.context import ContextResidualModule
-from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, NormActConv, WeightStandardizedConv3d, resize
+from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, NormActConv, WeightStandardizedConv3d, resize_features
 from monai_conres.residual import inter_slice_residual
 
 __all__ = ["ConResDecoder", "ConResOutput"]
@@ -90,10 +90,10 @@ class ConResDecoder(nn.Module):
         align_corners: bool = False,
     ) -> None:
         super().__init__()
-        if not channels or min(in_channels, out_channels, *channels) < 1:
+        if not channels or min(in_channels, out_channels, *channels, 1 if width is None else width) < 1:
             raise ValueError(
-                "expected positive numbers of channels and at least one scale, got "
-                f"in_channels={in_channels}, channels={tuple(channels)}, out_channels={out_channels}."
+                "expected positive numbers of channels and at least one scale, got in_channels="
+                f"{in_channels}, channels={tuple(channels)}, out_channels={out_channels}, width={width}."
             )
         self.spatial_axis = spatial_axis
         self.align_corners = align_corners
@@ -106,7 +106,7 @@ class ConResDecoder(nn.Module):
             "inner_norm": inner_norm,
             **unit,
         }
-        widths = tuple(min(c, width or c) for c in channels)
+        widths = tuple(c if width is None else min(c, width) for c in channels)
         self.entries = nn.ModuleList([WeightStandardizedConv3d(in_channels, widths[0], fan_in_scaling=fan_in_scaling)])
         for coarse, fine in itertools.pairwise(widths):
             self.entries.append(nn.Identity() if coarse == fine else NormActConv(coarse, fine, **unit))
@@ -129,7 +129,7 @@ class ConResDecoder(nn.Module):
         """
         if stage == 0:
             previous = inter_slice_residual(previous, spatial_axis=self.spatial_axis)
-        previous = resize(previous, features.shape[2:], align_corners=self.align_corners)
+        previous = resize_features(previous, features.shape[2:], align_corners=self.align_corners)
         return self.stages[stage](features, self.entries[stage](previous))
 
     def predict(self, residuals: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 
-__all__ = ["NormActConv", "ResidualBlock", "WeightStandardizedConv3d", "resize"]
+__all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "resize_features"]
 
 DEFAULT_NORM = "group"
 DEFAULT_ACT = ("relu", {"inplace": True})
@@ -37,7 +37,7 @@ class WeightStandardizedConv3d(nn.Conv3d):
         ``(b, in_channels, d, h, w)`` to ``(b, out_channels, ceil(d / stride), ceil(h / stride), ceil(w / stride))``.
 
     Raises:
-        ValueError: when ``kernel_size`` is not odd.
+        ValueError: when ``kernel_size`` is not odd, or a filter has one weight only.
 
     Example:
         >>> convolution = WeightStandardizedConv3d(8, 16, stride=(2, 2, 1))
@@ -63,6 +63,11 @@ class WeightStandardizedConv3d(nn.Conv3d):
         if kernel_size % 2 == 0:
             raise ValueError(
                 f"expected an odd kernel_size, got {kernel_size}; an even one cannot be centered on a voxel."
+            )
+        if in_channels * kernel_size < 2 or out_channels < 1:
+            raise ValueError(
+                "expected filters of 2 or more weights to standardize, and 1 or more of them, got "
+                f"in_channels={in_channels}, kernel_size={kernel_size}, out_channels={out_channels}."
             )
         super().__init__(
             in_channels,
@@ -118,12 +123,14 @@ class NormActConv(nn.Sequential):
         super().__init__()
         self.norm = norm_layer(norm, in_channels)
         self.act = get_act_layer(act)
+        if isinstance(self.norm, nn.Identity) and getattr(self.act, "inplace", False):
+            self.act.inplace = False  # it would change the unit's input
         if dropout:
             self.dropout = get_dropout_layer(("dropout", {"p": dropout}) if isinstance(dropout, float) else dropout, 3)
         self.conv = WeightStandardizedConv3d(in_channels, out_channels, **kwargs)
 
 
-class ResidualBlock(nn.Module):
+class PreActivationBlock(nn.Module):
     """Two pre-activation convolutions and a skip connection from input to output (Section III.A of the paper).
 
     Args:
@@ -131,7 +138,7 @@ class ResidualBlock(nn.Module):
         kwargs: further arguments of :class:`NormActConv`.
 
     Example:
-        >>> ResidualBlock(8, dilation=2)(torch.randn(1, 8, 4, 6, 8)).shape
+        >>> PreActivationBlock(8, dilation=2)(torch.randn(1, 8, 4, 6, 8)).shape
         torch.Size([1, 8, 4, 6, 8])
     """
 
@@ -145,30 +152,35 @@ class ResidualBlock(nn.Module):
         return x + self.unit2(self.unit1(x))
 
 
-def norm_layer(norm: str | tuple, channels: int) -> nn.Module:
+def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:
     """MONAI's normalization layer for 3D features.
 
     ``"group"`` alone has 8 groups (Section III.A of the paper), fewer where 8 does not divide the channels.
 
+    ``None`` or an empty name is no normalization.
+
     Raises:
         ValueError: when the groups that ``norm`` asks for do not divide the channels.
     """
-    if norm == "group":
-        norm = ("group", {"num_groups": math.gcd(8, channels)})
+    if not norm:
+        return nn.Identity()
+    name, arguments = (norm, {}) if isinstance(norm, str) else norm
+    if name.lower() == "group":
+        arguments = {"num_groups": math.gcd(8, channels), **arguments}
     try:
-        return get_norm_layer(name=norm, spatial_dims=3, channels=channels)
-    except ValueError as error:
+        return get_norm_layer(name=(name, arguments), spatial_dims=3, channels=channels)
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"norm={norm} does not fit {channels} channels ({error}); choose channels that the number of groups "
             'divides, or another norm, for example ("group", {"num_groups": 4}), or plain "group".'
         ) from error
 
 
-def resize(features: torch.Tensor, size: Sequence[int], *, align_corners: bool = False) -> torch.Tensor:
+def resize_features(features: torch.Tensor, size: Sequence[int], *, align_corners: bool = False) -> torch.Tensor:
     """Trilinear resampling of ``(b, c, d, h, w)`` to the spatial size ``size``, whatever the factor along each axis.
 
     Example:
-        >>> resize(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5)).shape
+        >>> resize_features(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5)).shape
         torch.Size([1, 2, 6, 7, 5])
     """
     return F.interpolate(features, size=tuple(size), mode="trilinear", align_corners=align_corners)

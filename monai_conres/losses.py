@@ -95,6 +95,11 @@ class ContextResidualLoss(nn.Module):
                     f"foreground class of the label of shape {tuple(label.shape)}, got shape {tuple(logits.shape)}; "
                     "build the network with residual_channels equal to the number of foreground classes."
                 )
+            if any(head > full for head, full in zip(logits.shape[2:], label.shape[2:], strict=True)):
+                raise ValueError(
+                    f"expected residual logits no larger than the label of shape {tuple(label.shape)}, got "
+                    f"{tuple(logits.shape)}; give the label of the same image."
+                )
         masks = masks.bool()
         losses = [self._cross_entropy(convert_to_tensor(logits, track_meta=False), masks) for logits in heads]
         return losses[0] + self.deep_supervision_weight * sum(losses[1:])
@@ -103,7 +108,7 @@ class ContextResidualLoss(nn.Module):
         """Eq. 8 for one scale."""
         if masks.shape[2:] != logits.shape[2:]:
             masks = F.interpolate(masks.to(torch.float32), size=logits.shape[2:], mode="nearest-exact") > 0.5
-        target = residual_mask(masks, spatial_axis=self.spatial_axis)
+        target = self._target(masks)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         voxels = target[:, :1].numel()
         others = [dim for dim in range(target.ndim) if dim != 1]
@@ -116,6 +121,10 @@ class ContextResidualLoss(nn.Module):
         return F.binary_cross_entropy_with_logits(
             logits, target.to(logits.dtype), weight=torch.where(target, weight_1, weight_0)
         )
+
+    def _target(self, masks: torch.Tensor) -> torch.Tensor:
+        """What the logits of one scale are to predict: booleans of the shape of ``masks``."""
+        return residual_mask(masks, spatial_axis=self.spatial_axis)
 
 
 class ConResLoss(nn.Module):
@@ -153,8 +162,11 @@ class ConResLoss(nn.Module):
         TypeError: when the segmentation is a network's deep supervision output, and ``segmentation_loss`` is ``None``.
 
     Note:
-        MONAI's ``DiceCELoss(sigmoid=True)`` has a softmax in its cross entropy when there are several channels;
-        the default here has a binary cross entropy for each.
+        Of deep supervision outputs the first is taken to be the final one when shapes are checked. A stacked tensor
+        ``(b, n, c, *spatial)``, as of MONAI's ``DynUNet``, is given to ``segmentation_loss`` as a list of ``n``.
+
+        MONAI's ``DiceCELoss(sigmoid=True)`` has a softmax in its cross entropy when there are several channels; the
+        default here has a binary cross entropy for each.
 
     Example:
         >>> from monai_conres import ConResNet
@@ -184,7 +196,12 @@ class ConResLoss(nn.Module):
             )
         if segmentation_loss is not None:
             other = "softmax" if sigmoid else "sigmoid"
-            if any(getattr(module, other, False) is True for module in segmentation_loss.modules()):
+            softmax_only = isinstance(segmentation_loss, nn.CrossEntropyLoss)
+            if (sigmoid and softmax_only) or any(
+                getattr(module, name, False) is True
+                for module in segmentation_loss.modules()
+                for name in (other, f"use_{other}")
+            ):
                 raise ValueError(
                     f"expected a segmentation loss with {'sigmoid' if sigmoid else 'softmax'}=True, as the flags here, "
                     f"got {type(segmentation_loss).__name__} with {other}=True; give both the same."
@@ -208,16 +225,21 @@ class ConResLoss(nn.Module):
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
         """Loss of a network's ``output`` against ``label``."""
         segmentation, residuals = output if hasattr(output, "residuals") else (output, ())
+        segmentation = convert_to_tensor(segmentation, track_meta=False)
         label = convert_to_tensor(label, track_meta=False)
-        if isinstance(segmentation, torch.Tensor) and segmentation.ndim == label.ndim:
-            segmentation = convert_to_tensor(segmentation, track_meta=False)
-            self._check(segmentation, residuals, label)
-        elif self.is_default:
-            raise TypeError(
-                f"expected logits of shape (b, c, *spatial) for a label of shape {tuple(label.shape)}, got "
-                f"{_describe(segmentation)}; for a network with deep supervision pass the loss that it is trained "
-                "with, for example ConResLoss(DeepSupervisionLoss(DiceCELoss(...)), ...)."
-            )
+        if isinstance(segmentation, torch.Tensor) and segmentation.ndim == label.ndim + 1 and label.ndim > 4:
+            segmentation = list(segmentation.unbind(1))  # MONAI's DynUNet stacks its deep supervision outputs
+        final = segmentation if isinstance(segmentation, torch.Tensor) else next(iter(segmentation), None)
+        if isinstance(final, torch.Tensor):
+            self._check(final, residuals, label)
+        if self.is_default:
+            if not isinstance(segmentation, torch.Tensor):
+                raise TypeError(
+                    f"expected logits of shape (b, c, *spatial), got a {type(segmentation).__name__} of "
+                    f"{len(segmentation)} tensors; for a network with deep supervision pass the loss that it is "
+                    "trained with, for example ConResLoss(DeepSupervisionLoss(DiceCELoss(...)), ...)."
+                )
+            segmentation = segmentation.to(torch.promote_types(segmentation.dtype, torch.float32))
         loss = self.segmentation_loss(segmentation, label)
         if len(residuals) == 0:
             return loss
@@ -226,11 +248,17 @@ class ConResLoss(nn.Module):
     def _check(self, segmentation: torch.Tensor, residuals: Sequence[torch.Tensor], label: torch.Tensor) -> None:
         """Raise unless segmentation, residuals and label belong together; the residual loss checks the label again."""
         batch, classes, *size = segmentation.shape
+        if classes < 2 and (self.softmax or self.to_onehot_y):
+            raise ValueError(
+                f"expected 2 or more channels, the background among them, with softmax or to_onehot_y, got logits of "
+                f"shape {tuple(segmentation.shape)}; one channel goes with sigmoid=True and a label of zeros and ones."
+            )
         expected = (batch, 1 if self.to_onehot_y else classes, *size)
         if tuple(label.shape) != expected:
             raise ValueError(
                 f"expected a label of shape {expected} for logits of shape {tuple(segmentation.shape)}, got "
-                f"{tuple(label.shape)}; class indices in one channel need to_onehot_y=True."
+                f"{tuple(label.shape)}; class indices in one channel need to_onehot_y=True, and a label without a "
+                "channel needs one: label[:, None]."
             )
         foreground = classes - 1 if self.softmax or self.to_onehot_y else classes
         if len(residuals) and residuals[0].shape[1] != foreground:
@@ -239,7 +267,7 @@ class ConResLoss(nn.Module):
                 f"{residuals[0].shape[1]}; build the network with residual_channels={foreground}"
                 f"{' (out_channels - 1: the background has no residual).' if foreground < classes else '.'}"
             )
-        if not len(residuals) and foreground:
+        if not len(residuals):
             foreground_masks(label, num_classes=classes if self.to_onehot_y else None)
 
 
@@ -318,12 +346,5 @@ class _BinaryDiceCELoss(nn.Module):
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         if self.to_onehot_y:
             label = one_hot(label, num_classes=logits.shape[1])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         label = label.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, label) + self.dice(logits, label)
-
-
-def _describe(segmentation: Any) -> str:
-    if isinstance(segmentation, torch.Tensor):
-        return f"a tensor of shape {tuple(segmentation.shape)}"
-    return f"a {type(segmentation).__name__} of {len(segmentation)}"

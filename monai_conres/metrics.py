@@ -45,6 +45,12 @@ class _BratsMetric(CumulativeIterationMetric):
             raise ValueError("expected values to aggregate, got none; call the metric on predictions first.")
         return do_metric_reduction(values, reduction or self.reduction)[0]
 
+    def _compute_list(self, y_pred: Sequence[torch.Tensor], y: Sequence[torch.Tensor], **kwargs: Any) -> torch.Tensor:
+        """Cases ``(c, *spatial)``, of any sizes, each with its own spacing where there is one for each."""
+        spacings = _spacing((len(y), y[0].ndim - 1), kwargs.pop("spacing", None))
+        pairs = zip(y_pred, y, spacings, strict=True)
+        return torch.cat([self._compute_tensor(p[None], r[None], spacing=s, **kwargs) for p, r, s in pairs])
+
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """``(b, c, *spatial)`` of zeros and ones, twice, to values ``(b, c)``."""
         if y_pred.shape != y.shape or y.ndim < 4:
@@ -154,7 +160,7 @@ class BratsHausdorffDistanceMetric(_BratsMetric):
         self.empty_distance = empty_distance
 
     def _values(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        spacing = _spacing(y, kwargs.get("spacing"))
+        spacing = _spacing((len(y), y.ndim - 2), kwargs.get("spacing"))
         return compute_hausdorff_distance(
             y_pred, y, include_background=True, percentile=self.percentile, spacing=spacing
         )
@@ -162,7 +168,7 @@ class BratsHausdorffDistanceMetric(_BratsMetric):
     def _empty_values(self, y: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if self.empty_distance is not None:
             return torch.tensor(0.0), torch.tensor(self.empty_distance)
-        edges = torch.tensor(_spacing(y, kwargs.get("spacing"))) * torch.tensor(y.shape[2:])
+        edges = torch.tensor(_spacing((len(y), y.ndim - 2), kwargs.get("spacing"))) * torch.tensor(y.shape[2:])
         return torch.tensor(0.0), edges.norm(dim=1, keepdim=True)
 
 
@@ -197,14 +203,13 @@ class BratsSurfaceDiceMetric(_BratsMetric):
         self.tolerance = tolerance
 
     def _values(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        spacing = _spacing(y, kwargs.get("spacing"))
+        spacing = _spacing((len(y), y.ndim - 2), kwargs.get("spacing"))
         thresholds = [float(self.tolerance)] * y.shape[1]
         return compute_surface_dice(y_pred, y, thresholds, include_background=True, spacing=spacing)
 
 
-def _spacing(y: torch.Tensor, spacing: float | Sequence | None) -> list[list[float]]:
-    """Voxel size of each case, as floats: MONAI refuses a mixture of integers and floats."""
-    shape = (len(y), y.ndim - 2)
+def _spacing(shape: tuple[int, int], spacing: float | Sequence | None) -> list[list[float]]:
+    """Voxel size of each case, ``(cases, axes)``, as floats: MONAI refuses a mixture of integers and floats."""
     sizes = torch.as_tensor(1 if spacing is None else spacing, dtype=torch.float64)
     try:
         return sizes.expand(shape).tolist()

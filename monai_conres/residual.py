@@ -68,6 +68,7 @@ def foreground_masks(
                     f"{tuple(label.shape)}; pass num_classes for class indices, or include_background=True."
                 )
             label = label[:, 1:]
+        label = _wide(label)
         _check_values(label, 2, "zeros and ones, or class indices together with num_classes")
         return label
     if num_classes < 2:
@@ -77,8 +78,9 @@ def foreground_masks(
             f"expected class indices of shape (b, 1, *spatial) with num_classes={num_classes}, got shape "
             f"{tuple(label.shape)}; leave out num_classes for a label of one channel per class."
         )
+    label = _wide(label)
     _check_values(label, num_classes, f"class indices from 0 to {num_classes - 1}")
-    classes = torch.arange(1, num_classes, device=label.device, dtype=label.dtype)
+    classes = torch.arange(1, num_classes, device=label.device)
     return (label == classes.view(1, -1, *(1,) * (label.ndim - 2))).to(label.dtype)
 
 
@@ -130,7 +132,8 @@ def residual_mask(
         spatial_axis: index of the slice axis among the spatial axes.
 
     Returns:
-        Zeros and ones in the dtype of ``label``, of shape ``(b, c, *spatial)``; one channel per foreground class
+        Zeros and ones in the dtype of ``label`` (``int64`` for ``uint16`` and wider unsigned ones), of shape
+        ``(b, c, *spatial)``; one channel per foreground class
         (``num_classes - 1``) for class indices, ``c - 1`` channels without the background.
 
     Raises:
@@ -196,6 +199,11 @@ def restore_mask(first_slice: torch.Tensor, residual: torch.Tensor, *, spatial_a
 
 def _slices(dim: int, start: int | None, stop: int | None) -> tuple[slice, ...]:
     return (*(slice(None) for _ in range(dim)), slice(start, stop))
+
+
+def _wide(label: torch.Tensor) -> torch.Tensor:
+    """``label`` as ``int64`` where its dtype is one that torch has hardly any operation for."""
+    return label.to(torch.int64) if label.dtype in (torch.uint16, torch.uint32, torch.uint64) else label
 
 
 def _check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:

@@ -106,11 +106,16 @@ def decoder_stages(
         >>> [(stage.name, stage.channels, stage.size) for stage in found.stages][-2:]
         [('upcat_2', 8, (16, 16, 16)), ('upcat_1', 8, (32, 32, 32))]
     """
+    if spatial_size is not None and len(spatial_size) != 3:
+        raise ValueError(f"expected a spatial_size of three numbers, for a 3D network, got {tuple(spatial_size)}.")
     table, output = _trace(network, in_channels, spatial_size)
     features = table.features
     if stages == "auto":
-        known = _known_stages(network)
-        chosen = _search(features, output) if known is None else _named(features, known, table)
+        known = set(_known_stages(network))
+        if known and known <= {feature.name for feature in features}:
+            chosen = _named(features, sorted(known), table)
+        else:
+            chosen = _search(features, output)
         if not chosen:
             raise ValueError(
                 f"expected a 3D encoder-decoder, found no decoder stage in {type(network).__name__}; name them with "
@@ -167,12 +172,15 @@ def _is_coarser(feature: Feature, other: Feature) -> bool:
     return any(3 * a <= 2 * b for a, b in zip(feature.size, other.size, strict=True))
 
 
-def _known_stages(network: nn.Module) -> list[str] | None:
-    """Names of the stages, coarse to fine, of a family whose graph alone would not give them; None for any other."""
+def _known_stages(network: nn.Module) -> list[str]:
+    """Names of the stages of a known family; none for any other network, also one that has only the class's name."""
     for family in type(network).__mro__:
-        if finder := _FAMILIES.get(family.__name__):
-            return finder(network)
-    return None
+        if family.__module__.startswith(_PUBLISHERS) and (finder := _FAMILIES.get(family.__name__)):
+            try:
+                return finder(network)
+            except AttributeError:  # a subclass that has changed its parts
+                return []
+    return []
 
 
 def _numbered(name: str) -> Callable[[nn.Module], list[str]]:
@@ -204,6 +212,7 @@ def _nested(stage: str) -> Callable[[nn.Module], list[str]]:
     return find
 
 
+_PUBLISHERS = ("monai.networks.nets", "dynamic_network_architectures")
 # The last level of MONAI's UNet gives the logits themselves, so its features end one level below
 _FAMILIES: dict[str, Callable[[nn.Module], list[str]]] = {
     "UNet": lambda network: _nested("{level}.2")(network)[:-1],
@@ -240,11 +249,15 @@ def _trace(network: nn.Module, in_channels: int, spatial_size: Sequence[int] | N
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     errors = []
     for size in sizes:
-        image = torch.rand(1, in_channels, *size, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
+        generator = torch.Generator(parameter.device).manual_seed(0)  # the user's random numbers stay as they are
+        kind: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
+        image = torch.rand(1, in_channels, *size, generator=generator, **kind).requires_grad_()
         features: list[Feature] = []
         try:
             with _marked(network, features), _evaluating(network), torch.enable_grad():
                 output = network(image)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             errors.append(f"{_format_size(size)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
@@ -345,10 +358,17 @@ def _main() -> None:
     parser.add_argument("--in-channels", type=int, default=1, help="channels of the image (default 1)")
     parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="spatial size to trace with")
     arguments = parser.parse_args()
-    scope = {root: importlib.import_module(root) for root in [arguments.network.partition(".")[0]]}
-    importlib.import_module(arguments.network.partition("(")[0].rpartition(".")[0])
-    network = eval(arguments.network, scope)  # the user's own expression, on the user's own machine
-    print(decoder_stages(network, arguments.in_channels, spatial_size=arguments.size))
+    name, _, call = arguments.network.partition("(")
+    module, _, cls = name.rpartition(".")
+    if not (module and cls and call):
+        parser.error(f"expected an expression like monai.networks.nets.UNet(...), got {arguments.network}")
+    try:
+        importlib.import_module(module)
+        root = module.partition(".")[0]
+        network = eval(arguments.network, {root: importlib.import_module(root)})  # the user's own expression
+        print(decoder_stages(network, arguments.in_channels, spatial_size=arguments.size))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

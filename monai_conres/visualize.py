@@ -16,7 +16,7 @@ from monai.config import NdarrayOrTensor
 from monai.utils import convert_to_numpy, optional_import
 
 from monai_conres.files import atomic_path
-from monai_conres.residual import foreground_masks, residual_mask
+from monai_conres.residual import foreground_masks, residual_mask, slice_dim
 
 _INSTALL = "{}; install it with: pip install 'monai-conres[plot]'"
 if TYPE_CHECKING:
@@ -75,9 +75,11 @@ def plot_slices(
         title: _channels(residual, volume.shape).max(axis=0).astype(np.float32)
         for title, residual in (residuals or {}).items()
     }
-    axis = range(3)[spatial_axis]
+    axis = slice_dim(5, spatial_axis) - 2
     if isinstance(slices, int):
         slices = _spread_slices(next(iter(colored.values()), None), volume.shape, axis, slices)
+    if not len(slices):
+        raise ValueError("expected one or more slices to draw, got none.")
     figure, grid = _figure(volume.shape, axis, spacing, len(slices), 1 + len(colored) + len(grays))
     window = np.percentile(volume, (1, 99.5))
     for row, number in zip(grid, slices, strict=True):
@@ -131,7 +133,7 @@ def plot_residuals(
     volume = _spatial(image)
     masks = _class_masks(label, volume.shape)
     residual = residual_mask(torch.from_numpy(masks)[None], spatial_axis=spatial_axis)[0].numpy()
-    axis = range(3)[spatial_axis]
+    axis = slice_dim(5, spatial_axis) - 2
     if isinstance(slices, int):
         changed = residual.any(axis=0).sum(axis=tuple(other for other in range(3) if other != axis))
         first = int(np.clip(changed.argmax() - slices // 2, 0, max(0, volume.shape[axis] - slices)))

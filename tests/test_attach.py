@@ -18,7 +18,7 @@ from monai.networks.utils import copy_model_state
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from monai_conres import ConResLoss, ConResNet, ConResOutput, ConResWrapper, attach_conres
+from monai_conres import ConResLoss, ConResNet, ConResOutput, ConResWrapper, attach_conres, decoder_stages
 from tests.networks import FAMILIES, NETWORKS, Family, dynunet
 
 SIZE = (16, 24, 20)
@@ -80,7 +80,7 @@ def test_a_closed_gate_is_the_network_itself_and_an_open_one_is_not(named):
         for number, module in enumerate(network.decoder.stages):
             module.strength.fill_(50)  # open the gate of this stage alone, and wide
             changed = main_output(network(image))
-            assert (changed - expected).std() > 1e-4 * expected.std(), f"stage {number} has no influence"
+            assert (changed - expected).std() > 1e-6 * expected.std(), f"stage {number} has no influence"
             module.strength.fill_(0)
         assert torch.equal(main_output(backbone(image)), expected)
     assert network.backbone is backbone
@@ -219,6 +219,13 @@ def test_modes_in_turn(image):
     assert isinstance(network.train()(image), ConResOutput)
     assert small().eval().backbone.training is False
     assert attach_conres(dynunet().eval(), 1, 3, spatial_size=SIZE).training is False
+    partly = dynunet()
+    partly.input_block.eval()  # frozen statistics
+    network = attach_conres(partly, 1, 3, spatial_size=SIZE)
+    assert network.training
+    assert network.decoder.training
+    assert not partly.input_block.training
+    assert partly.bottleneck.training
 
 
 def test_a_frozen_backbone_stays_and_the_decoder_learns(image):
@@ -354,6 +361,19 @@ def test_the_switch_of_nnunet_s_trainer():
     network.decoder.deep_supervision = False
     assert network(image).segmentation.shape == (1, 3, *SIZE)
     assert network.eval()(image).shape == (1, 3, *SIZE)
+    blind = attach_conres(FAMILIES["PlainConvUNet"].build(), 1, 3, attention=False, spatial_size=SIZE).eval()
+    assert isinstance(blind(image), list)
+    blind.decoder.deep_supervision = False
+    assert blind(image).shape == (1, 3, *SIZE)
+
+
+def test_the_user_s_random_numbers_stay_as_they_are():
+    network = dynunet()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    decoder_stages(network, 1, spatial_size=SIZE)
+    assert torch.equal(torch.rand(3), expected)
 
 
 # what is refused
@@ -381,15 +401,29 @@ def test_refused():
         attach_conres(dynunet(), 1, 4, spatial_size=SIZE)
     with pytest.raises(ValueError, match="spatial_axis between -3 and 2"):
         attach_conres(dynunet(), 1, 3, spatial_axis=3)
+    with pytest.raises(ValueError, match="width=0"):
+        attach_conres(dynunet(), 1, 3, spatial_size=SIZE, width=0)
+    with pytest.raises(ValueError, match="expected attention=True together with zero_init=True"):
+        attach_conres(dynunet(), 1, 3, spatial_size=SIZE, attention=False, zero_init=True)
+    with pytest.raises(ValueError, match="filters of 2 or more weights"):
+        attach_conres(dynunet(), 1, 3, spatial_size=SIZE, width=1)
     with pytest.raises(ValueError, match="found no decoder stage"):
         attach_conres(nn.Sequential(nn.Conv3d(1, 3, 3, padding=1)), 1, 3)
 
 
-def test_checkpointing_inside_of_the_backbone_is_refused(image):
-    network = attach_conres(CheckpointUNet(3, 1, 3, (8, 16, 32), (2, 2)), 1, 3, spatial_size=(16, 16, 16))
-    output = network(torch.randn(1, 1, 16, 16, 16))
+def test_checkpointing_inside_of_the_backbone():
+    """A stage around the checkpointed part works, one within it is refused when it is computed again."""
+    backbone = CheckpointUNet(3, 1, 3, (8, 16, 32), (2, 2))
+    outside = attach_conres(backbone, 1, 3, spatial_size=(16, 16, 16))
+    assert outside.stages == ("model.1",)
+    image = torch.randn(1, 1, 16, 16, 16)
+    sum(tensor.square().mean() for tensor in every_output(outside(image))).backward()
+    assert all(parameter.grad.any() for parameter in outside.parameters())
+
+    inside = attach_conres(outside.unwrap(), 1, 3, stages=["model.1.submodule.module.2"], spatial_size=(16, 16, 16))
+    output = inside(image)
     with pytest.raises(RuntimeError, match=r"computed again in the backward pass.*checkpoint the whole wrapper"):
-        sum(tensor.mean() for tensor in every_output(output)).backward()
+        sum(tensor.square().mean() for tensor in every_output(output)).backward()
 
 
 def test_data_parallel_is_refused(image):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from monai_conres import ConResNet, convert_authors_state_dict
-from monai_conres.layers import resize
+from monai_conres.layers import resize_features
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
@@ -43,7 +43,7 @@ def test_outputs_equal_the_released_network_s(dtype, tolerance, prefix):
     names = ("segmentation", "residual", "residual_x2", "residual_x4")
     for name, logits in zip(names, (segmentation, *residuals), strict=True):
         # the released network up-samples its coarse heads
-        got = resize(logits, (16, 32, 32), align_corners=True).double().numpy()
+        got = resize_features(logits, (16, 32, 32), align_corners=True).double().numpy()
         want = expected[name].astype(np.float64)
         assert np.abs(got - want).max() <= tolerance * want.std(), name
 

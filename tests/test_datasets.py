@@ -25,7 +25,7 @@ def test_read_decathlon(folder):
     assert data.shape == (12, 14, 10)
     assert data.spacing == (1, 1, 2.5)
     for case in data.cases:
-        check_voxels(case)
+        check_voxels(case, 4)
 
 
 def test_seeded_folds_are_disjoint_and_complete(folder):
@@ -70,7 +70,7 @@ def test_errors_name_the_file(folder):
     image.write_bytes(whole[: len(whole) // 2])  # the header can still be read
     case = read_decathlon(folder).cases[2]
     with pytest.raises(ValueError, match=r"cannot read .*imagesTr/phantom_002\.nii\.gz"):
-        check_voxels(case)
+        check_voxels(case, 4)
     image.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"cannot read .*imagesTr/phantom_002\.nii\.gz"):
         read_decathlon(folder)
@@ -85,11 +85,31 @@ def test_errors_name_the_file(folder):
     ):
         read_decathlon(folder)
     nib.save(nib.Nifti1Image(np.full((12, 14, 10), 0.5, np.float32), np.eye(4)), label)
-    with pytest.raises(ValueError, match=r"whole numbers in .*labelsTr/phantom_002"):
-        check_voxels(read_decathlon(folder).cases[2])
+    with pytest.raises(ValueError, match=r"classes from 0 to 3 in .*labelsTr/phantom_002"):
+        check_voxels(read_decathlon(folder).cases[2], 4)
+    nib.save(nib.Nifti1Image(np.full((12, 14, 10), 4, np.uint8), np.eye(4)), label)
+    with pytest.raises(ValueError, match=r"classes from 0 to 3 in .*labelsTr/phantom_002"):
+        check_voxels(read_decathlon(folder).cases[2], 4)
+
+    description = json.loads((folder / "dataset.json").read_text())
+    for change, message in [
+        ({"labels": {"background": 0}}, "a name for each of the classes"),
+        ({"labels": {"0": "background", "2": "tumor"}}, "the keys of 'labels' are"),
+        ({"training": [{"image": "imagesTr/phantom_000.nii.gz"}]}, "an image and a label for each case"),
+    ]:
+        (folder / "dataset.json").write_text(json.dumps(description | change))
+        with pytest.raises(ValueError, match=message):
+            read_decathlon(folder)
+    (folder / "dataset.json").write_text(json.dumps(description))
+    (folder / "splits_final.json").write_text('[{"train": ["a"], "val": ["b"]}]')
+    with pytest.raises(ValueError, match=r"got 5 and 0 of 5; are the names in splits_final\.json"):
+        read_decathlon(folder).split(0)
+    (folder / "splits_final.json").write_text("{")
+    with pytest.raises(ValueError, match=r"splits_final\.json"):
+        read_decathlon(folder)
 
     (folder / "dataset.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"dataset\.json to list 'training' and 'labels'"):
+    with pytest.raises(ValueError, match=r"dataset\.json to list 'training'"):
         read_decathlon(folder)
     (folder / "dataset.json").write_text("{")
     with pytest.raises(ValueError, match=r"dataset\.json to list"):

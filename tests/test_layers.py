@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_conres.layers import NormActConv, ResidualBlock, WeightStandardizedConv3d, resize
+from monai_conres.layers import NormActConv, PreActivationBlock, WeightStandardizedConv3d, resize_features
 
 
 def standardize_naive(weight: np.ndarray, fan_in_scaling: bool) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_plain_group_norm_takes_as_many_groups_as_fit(channels, groups):
 
 
 def test_residual_block_adds_its_input():
-    block = ResidualBlock(8)
+    block = PreActivationBlock(8)
     image = torch.randn(1, 8, 3, 4, 5)
     torch.testing.assert_close(block(image), image + block.unit2(block.unit1(image)))
     assert not torch.equal(block(image), image)
@@ -103,6 +103,26 @@ def test_residual_block_adds_its_input():
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_resize_interpolates_linearly(align_corners):
     ramp = torch.arange(4.0).view(1, 1, 1, 1, 4).expand(1, 1, 2, 3, 4)
-    got = resize(ramp, (2, 3, 8), align_corners=align_corners)[0, 0, 0, 0]
+    got = resize_features(ramp, (2, 3, 8), align_corners=align_corners)[0, 0, 0, 0]
     position = np.linspace(0, 3, 8) if align_corners else (np.arange(8) + 0.5) / 2 - 0.5
     np.testing.assert_allclose(got, np.interp(position, np.arange(4), np.arange(4)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["", None])
+@pytest.mark.parametrize("act", ["relu", ("relu", {"inplace": True})])
+def test_without_a_norm_the_input_stays_as_it_is(norm, act):
+    block = PreActivationBlock(4, norm=norm, act=act)
+    x = torch.randn(1, 4, 3, 4, 5)
+    before = x.clone()
+    block(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("norm", ["group", "GROUP", ("Group", {}), ("group", {"affine": True})])
+def test_every_way_to_write_the_default_norm(norm):
+    assert NormActConv(12, 4, norm=norm).norm.num_groups == 4
+
+
+def test_a_filter_of_one_weight_is_refused():
+    with pytest.raises(ValueError, match=r"filters of 2 or more weights to standardize.*in_channels=1, kernel_size=1"):
+        WeightStandardizedConv3d(1, 4, kernel_size=1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.losses import BoundaryLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss
+from monai.losses import BoundaryLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss, FocalLoss
 from torch.profiler import profile
 
 from monai_conres import CompoundBoundaryLoss, ConResLoss, ConResNet, ConResOutput, ContextResidualLoss
@@ -276,10 +276,52 @@ def test_joint_loss_errors():
         ConResLoss(softmax=True)(segmentation, label)
     with pytest.raises(ValueError, match="class indices from 0 to 2, got values from 7"):
         loss(segmentation, label + 7)
-    with pytest.raises(TypeError, match=r"got a list of 2; for a network with deep supervision.*DeepSupervisionLoss"):
+    with pytest.raises(
+        TypeError, match=r"got a list of 2 tensors; for a network with deep supervision.*DeepSupervisionLoss"
+    ):
         loss(ConResOutput([segmentation, segmentation], ()), label)
-    with pytest.raises(TypeError, match=r"got a tensor of shape \(1, 2, 3, 5, 6, 8\)"):
+    with pytest.raises(TypeError, match=r"got a list of 2 tensors; for a"):
         loss(ConResOutput(torch.stack([segmentation, segmentation], 1), ()), label)
+
+
+def test_one_channel_is_for_the_sigmoid():
+    logits, label = torch.zeros(1, 1, *SIZE), torch.zeros(1, 1, *SIZE)
+    for flags in ({"softmax": True}, {"sigmoid": True, "to_onehot_y": True}):
+        with pytest.raises(ValueError, match="one channel goes with sigmoid=True and a label of zeros and ones"):
+            ConResLoss(**flags)(logits, label)
+
+
+def test_label_of_another_image_or_without_a_channel():
+    deep = [torch.zeros(1, 3, *SIZE)]
+    own = ConResLoss(DeepSupervisionLoss(DiceCELoss(softmax=True, to_onehot_y=True)), softmax=True, to_onehot_y=True)
+    for label in (torch.zeros(1, 1, 4, 6, 8), torch.zeros(1, *SIZE)):
+        with pytest.raises(ValueError, match=r"expected a label of shape \(1, 1, 5, 6, 8\).*label\[:, None\]"):
+            own(ConResOutput(deep, ()), label)
+    with pytest.raises(ValueError, match="residual logits no larger than the label"):
+        ContextResidualLoss()(torch.zeros(1, 1, *SIZE), torch.zeros(1, 1, 5, 6, 7))
+
+
+def test_stacked_deep_supervision_reaches_the_loss_as_a_list(random):
+    stacked = torch.from_numpy(random.normal(size=(2, 3, 3, *SIZE)))
+    label = torch.from_numpy(random.integers(0, 3, (2, 1, *SIZE))).float()
+    own = DeepSupervisionLoss(DiceCELoss(softmax=True, to_onehot_y=True))
+    got = ConResLoss(own, softmax=True, to_onehot_y=True)(ConResOutput(stacked, ()), label)
+    torch.testing.assert_close(got, own([stacked[:, 0], stacked[:, 1], stacked[:, 2]], label))
+
+
+def test_default_losses_are_computed_in_float32():
+    torch.manual_seed(0)
+    logits, label = torch.randn(1, 3, 64, 64, 16) * 8, torch.randint(0, 3, (1, 1, 64, 64, 16))
+    for flags in ({"softmax": True}, {"sigmoid": True}):
+        loss = ConResLoss(to_onehot_y=True, **flags)
+        half = logits.half()
+        torch.testing.assert_close(loss(half, label), loss(half.float(), label))
+
+
+def test_losses_of_the_other_activation():
+    for loss in (torch.nn.CrossEntropyLoss(), FocalLoss(use_softmax=True)):
+        with pytest.raises(ValueError, match="sigmoid=True, as the flags here"):
+            ConResLoss(loss, sigmoid=True)
 
 
 @pytest.mark.parametrize("wrap", [lambda loss: loss, DeepSupervisionLoss])

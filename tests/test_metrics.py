@@ -113,6 +113,14 @@ def test_spacing_of_each_case_and_of_integers():
         metric(prediction, reference, spacing=(1, 2))
 
 
+def test_lists_with_a_spacing_for_each_case_and_of_any_size():
+    metric = BratsHausdorffDistanceMetric()
+    predictions, references = [blob(1)[0], blob(1)[0, :, :5]], [blob(2)[0], blob(2)[0, :, :5]]
+    got = metric(predictions, references, spacing=[(1, 1, 1), THICK])
+    for value, prediction, reference, spacing in zip(got, predictions, references, [(1, 1, 1), THICK], strict=True):
+        torch.testing.assert_close(value[None], metric(prediction[None], reference[None], spacing=spacing))
+
+
 def test_lists_and_several_calls_and_reductions():
     metric = BratsDiceMetric()
     metric([blob(1)[0], blob(2)[0]], [blob(1)[0], blob(1)[0]])

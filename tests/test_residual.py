@@ -71,6 +71,13 @@ def test_one_slice_and_the_residuals_give_the_mask_back(size, axis, dtype):
     assert torch.equal(restored, mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint16])
+def test_dtypes_that_torch_hardly_supports(dtype):
+    indices = torch.tensor([[[0, 1, 1, 0]]]).to(dtype)
+    assert residual_mask(indices, num_classes=2).tolist() == [[[0, 1, 0, 1]]]
+    assert residual_mask(indices).tolist() == [[[0, 1, 0, 1]]]
+
+
 def test_one_slice_has_no_residual():
     mask = torch.ones(1, 2, 4, 5, 1)
     assert torch.equal(residual_mask(mask), torch.zeros_like(mask))

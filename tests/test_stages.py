@@ -10,7 +10,7 @@ from monai.networks import nets
 
 import monai_conres.stages
 from monai_conres import decoder_stages
-from tests.networks import FAMILIES, FOREIGN, Family, conv, dynunet
+from tests.networks import FAMILIES, FOREIGN, Family, SqueezeUNet, conv, dynunet
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -94,6 +94,39 @@ def test_the_table_marks_what_is_chosen():
     ]
 
 
+class UNet(SqueezeUNet):
+    """A user's own network has the name of a known one."""
+
+
+class SubclassOfUNet(nets.UNet):
+    """Not built as its base class is."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.model = SqueezeUNet()
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def test_only_the_published_classes_are_known_by_name():
+    assert [stage.name for stage in decoder_stages(UNet(), 1).stages] == ["dec2", "dec1"]
+    assert [stage.name for stage in decoder_stages(SubclassOfUNet(), 1).stages] == ["model.dec2", "model.dec1"]
+
+
+def test_command_errors():
+    for expression in ("UNet()", "monai.networks.nets.UNet", "monai.networks.nets.NoNet()", "no.Net()"):
+        command = [
+            sys.executable,
+            "-c",
+            f"import sys; sys.argv[1:] = [{expression!r}]; import monai_conres.stages as s; s._main()",
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 2, expression
+        assert "error: " in result.stderr
+        assert "Traceback" not in result.stderr
+
+
 def test_command():
     expression = "monai.networks.nets.SegResNet(init_filters=8, in_channels=2, out_channels=3)"
     command = [
@@ -153,3 +186,5 @@ def test_errors_of_networks_that_do_not_run():
         decoder_stages(Classifier(), 1)
     with pytest.raises(ValueError, match=r"image of 2 channels, got an error at each size \(64x64x64: .*in_channels"):
         decoder_stages(dynunet(), 2)
+    with pytest.raises(ValueError, match=r"spatial_size of three numbers.*\(16, 16\)"):
+        decoder_stages(dynunet(), 1, spatial_size=(16, 16))

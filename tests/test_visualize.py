@@ -114,5 +114,9 @@ def test_errors(image, label):
         plot_slices(image, {"reference": label[..., :8]})
     with pytest.raises(ValueError, match="slices from 0 to 8, got 9"):
         plot_slices(image, {"reference": label}, slices=[9])
+    with pytest.raises(ValueError, match="spatial_axis between -3 and 2"):
+        plot_slices(image, {"reference": label}, spatial_axis=3)
+    with pytest.raises(ValueError, match="one or more slices"):
+        plot_slices(image, {"reference": label}, slices=[])
     with pytest.raises(ValueError, match="take one of a batch"):
         plot_slices(image[None], {"reference": label})

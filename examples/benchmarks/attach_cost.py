@@ -99,11 +99,18 @@ def forward(network: nn.Module, image: torch.Tensor, label: torch.Tensor) -> Non
         network.eval()(image)
 
 
+def segmentation_of(output: torch.Tensor | list | tuple) -> torch.Tensor:
+    """The segmentation among a network's outputs; BasicUNetPlusPlus always returns a list."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
 def step(network: nn.Module, image: torch.Tensor, label: torch.Tensor) -> None:
     loss = ConResLoss(DiceCELoss(softmax=True, to_onehot_y=True), softmax=True, to_onehot_y=True)
     output = network.train()(image)
-    if isinstance(output, (list, tuple)) and not hasattr(output, "residuals"):
-        output = output[0]
+    if hasattr(output, "residuals"):
+        output = output._replace(segmentation=segmentation_of(output.segmentation))
+    else:
+        output = segmentation_of(output)
     network.zero_grad()
     loss(output, label).backward()
 

@@ -1,0 +1,250 @@
+"""Which parts of context residual learning help? Train and evaluate arms x folds x seeds on one data set.
+
+    python examples/benchmarks/ablation.py --data Task04_Hippocampus --out runs --arms baseline conres --seeds 0 1 2
+    python examples/benchmarks/ablation_report.py runs --out docs/tables
+
+Each run is one file, ``OUT/ARM_foldF_seedS.csv``, with a row for each case and class; it is there complete or not, and
+a run that is there is not done again: start the same command as often as it takes. All arms of a seed see the same
+patches in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.data import CacheDataset, DataLoader
+from monai.inferers import SlidingWindowInferer
+from monai.networks import one_hot
+from monai.transforms import Compose
+from monai.utils import set_determinism
+from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils.data import RandomSampler
+from tqdm import tqdm
+
+from monai_conres import (
+    BratsDiceMetric,
+    BratsHausdorffDistanceMetric,
+    BratsSurfaceDiceMetric,
+    ConResLoss,
+    ConResNet,
+    ContextResidualLoss,
+    residual_mask,
+)
+from monai_conres.datasets import DecathlonDatalist, read_decathlon, training_plan
+from monai_conres.files import atomic_path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from quickstart import KEYS, PREPARE, augmentations
+
+# "cpu" is meant for two cores and a minute or two for each run, "full" for a GPU
+SIZES: dict[str, dict[str, Any]] = {
+    "cpu": {"channels": (8, 16, 32, 64), "blocks": (1, 1, 1, 1, 1), "iterations": 300, "batch": 2, "rate": 3e-3},
+    "full": {"channels": (32, 64, 128, 256), "blocks": (1, 2, 2, 2, 2), "iterations": 20000, "batch": 8, "rate": 1e-3},
+}
+
+
+class ClampedLoss(ContextResidualLoss):
+    """The released code's: logits clamped to [0.001, 0.999] and taken as the probability, w_1 = log(V / (V_1 + 1))."""
+
+    def _cross_entropy(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        logits, masks = at_full_resolution(logits, masks) if self.full_resolution else (logits, masks)
+        if masks.shape[2:] != logits.shape[2:]:
+            masks = F.interpolate(masks.float(), size=logits.shape[2:], mode="nearest-exact") > 0.5
+        target = self._target(masks)
+        weight_1 = (target.numel() / (target.sum() + 1.0)).log()
+        p = logits.clamp(1e-3, 1 - 1e-3)
+        return -torch.where(target, weight_1 * p.log(), (1 - p).log()).mean()
+
+    full_resolution = False
+
+
+class FullResolutionLoss(ContextResidualLoss):
+    """The released code's targets: every head is scored against the residual mask of the full resolution."""
+
+    def _cross_entropy(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        return super()._cross_entropy(*at_full_resolution(logits, masks))
+
+
+class BoundaryTargetLoss(ContextResidualLoss):
+    """A control: the same second decoder learns the objects' boundaries in 3D, the voxels that an erosion takes off."""
+
+    def _target(self, masks: torch.Tensor) -> torch.Tensor:
+        eroded = -F.max_pool3d(-F.pad(masks.float(), (1,) * 6, mode="replicate"), kernel_size=3, stride=1)
+        return masks & (eroded < 0.5)
+
+
+class ReleasedLoss(ClampedLoss):
+    """Both, as released."""
+
+    full_resolution = True
+
+
+def at_full_resolution(logits: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return F.interpolate(logits, size=masks.shape[2:], mode="trilinear", align_corners=True), masks
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to build and to train the network."""
+
+    network: dict[str, Any] = field(default_factory=dict)  # arguments of ConResNet
+    loss: Callable[..., ContextResidualLoss] = ContextResidualLoss
+    loss_arguments: dict[str, Any] = field(default_factory=dict)
+    spatial_axis: int = -1
+    channels: Callable[[int], int] = int  # from the usual number of channels to this arm's
+    image_residual: bool = True
+
+
+RELEASED = {"fan_in_scaling": False, "inner_norm": False, "align_corners": True}
+BASELINE = {"mapping": False, "attention": False}
+ARMS = {
+    "baseline": Arm(BASELINE),
+    "mapping": Arm({"attention": False}),
+    "conres": Arm(),
+    "authors": Arm(RELEASED, ReleasedLoss),
+    # one difference between the authors' setting and the default at a time
+    "no_fan_in_scaling": Arm({"fan_in_scaling": False}),
+    "no_inner_norm": Arm({"inner_norm": False}),
+    "align_corners": Arm({"align_corners": True}),
+    "clamped_loss": Arm(loss=ClampedLoss),
+    "full_resolution_targets": Arm(loss=FullResolutionLoss),
+    "paper_w0": Arm(loss_arguments={"background_weight": None}),
+    "no_image_residual": Arm(image_residual=False),
+    # the slice axis
+    "axis_0": Arm(spatial_axis=0),
+    "axis_1": Arm(spatial_axis=1),
+    # controls
+    "wider_baseline": Arm(BASELINE, channels=lambda channels: round(channels * 1.125)),
+    "boundary_targets": Arm(loss=BoundaryTargetLoss),
+}
+
+
+def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tuple) -> ConResNet:
+    network = ConResNet(
+        data.channels,
+        len(data.classes),
+        residual_channels=len(data.classes) - 1,
+        channels=[arm.channels(channels) for channels in size["channels"]],
+        blocks=size["blocks"],
+        strides=strides,
+        spatial_axis=arm.spatial_axis,
+        **arm.network,
+    )
+    if not arm.image_residual:
+        network.residual_decoder.entries[0].register_forward_hook(lambda module, args, output: output * 0)
+    return network
+
+
+def train(network: nn.Module, arm: Arm, dataset: CacheDataset, size: dict[str, Any], seed: int, title: str) -> float:
+    """Seconds of training."""
+    set_determinism(seed)
+    draws = RandomSampler(dataset, replacement=True, num_samples=size["iterations"] * size["batch"])
+    loss_function = ConResLoss(softmax=True, to_onehot_y=True)
+    loss_function.residual_loss = arm.loss(spatial_axis=arm.spatial_axis, to_onehot_y=True, **arm.loss_arguments)
+    optimizer = torch.optim.Adam(network.parameters(), lr=size["rate"])
+    schedule = PolynomialLR(optimizer, total_iters=size["iterations"], power=0.9)
+    device = next(network.parameters()).device
+    network.train()
+    start = time.perf_counter()
+    for batch in tqdm(DataLoader(dataset, size["batch"], sampler=draws), desc=title, mininterval=5):
+        image, label = (batch[key].as_tensor().to(device) for key in KEYS)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+            output = network(image)
+        loss = loss_function(output, label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def evaluate(network: ConResNet, arm: Arm, dataset: CacheDataset, classes: int, patch: tuple) -> list[dict[str, Any]]:
+    """A row for each case and class."""
+    device = next(network.parameters()).device
+    metrics = {"dice": BratsDiceMetric(), "hd95": BratsHausdorffDistanceMetric(), "nsd": BratsSurfaceDiceMetric()}
+    dice = metrics["dice"]
+    network.eval().eval_residual = network.residual_decoder is not None
+    inferer = SlidingWindowInferer(patch, sw_batch_size=4, overlap=0.5, mode="gaussian")
+    rows = []
+    for case in dataset:
+        output = inferer(case["image"][None].as_tensor().to(device), network)
+        segmentation, residual = output if isinstance(output, tuple) else (output, None)
+        labels = (segmentation.argmax(1, keepdim=True).cpu(), case["label"][None].as_tensor())
+        masks = [one_hot(label, num_classes=classes)[:, 1:] for label in labels]
+        spacing = case["image"].pixdim.tolist()
+        values = {name: metric(*masks, spacing=spacing)[0] for name, metric in metrics.items()}
+        changes = [residual_mask(mask, spatial_axis=arm.spatial_axis) for mask in masks]
+        values["residual_dice_of_segmentation"] = dice(*changes)[0]
+        if residual is not None:
+            # the weight of a changed voxel in the loss decides where the odds are even
+            weight = (changes[1][0, 0].numel() / changes[1].flatten(2).sum(-1).clamp(min=1)).log()[0]
+            even = (weight / (weight + 1)).view(1, -1, 1, 1, 1)
+            values["residual_dice_predicted"] = dice((residual.sigmoid().cpu() > even).float(), changes[1])[0]
+        for number in range(classes - 1):
+            row = {"case": case["name"], "class": number + 1}
+            rows.append(row | {name: round(value[number].item(), 5) for name, value in values.items()})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with dataset.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--folds", type=int, nargs="+", default=[0])
+    parser.add_argument("--iterations", type=int, help="other than the size's")
+    parser.add_argument("--cases", type=int, help="use at most so many cases for training and for validation")
+    parser.add_argument("--max-voxels", type=int, default=48 * 56 * 40, help="of a training patch, roughly")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    size = SIZES[options.size] | ({"iterations": options.iterations} if options.iterations else {})
+    data = read_decathlon(options.data)
+    patch, strides = training_plan(
+        data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(size["channels"])
+    )
+    runs = [(fold, seed, name) for fold in options.folds for seed in options.seeds for name in options.arms]
+    cached: dict[int, tuple[CacheDataset, CacheDataset]] = {}
+    for fold, seed, name in runs:
+        file = options.out / f"{name}_fold{fold}_seed{seed}.csv"
+        if file.exists():
+            continue
+        if fold not in cached:
+            training, validation = (cases[: options.cases] for cases in data.split(fold))
+            cached[fold] = (
+                CacheDataset(training, Compose(PREPARE + augmentations(patch, len(data.classes))), progress=False),
+                CacheDataset(validation, Compose(PREPARE), progress=False),
+            )
+        training_set, validation_set = cached[fold]
+        set_determinism(seed)
+        network = build(ARMS[name], data, size, strides).to(options.device)
+        seconds = train(network, ARMS[name], training_set, size, seed, file.stem)
+        rows = evaluate(network, ARMS[name], validation_set, len(data.classes), patch)
+        run = {
+            "arm": name,
+            "fold": fold,
+            "seed": seed,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "seconds": round(seconds, 1),
+        }
+        with atomic_path(file) as temporary, temporary.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, fieldnames=[*run, *rows[0]])
+            writer.writeheader()
+            writer.writerows(run | row for row in rows)
+        print(f"{file.stem}: mean Dice {sum(row['dice'] for row in rows) / len(rows):.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
