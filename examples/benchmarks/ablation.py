@@ -6,11 +6,15 @@
 Each run is one file, ``OUT/ARM_foldF_seedS.csv``, with a row for each case and class; it is there complete or not, and
 a run that is there is not done again: start the same command as often as it takes. All arms of a seed see the same
 patches in the same order.
+
+``dynunet``, ``segresnet`` and ``resenc`` are other people's networks; with ``+conres`` the same one with a context
+residual decoder attached.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import sys
 import time
@@ -24,11 +28,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.data import CacheDataset, DataLoader
 from monai.inferers import SlidingWindowInferer
-from monai.networks import one_hot
+from monai.networks import nets, one_hot
 from monai.transforms import Compose
-from monai.utils import set_determinism
+from monai.utils import optional_import, set_determinism
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import RandomSampler
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from monai_conres import (
@@ -38,6 +43,7 @@ from monai_conres import (
     ConResLoss,
     ConResNet,
     ContextResidualLoss,
+    attach_conres,
     residual_mask,
 )
 from monai_conres.datasets import DecathlonDatalist, read_decathlon, training_plan
@@ -45,6 +51,8 @@ from monai_conres.files import atomic_path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quickstart import KEYS, PREPARE, augmentations
+
+unet, _ = optional_import("dynamic_network_architectures.architectures.unet")
 
 # "cpu" is meant for two cores and a minute or two for each run, "full" for a GPU
 SIZES: dict[str, dict[str, Any]] = {
@@ -93,16 +101,60 @@ def at_full_resolution(logits: torch.Tensor, masks: torch.Tensor) -> tuple[torch
     return F.interpolate(logits, size=masks.shape[2:], mode="trilinear", align_corners=True), masks
 
 
+def dynunet(in_channels: int, classes: int, channels: list[int], strides: tuple) -> nn.Module:
+    return nets.DynUNet(
+        3,
+        in_channels,
+        classes,
+        kernel_size=[3] * len(channels),
+        strides=[1, *strides],
+        upsample_kernel_size=strides,
+        filters=channels,
+    )
+
+
+def segresnet(in_channels: int, classes: int, channels: list[int], strides: tuple) -> nn.Module:
+    """SegResNet doubles its channels and halves every axis."""
+    return nets.SegResNet(3, channels[0], in_channels, classes, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1))
+
+
+def resenc(in_channels: int, classes: int, channels: list[int], strides: tuple) -> nn.Module:
+    """nnU-Net's residual-encoder network, of the blocks of its preset M."""
+    return unet.ResidualEncoderUNet(
+        in_channels,
+        n_stages=len(channels),
+        features_per_stage=channels,
+        conv_op=nn.Conv3d,
+        kernel_sizes=3,
+        strides=[1, *strides],
+        n_blocks_per_stage=[1, 3, 4, 6, 6, 6][: len(channels)],
+        num_classes=classes,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One way to build and to train the network."""
+    """One way to build and to train a network."""
 
     network: dict[str, Any] = field(default_factory=dict)  # arguments of ConResNet
+    backbone: Callable[..., nn.Module] | None = None  # another network than ConResNet
+    attached: bool = False  # the backbone with a context residual decoder
     loss: Callable[..., ContextResidualLoss] = ContextResidualLoss
     loss_arguments: dict[str, Any] = field(default_factory=dict)
     spatial_axis: int = -1
     channels: Callable[[int], int] = int  # from the usual number of channels to this arm's
     image_residual: bool = True
+
+    @property
+    def residual(self) -> bool:
+        """Whether the network predicts residual masks."""
+        return self.attached if self.backbone is not None else self.network.get("mapping", True)
 
 
 RELEASED = {"fan_in_scaling": False, "inner_norm": False, "align_corners": True}
@@ -111,7 +163,7 @@ ARMS = {
     "baseline": Arm(BASELINE),
     "mapping": Arm({"attention": False}),
     "conres": Arm(),
-    "authors": Arm(RELEASED, ReleasedLoss),
+    "authors": Arm(RELEASED, loss=ReleasedLoss),
     # one difference between the authors' setting and the default at a time
     "no_fan_in_scaling": Arm({"fan_in_scaling": False}),
     "no_inner_norm": Arm({"inner_norm": False}),
@@ -126,15 +178,30 @@ ARMS = {
     # controls
     "wider_baseline": Arm(BASELINE, channels=lambda channels: round(channels * 1.125)),
     "boundary_targets": Arm(loss=BoundaryTargetLoss),
+    # other people's networks
+    "dynunet": Arm(backbone=dynunet),
+    "dynunet+conres": Arm(backbone=dynunet, attached=True),
+    "segresnet": Arm(backbone=segresnet),
+    "segresnet+conres": Arm(backbone=segresnet, attached=True),
+    "resenc": Arm(backbone=resenc),
+    "resenc+conres": Arm(backbone=resenc, attached=True),
 }
 
 
-def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tuple) -> ConResNet:
+def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tuple) -> nn.Module:
+    channels = [arm.channels(channels) for channels in size["channels"]]
+    if arm.backbone is not None:
+        network = arm.backbone(data.channels, len(data.classes), channels, strides)
+        if arm.attached:
+            network = attach_conres(
+                network, data.channels, len(data.classes), residual_channels=len(data.classes) - 1, width=channels[0]
+            )
+        return network
     network = ConResNet(
         data.channels,
         len(data.classes),
         residual_channels=len(data.classes) - 1,
-        channels=[arm.channels(channels) for channels in size["channels"]],
+        channels=channels,
         blocks=size["blocks"],
         strides=strides,
         spatial_axis=arm.spatial_axis,
@@ -168,13 +235,23 @@ def train(network: nn.Module, arm: Arm, dataset: CacheDataset, size: dict[str, A
     return time.perf_counter() - start
 
 
+def multiply_adds(network: nn.Module, channels: int, patch: tuple) -> int:
+    """Of one training patch."""
+    twin = copy.deepcopy(network).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin.train()(torch.empty(1, channels, *patch, device="meta"))
+    return counter.get_total_flops() // 2
+
+
 @torch.no_grad()
-def evaluate(network: ConResNet, arm: Arm, dataset: CacheDataset, classes: int, patch: tuple) -> list[dict[str, Any]]:
+def evaluate(network: nn.Module, arm: Arm, dataset: CacheDataset, classes: int, patch: tuple) -> list[dict[str, Any]]:
     """A row for each case and class."""
     device = next(network.parameters()).device
     metrics = {"dice": BratsDiceMetric(), "hd95": BratsHausdorffDistanceMetric(), "nsd": BratsSurfaceDiceMetric()}
     dice = metrics["dice"]
-    network.eval().eval_residual = network.residual_decoder is not None
+    network.eval()
+    if arm.residual:
+        network.eval_residual = True
     inferer = SlidingWindowInferer(patch, sw_batch_size=4, overlap=0.5, mode="gaussian")
     rows = []
     for case in dataset:
@@ -229,6 +306,8 @@ def main() -> None:
             )
         training_set, validation_set = cached[fold]
         set_determinism(seed)
+        if options.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
         network = build(ARMS[name], data, size, strides).to(options.device)
         seconds = train(network, ARMS[name], training_set, size, seed, file.stem)
         rows = evaluate(network, ARMS[name], validation_set, len(data.classes), patch)
@@ -237,7 +316,9 @@ def main() -> None:
             "fold": fold,
             "seed": seed,
             "parameters": sum(p.numel() for p in network.parameters()),
+            "multiply_adds": multiply_adds(network, data.channels, patch),
             "seconds": round(seconds, 1),
+            "memory": torch.cuda.max_memory_allocated() if options.device.startswith("cuda") else "",
         }
         with atomic_path(file) as temporary, temporary.open("w", newline="") as opened:
             writer = csv.DictWriter(opened, fieldnames=[*run, *rows[0]])

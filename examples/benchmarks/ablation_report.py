@@ -1,0 +1,189 @@
+"""Table and figure of the runs of ablation.py: each arm against its reference, with its uncertainty.
+
+    python examples/benchmarks/ablation_report.py RUNS --out docs/tables
+
+The reference of NAME+conres is NAME, that of any other arm the baseline; other people's networks have none. The
+difference is paired by case, fold and seed, averaged over classes. Its 95 % interval is a bootstrap
+over cases and over seeds at once (10,000 draws), so with one seed it says nothing of another training. The p value is
+Wilcoxon's signed rank test over cases (means over seeds), corrected by Holm for the number of arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import wilcoxon
+
+from monai_conres.files import atomic_path
+from monai_conres.visualize import save_figure
+
+
+@dataclass
+class Results:
+    """All runs of one arm, on cases that all arms share."""
+
+    seeds: list[int]
+    values: dict[str, np.ndarray]  # of each column, (seeds, cases, classes)
+    about: dict[str, float]  # parameters, multiply-adds, seconds, memory
+
+    def mean(self, column: str) -> float:
+        return float(self.values[column].mean())
+
+
+def read_runs(folder: Path) -> dict[str, Results]:
+    """The results of each arm, in the order of ablation.py."""
+    rows: dict[str, dict[int, dict[tuple[str, str, int], dict[str, str]]]] = defaultdict(lambda: defaultdict(dict))
+    for file in sorted(folder.glob("*.csv")):
+        with file.open() as opened:
+            for row in csv.DictReader(opened):
+                rows[row["arm"]][int(row["seed"])][row["fold"], row["case"], int(row["class"])] = row
+    if not rows:
+        raise SystemExit(f"error: expected the runs of ablation.py in {folder}, found none.")
+    runs = [run for seeds in rows.values() for run in seeds.values()]
+    keys = sorted(set.intersection(*(set(run) for run in runs)))
+    if any(len(run) != len(keys) for run in runs):
+        print(f"{len(keys)} cases and classes that all runs have; others are left out")
+    classes = len({number for _, _, number in keys})
+    results = {}
+    for arm, seeds in rows.items():
+        first = next(iter(seeds.values()))[keys[0]]
+        columns = [key for key in first if key.startswith(("dice", "hd95", "nsd", "residual"))]
+        results[arm] = Results(
+            seeds=sorted(seeds),
+            values={
+                column: np.reshape(
+                    [[float(seeds[seed][key][column]) for key in keys] for seed in sorted(seeds)],
+                    (len(seeds), -1, classes),
+                )
+                for column in columns
+            },
+            about={
+                key: float(np.median([float(run[keys[0]][key] or "nan") for run in seeds.values()]))
+                for key in ("parameters", "multiply_adds", "seconds", "memory")
+            },
+        )
+    return results
+
+
+def reference_of(arm: str, results: dict[str, Results]) -> str | None:
+    """The arm that another one is compared with."""
+    name = arm.partition("+")[0]
+    plain = any(other.startswith(f"{arm}+") for other in results)
+    reference = name if name != arm else None if plain or arm == "baseline" else "baseline"
+    return reference if reference in results and set(results[arm].seeds) & set(results[reference].seeds) else None
+
+
+def difference(results: dict[str, Results], arm: str, reference: str, column: str = "dice") -> np.ndarray:
+    """Paired differences, ``(seeds, cases)``, of the seeds that both have."""
+    seeds = sorted(set(results[arm].seeds) & set(results[reference].seeds))
+    own, other = (
+        results[name].values[column][[results[name].seeds.index(seed) for seed in seeds]].mean(-1)
+        for name in (arm, reference)
+    )
+    return own - other
+
+
+def interval(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over seeds and cases, both drawn."""
+    random = np.random.default_rng(0)
+    seeds, cases = values.shape
+    means = [
+        values[np.ix_(random.integers(0, seeds, seeds), random.integers(0, cases, cases))].mean() for _ in range(draws)
+    ]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Corrected p values, in the order given."""
+    order = np.argsort(p_values)
+    corrected = np.empty(len(p_values))
+    largest = 0.0
+    for rank, number in enumerate(order):
+        largest = max(largest, (len(p_values) - rank) * p_values[number])
+        corrected[number] = min(1.0, largest)
+    return corrected.tolist()
+
+
+def report(results: dict[str, Results]) -> tuple[str, list[tuple[str, float, float, float]]]:
+    """The table in Markdown, and what the figure shows: arm, mean difference and its interval."""
+    references = {arm: reference_of(arm, results) for arm in results}
+    differences = {
+        arm: difference(results, arm, reference) for arm, reference in references.items() if reference is not None
+    }
+    p_values = [wilcoxon(values.mean(0)).pvalue for values in differences.values()]
+    corrected = dict(zip(differences, holm(p_values), strict=True))
+    lines = [
+        "| arm | seeds | Dice (each class) | Dice | difference [95 %] | p (Holm) | cases improved | HD95 (mm) | NSD "
+        "| residual Dice: of segmentation / predicted | parameters (M) | multiply-adds (1e9) | training (s) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    bars = []
+    for arm in _ordered(references):
+        own = results[arm]
+        paired = improved = p = "-"
+        if arm in differences:
+            values = differences[arm]
+            low, high = interval(values)
+            bars.append((arm, float(values.mean()), low, high))
+            paired = f"{values.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+            improved = f"{100 * (values.mean(0) > 0).mean():.0f} %"
+            p = f"{corrected[arm]:.3f}"
+        classes = " / ".join(f"{value:.4f}" for value in own.values["dice"].mean((0, 1)))
+        predicted = f"{own.mean('residual_dice_predicted'):.3f}" if "residual_dice_predicted" in own.values else "-"
+        lines.append(
+            f"| {arm} | {len(own.seeds)} | {classes} | {own.mean('dice'):.4f} | {paired} | {p} | {improved} "
+            f"| {own.mean('hd95'):.3f} | {own.mean('nsd'):.4f} "
+            f"| {own.mean('residual_dice_of_segmentation'):.3f} / {predicted} "
+            f"| {own.about['parameters'] / 1e6:.3f} | {own.about['multiply_adds'] / 1e9:.2f} "
+            f"| {own.about['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n", bars
+
+
+def _ordered(references: dict[str, str | None]) -> list[str]:
+    """Each reference, followed by what is compared with it."""
+    plain = [arm for arm, reference in references.items() if reference is None]
+    order = []
+    for arm in sorted(plain, key=lambda arm: (arm != "baseline", arm)):
+        order += [arm, *(other for other, reference in references.items() if reference == arm)]
+    return order
+
+
+def draw(bars: list[tuple[str, float, float, float]]) -> Figure:
+    """Mean differences with their intervals."""
+    figure = Figure(figsize=(6.5, 0.32 * len(bars) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for row, (_, mean, low, high) in enumerate(reversed(bars)):
+        color = "#0072B2" if low > 0 else "#D55E00" if high < 0 else "0.35"
+        axes.plot((low, high), (row, row), color=color, linewidth=2)
+        axes.plot(mean, row, "o", color=color)
+    axes.axvline(0, color="0.7", linewidth=1, zorder=0)
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in reversed(bars)])
+    axes.set_xlabel("difference in mean Dice to the reference, 95 % interval")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder of the runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for NAME.md and NAME.png")
+    parser.add_argument("--name", default="ablation")
+    options = parser.parse_args()
+    table, bars = report(read_runs(options.runs))
+    print(table)
+    with atomic_path(options.out / f"{options.name}.md") as temporary:
+        temporary.write_text(table)
+    if bars:
+        save_figure(draw(bars), options.out / f"{options.name}.png")
+
+
+if __name__ == "__main__":
+    main()

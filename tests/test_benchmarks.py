@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import csv
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from monai_conres import ContextResidualLoss
+from monai_conres.phantom import write_phantom_dataset
+from tests import reference
+
+BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ablation, report = load("ablation"), load("ablation_report")
+
+
+@pytest.mark.parametrize("name", ablation.ARMS)
+def test_every_arm_trains(name):
+    if name.startswith("resenc"):
+        pytest.importorskip("dynamic_network_architectures", reason="nnU-Net's networks are not installed")
+    arm = ablation.ARMS[name]
+    torch.manual_seed(0)
+    data = SimpleNamespace(channels=1, classes=("background", "inner", "outer"))
+    size = {"channels": (8, 16, 32, 64), "blocks": (1,) * 5}
+    strides = ((2, 2, 2),) * 3
+    network = ablation.build(arm, data, size, strides)
+    mask = torch.zeros(2, 2, 16, 16, 24, dtype=torch.bool)
+    mask[..., 3:6, 4:8, 2:9] = True
+    output = network(torch.randn(2, 1, 16, 16, 24))
+    assert isinstance(output, torch.Tensor) == (arm.backbone is not None and not arm.attached)
+    if arm.residual:
+        arm.loss(spatial_axis=arm.spatial_axis, **arm.loss_arguments)(output.residuals, mask).backward()
+        gradients = {name: p.grad for name, p in network.named_parameters() if "heads." in name and p.grad is not None}
+        assert any(gradient.any() for gradient in gradients.values())
+    else:
+        assert not getattr(output, "residuals", ())
+    # "+conres" is the very network and something beside it
+    if arm.attached:
+        plain = ablation.build(ablation.ARMS[name.partition("+")[0]], data, size, strides)
+        assert network.backbone.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_multiply_adds_are_counted_by_hand():
+    network = torch.nn.Conv3d(2, 3, kernel_size=3, padding=1)
+    assert ablation.multiply_adds(network, 2, (4, 5, 6)) == 3 * 2 * 27 * 4 * 5 * 6
+
+
+def test_the_released_loss_has_the_gradient_of_the_released_code():
+    logits = torch.randn(1, 1, 6, 7, 8, dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(1, 1, 6, 7, 8)
+    mask[..., 2:5, 2:6, 3:6] = 1
+    ablation.ReleasedLoss()(logits, mask).backward()
+    target = reference.residual_mask(mask.numpy(), axis=4)
+    expected = reference.released_residual_gradient(logits.detach().numpy(), target)
+    np.testing.assert_allclose(logits.grad.numpy(), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_the_boundary_control_learns_the_surface_of_the_object():
+    mask = torch.zeros(1, 1, 7, 8, 9, dtype=torch.bool)
+    mask[..., 1:6, 2:7, 3:8] = True  # a cube of 5 voxels: 98 on its surface
+    target = ablation.BoundaryTargetLoss()._target(mask)
+    assert int(target.sum()) == 98
+    assert not (target & ~mask).any()
+
+
+def test_full_resolution_targets_equal_the_default_at_full_resolution():
+    logits, mask = torch.randn(1, 2, 6, 7, 8), torch.randint(0, 2, (1, 2, 6, 7, 8))
+    torch.testing.assert_close(ablation.FullResolutionLoss()(logits, mask), ContextResidualLoss()(logits, mask))
+
+
+def test_a_run_is_done_once_and_the_report_is_its_mean(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=5, size=(20, 24, 16))
+    command = [sys.executable, BENCHMARKS / "ablation.py", "--data", tmp_path / "data", "--out", tmp_path / "runs"]
+    command += ["--arms", "baseline", "conres", "--iterations", "2", "--cases", "2", "--max-voxels", "8000"]
+
+    def run(*seeds: str) -> dict[str, bytes]:
+        subprocess.run([*map(str, command), "--seeds", *seeds], check=True, capture_output=True)
+        return {file.name: file.read_bytes() for file in (tmp_path / "runs").iterdir()}
+
+    first = run("0")
+    assert sorted(first) == ["baseline_fold0_seed0.csv", "conres_fold0_seed0.csv"]
+    second = run("0", "1")
+    assert len(second) == 4
+    assert all(second[name] == content for name, content in first.items())
+
+    output = subprocess.run(
+        [sys.executable, BENCHMARKS / "ablation_report.py", tmp_path / "runs", "--out", tmp_path / "out"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert (tmp_path / "out" / "ablation.png").stat().st_size > 5000
+    table = {line.split("|")[1].strip(): line.split("|") for line in output.splitlines() if "|" in line}
+    for arm in ("baseline", "conres"):
+        rows = [
+            row for name in second if name.startswith(arm) for row in csv.DictReader(second[name].decode().splitlines())
+        ]
+        assert float(table[arm][4]) == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=5e-5)
+        assert int(table[arm][2]) == 2
+
+
+def test_statistics():
+    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert report.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    constant = np.full((2, 10), 0.3)
+    assert report.interval(constant) == pytest.approx((0.3, 0.3))
+    values = np.random.default_rng(1).normal(0.2, 1, (1, 400))
+    low, high = report.interval(values)
+    error = values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.2 * error)
+    # a shift of one seed widens the interval: seeds are drawn, too
+    shifted = np.concatenate([values, values + 1])
+    low, high = report.interval(shifted)
+    assert high - low > 0.9
+
+
+def test_what_is_compared_with_what():
+    rng = np.random.default_rng(0)
+    results = {
+        arm: report.Results(seeds, {"dice": rng.random((len(seeds), 4, 2))}, {})
+        for arm, seeds in {
+            "baseline": [0, 1],
+            "conres": [1, 2],
+            "dynunet": [0],
+            "dynunet+conres": [0],
+            "late": [5],
+        }.items()
+    }
+    references = {arm: report.reference_of(arm, results) for arm in results}
+    assert references == {
+        "baseline": None,
+        "conres": "baseline",
+        "dynunet": None,
+        "dynunet+conres": "dynunet",
+        "late": None,
+    }
+    values = report.difference(results, "conres", "baseline")  # seed 1 is the one that both have
+    np.testing.assert_allclose(
+        values, (results["conres"].values["dice"][0] - results["baseline"].values["dice"][1]).mean(-1)[None]
+    )
