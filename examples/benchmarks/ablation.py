@@ -223,7 +223,7 @@ def train(network: nn.Module, arm: Arm, dataset: CacheDataset, size: dict[str, A
     device = next(network.parameters()).device
     network.train()
     start = time.perf_counter()
-    for batch in tqdm(DataLoader(dataset, size["batch"], sampler=draws), desc=title, mininterval=5):
+    for batch in tqdm(DataLoader(dataset, batch_size=size["batch"], sampler=draws), desc=title, mininterval=5):
         image, label = (batch[key].as_tensor().to(device) for key in KEYS)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             output = network(image)
