@@ -14,9 +14,9 @@ _STAGE = {"x4": 0, "x2": 1, "x1": 2}
 _MODULE = {
     "gn_seg": "decoder.{}.norm",
     "conv_seg": "decoder.{}.conv",
-    "conv_mp_first": "residual_decoder.entries.{}",
-    "gn_mp": "residual_decoder.entries.{}.norm",
-    "conv_mp": "residual_decoder.entries.{}.conv",
+    "conv_mp_first": "residual_decoder.stages.{}.entry",
+    "gn_mp": "residual_decoder.stages.{}.entry.norm",
+    "conv_mp": "residual_decoder.stages.{}.entry.conv",
     "conv_res": "residual_decoder.stages.{}.inner",
     "gn_res1": "residual_decoder.stages.{}.outer.norm",
     "conv_res1": "residual_decoder.stages.{}.outer.conv",

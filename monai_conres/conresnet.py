@@ -16,6 +16,7 @@ from monai_conres.layers import (
     NormActConv,
     PreActivationBlock,
     WeightStandardizedConv3d,
+    recompute,
     resize_features,
 )
 from monai_conres.residual import slice_dim
@@ -51,6 +52,8 @@ class ConResNet(nn.Module):
         align_corners: how features are up-sampled; True in the released code of the authors.
         eval_residual: True makes ``eval()`` return ``(segmentation, residual)``, both logits at full resolution, so
             that sliding-window inference stitches both. An attribute, to be changed at any time.
+        use_checkpoint: True computes the encoder's features again in the backward pass instead of keeping them, which
+            takes less memory and more time. An attribute, too.
 
     Shape:
         ``(b, in_channels, d, h, w)`` with any size of at least one coarsest voxel, that is the product of the strides
@@ -93,6 +96,7 @@ class ConResNet(nn.Module):
         inner_norm: bool = True,
         align_corners: bool = False,
         eval_residual: bool = False,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         check_switches(mapping, attention)
@@ -106,6 +110,7 @@ class ConResNet(nn.Module):
         self.attention = attention
         self.align_corners = align_corners
         self.eval_residual = eval_residual
+        self.use_checkpoint = use_checkpoint
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
 
         # one entry per resolution: down-sampling convolution and residual blocks
@@ -181,21 +186,30 @@ class ConResNet(nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The last features of the segmentation decoder, and the context residual features, coarse to fine."""
         self._check_image(image)
+        if image.device.type == "cpu":  # where convolution, resizing and normalization are faster in this layout
+            image = image.contiguous(memory_format=torch.channels_last_3d)
         features = image
         skips = []
         for level in self.encoder:
-            features = level(features)
+            features = recompute(level, level, features) if self.use_checkpoint else level(features)
             skips.append(features)
-        features = self.bottleneck(skips.pop())
+        features = skips.pop()
+        features = (
+            recompute(self.bottleneck, self.bottleneck, features) if self.use_checkpoint else self.bottleneck(features)
+        )
         residuals: list[torch.Tensor] = []
         for stage, unit in enumerate(self.decoder):
             skip = skips.pop()
-            features = unit(resize_features(features, skip.shape[2:], align_corners=self.align_corners) + skip)
+            features = recompute(self, self._merge, unit, features, skip)
             if residual_decoder is not None:
                 previous = residuals[-1] if residuals else image
                 features, residual = residual_decoder.step(stage, features, previous)
                 residuals.append(residual)
         return features, residuals
+
+    def _merge(self, unit: nn.Module, features: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """Features of one scale of the segmentation decoder."""
+        return unit(resize_features(features, skip.shape[2:], align_corners=self.align_corners) + skip)
 
     def _check_image(self, image: torch.Tensor) -> None:
         if torch.jit.is_tracing():  # a traced size is a tensor, and comparing it would fix it

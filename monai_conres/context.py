@@ -7,7 +7,15 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, NormActConv, WeightStandardizedConv3d, norm_layer
+from monai_conres.layers import (
+    DEFAULT_ACT,
+    DEFAULT_NORM,
+    NormActConv,
+    WeightStandardizedConv3d,
+    norm_layer,
+    recompute,
+    resize_features,
+)
 from monai_conres.residual import inter_slice_residual
 
 __all__ = ["ContextResidualModule"]
@@ -26,6 +34,7 @@ class ContextResidualModule(nn.Module):
         channels: number of channels of ``F``.
         width: number of channels of the incoming and the outgoing context residual; ``None`` is ``channels``, as in
             the paper. A narrower one is brought back to ``channels`` by a 1x1x1 convolution in front of the gate.
+        entry: what brings the incoming residual to ``width`` channels, where it has another number of them.
         mapping: False switches the whole module off: features pass as they are and there is no residual.
         attention: False switches the gate of Eq. 6 off: features pass as they are, the residual is still computed.
         zero_init: True multiplies the gate by a learned strength for each channel, ``F * (1 + strength *
@@ -35,9 +44,11 @@ class ContextResidualModule(nn.Module):
         act: MONAI's name of an activation layer, or ``(name, arguments)``.
         fan_in_scaling: see :class:`~monai_conres.layers.WeightStandardizedConv3d`.
         inner_norm: False leaves out the normalization after the inner convolution of Eq. 5, as the released code does.
+        align_corners: how the incoming residual is resampled; True in the released code.
 
     Shape:
-        ``features`` ``(b, channels, d, h, w)`` and ``residual`` ``(b, width, d, h, w)``, in and out.
+        ``features`` ``(b, channels, d, h, w)`` in and out, ``residual`` ``(b, width, d, h, w)`` out. The incoming one
+        may be of another resolution, and is resampled to that of the features.
 
     Raises:
         ValueError: when ``attention`` is asked for without ``mapping``: the gate is made from the mapping's output.
@@ -61,6 +72,7 @@ class ContextResidualModule(nn.Module):
         channels: int,
         *,
         width: int | None = None,
+        entry: nn.Module | None = None,
         mapping: bool = True,
         attention: bool = True,
         zero_init: bool = False,
@@ -69,6 +81,7 @@ class ContextResidualModule(nn.Module):
         act: str | tuple = DEFAULT_ACT,
         fan_in_scaling: bool = True,
         inner_norm: bool = True,
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
         check_switches(mapping, attention)
@@ -77,9 +90,11 @@ class ContextResidualModule(nn.Module):
         self.mapping = mapping
         self.attention = attention
         self.spatial_axis = spatial_axis
+        self.align_corners = align_corners
         width = channels if width is None else width
         pointwise: dict[str, Any] = {"kernel_size": 1, "fan_in_scaling": fan_in_scaling}
         if mapping:
+            self.entry = entry
             self.inner = WeightStandardizedConv3d(channels, width, **pointwise)
             self.inner_norm = norm_layer(norm, width) if inner_norm else nn.Identity()
             self.outer = NormActConv(width, width, norm=norm, act=act, fan_in_scaling=fan_in_scaling)
@@ -92,12 +107,24 @@ class ContextResidualModule(nn.Module):
         """Return the gated features ``O_seg`` and the context residual features ``O_res``."""
         if not self.mapping:
             return features, residual
-        difference = inter_slice_residual(features.sigmoid(), spatial_axis=self.spatial_axis)
-        residual = self.outer(self.inner_norm(self.inner(difference)) + residual)
+        residual = recompute(self, self._map, features, residual)
         if self.attention:
-            gate = (residual if self.expand is None else self.expand(residual)).sigmoid()
-            features = features * (1 + (gate if self.strength is None else self.strength * gate))
+            expanded = residual if self.expand is None else self.expand(residual)
+            features = recompute(self, self._gate, features, expanded)
         return features, residual
+
+    def _map(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Eq. 4 and 5."""
+        residual = resize_features(residual, features.shape[2:], align_corners=self.align_corners)
+        if self.entry is not None:
+            residual = self.entry(residual)
+        difference = inter_slice_residual(features.sigmoid(), spatial_axis=self.spatial_axis)
+        return self.outer(self.inner_norm(self.inner(difference)) + residual)
+
+    def _gate(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Eq. 6."""
+        gate = residual.sigmoid()
+        return features * (1 + (gate if self.strength is None else self.strength * gate))
 
 
 def check_switches(mapping: bool, attention: bool) -> None:

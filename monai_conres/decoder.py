@@ -14,7 +14,12 @@ import torch
 import torch.nn as nn
 
 from monai_conres.context import ContextResidualModule
-from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, NormActConv, WeightStandardizedConv3d, resize_features
+from monai_conres.layers import (
+    DEFAULT_ACT,
+    DEFAULT_NORM,
+    NormActConv,
+    WeightStandardizedConv3d,
+)
 from monai_conres.residual import inter_slice_residual
 
 __all__ = ["ConResDecoder", "ConResOutput"]
@@ -96,7 +101,6 @@ class ConResDecoder(nn.Module):
                 f"{in_channels}, channels={tuple(channels)}, out_channels={out_channels}, width={width}."
             )
         self.spatial_axis = spatial_axis
-        self.align_corners = align_corners
         self.attention = attention
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
         module: dict[str, Any] = {
@@ -104,14 +108,18 @@ class ConResDecoder(nn.Module):
             "zero_init": zero_init,
             "spatial_axis": spatial_axis,
             "inner_norm": inner_norm,
+            "align_corners": align_corners,
             **unit,
         }
         widths = tuple(c if width is None else min(c, width) for c in channels)
-        self.entries = nn.ModuleList([WeightStandardizedConv3d(in_channels, widths[0], fan_in_scaling=fan_in_scaling)])
+        entries: list[nn.Module | None] = [
+            WeightStandardizedConv3d(in_channels, widths[0], fan_in_scaling=fan_in_scaling)
+        ]
         for coarse, fine in itertools.pairwise(widths):
-            self.entries.append(nn.Identity() if coarse == fine else NormActConv(coarse, fine, **unit))
+            entries.append(None if coarse == fine else NormActConv(coarse, fine, **unit))
         self.stages = nn.ModuleList(
-            ContextResidualModule(c, width=w, **module) for c, w in zip(channels, widths, strict=True)
+            ContextResidualModule(c, width=w, entry=entry, **module)
+            for c, w, entry in zip(channels, widths, entries, strict=True)
         )
         self.heads = nn.ModuleList(nn.Conv3d(w, out_channels, kernel_size=1) for w in widths)
 
@@ -129,8 +137,7 @@ class ConResDecoder(nn.Module):
         """
         if stage == 0:
             previous = inter_slice_residual(previous, spatial_axis=self.spatial_axis)
-        previous = resize_features(previous, features.shape[2:], align_corners=self.align_corners)
-        return self.stages[stage](features, self.entries[stage](previous))
+        return self.stages[stage](features, previous)
 
     def predict(self, residuals: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Logits of the residual masks, fine to coarse, from the features of all scales, coarse to fine."""

@@ -26,7 +26,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-ablation, report = load("ablation"), load("ablation_report")
+ablation, report, speed = load("ablation"), load("ablation_report"), load("speed")
 
 
 @pytest.mark.parametrize("name", ablation.ARMS)
@@ -153,3 +153,28 @@ def test_what_is_compared_with_what():
     np.testing.assert_allclose(
         values, (results["conres"].values["dice"][0] - results["baseline"].values["dice"][1]).mean(-1)[None]
     )
+
+
+@pytest.mark.parametrize("mapping", [True, False])
+def test_the_released_structure_computes_the_released_network(mapping):
+    torch.manual_seed(0)
+    structure = speed.ReleasedStructure(mapping=mapping).double().eval()
+    image = torch.randn(1, 4, 9, 16, 17, dtype=torch.float64)
+    with torch.no_grad():
+        got, want = structure(image), structure.network.heads(image)
+    torch.testing.assert_close(got.segmentation, want.segmentation, rtol=1e-9, atol=1e-9)
+    assert len(got.residuals) == len(want.residuals)
+    for a, b in zip(got.residuals, want.residuals, strict=True):
+        up_sampled = torch.nn.functional.interpolate(b, size=image.shape[2:], mode="trilinear", align_corners=True)
+        torch.testing.assert_close(a, up_sampled, rtol=1e-9, atol=1e-9)
+
+
+def test_speed_makes_both_tables(tmp_path):
+    command = [sys.executable, BENCHMARKS / "speed.py", "--out", tmp_path, "--size", 8, 16, 16, "--repeats", 1]
+    command = [*map(str, command), "--networks", "released structure", "ConResNet"]
+    for options, name in (((), "speed_cpu_float32"), (("--memory",), "memory_cpu_float32")):
+        subprocess.run([*command, "--device", "cpu", *options], check=True, capture_output=True)
+        with (tmp_path / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["network"] for row in rows] == ["released structure", "ConResNet"]
+    assert all(float(row["step, peak (GiB)"]) > 0 for row in rows)

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from monai_conres import ConResNet, ConResOutput, ContextResidualModule
+from monai_conres import ConResNet, ConResOutput, ContextResidualModule, conresnet, context, layers
 from monai_conres.layers import WeightStandardizedConv3d
 
 
@@ -188,7 +188,7 @@ def test_authors_setting_is_the_default_but_for_its_three_differences():
     assert not any(m.gain != 1 for m in network.modules() if isinstance(m, WeightStandardizedConv3d))
     assert not any(isinstance(m.inner_norm, torch.nn.GroupNorm) for m in network.residual_decoder.stages)
     assert network.align_corners
-    assert network.residual_decoder.align_corners
+    assert all(module.align_corners for module in network.residual_decoder.stages)
     assert network.residual_decoder.spatial_axis == 0
 
 
@@ -224,3 +224,50 @@ def test_eval_residual_of_a_baseline_is_refused():
     network = small_network(mapping=False, attention=False, eval_residual=True).eval()
     with pytest.raises(ValueError, match="expected mapping=True together with eval_residual=True"):
         network(torch.zeros(1, 2, 8, 8, 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_checkpoint": True}])
+def test_computing_again_changes_no_gradient_and_keeps_less(options, monkeypatch):
+    torch.manual_seed(0)
+    network = small_network(dropout=0.5, **options).double()
+    image = torch.randn(1, 2, 9, 8, 7, dtype=torch.float64)
+
+    def run() -> tuple[int, dict[str, torch.Tensor]]:
+        kept = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        network.zero_grad()
+        torch.manual_seed(1)  # of dropout
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = network(image)
+        (output.segmentation.square().sum() + sum(r.square().sum() for r in output.residuals)).backward()
+        own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        size = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+        return size, {name: p.grad.clone() for name, p in network.named_parameters()}
+
+    kept, gradients = run()
+    for module in (layers, context, conresnet):
+        monkeypatch.setattr(module, "recompute", lambda module, function, *arguments: function(*arguments))
+    kept_without, expected = run()
+    assert kept < (0.35 if options else 0.6) * kept_without
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_running_statistics_see_each_batch_once(use_checkpoint):
+    torch.manual_seed(0)
+    network = small_network(norm="batch", use_checkpoint=use_checkpoint)
+    image = torch.randn(2, 2, 8, 8, 8)
+    first = network.encoder[1][0].norm
+    features = network.encoder[0](image)
+    with torch.no_grad():
+        mean = features.mean((0, 2, 3, 4)) * first.momentum
+    for batch_norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm3d)):
+        batch_norm.reset_running_stats()
+    network(image).segmentation.sum().backward()
+    assert int(first.num_batches_tracked) == 1
+    torch.testing.assert_close(first.running_mean, mean, rtol=1e-4, atol=1e-5)

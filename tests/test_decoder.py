@@ -20,12 +20,12 @@ def test_first_input_is_the_residual_of_the_image():
     decoder = ConResDecoder(2, (8,), 1, spatial_axis=1)
     image, features = torch.randn(1, 2, 6, 8, 10), torch.randn(1, 8, 3, 4, 5)
     context = F.interpolate(inter_slice_residual(image, spatial_axis=1), size=(3, 4, 5), mode="trilinear")
-    expected = decoder.stages[0](features, decoder.entries[0](context))
+    expected = decoder.stages[0](features, context)
     for got, want in zip(decoder.step(0, features, image), expected, strict=True):
         torch.testing.assert_close(got, want)
     constant_along_the_slices = image[:, :, :, :1].expand_as(image)
     shifted = decoder.step(0, features, constant_along_the_slices)[1]
-    torch.testing.assert_close(shifted, decoder.stages[0](features, torch.zeros_like(features))[1])
+    torch.testing.assert_close(shifted, decoder.stages[0](features, torch.zeros(1, 2, 3, 4, 5))[1])
 
 
 def test_each_scale_goes_on_from_the_one_before():
@@ -35,9 +35,9 @@ def test_each_scale_goes_on_from_the_one_before():
     features = [torch.randn(1, 24, 3, 3, 4), torch.randn(1, 16, 5, 6, 7), torch.randn(1, 16, 9, 11, 13)]
     gated, residuals = run(decoder, image, features)
     previous = F.interpolate(residuals[0], size=(5, 6, 7), mode="trilinear")
-    expected = decoder.stages[1](features[1], decoder.entries[1](previous))[1]
+    expected = decoder.stages[1](features[1], previous)[1]
     torch.testing.assert_close(residuals[1], expected)
-    assert isinstance(decoder.entries[2], torch.nn.Identity)  # equal channels need no convolution
+    assert decoder.stages[2].entry is None  # equal channels need no convolution
     for f, g, residual in zip(features, gated, residuals, strict=True):
         torch.testing.assert_close(g, f * (1 + residual.sigmoid()))
 

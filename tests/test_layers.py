@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_conres.layers import NormActConv, PreActivationBlock, WeightStandardizedConv3d, resize_features
+from monai_conres.layers import (
+    NormActConv,
+    PreActivationBlock,
+    WeightStandardizedConv3d,
+    resize_features,
+    torch_convolves_slowly,
+)
 
 
 def standardize_naive(weight: np.ndarray, fan_in_scaling: bool) -> np.ndarray:
@@ -126,3 +134,33 @@ def test_every_way_to_write_the_default_norm(norm):
 def test_a_filter_of_one_weight_is_refused():
     with pytest.raises(ValueError, match=r"filters of 2 or more weights to standardize.*in_channels=1, kernel_size=1"):
         WeightStandardizedConv3d(1, 4, kernel_size=1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"stride": (2, 1, 2)}, {"dilation": 2}, {"kernel_size": 1}])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_every_way_to_convolve_on_a_cpu_gives_the_same(batch, options, memory_format):
+    torch.manual_seed(0)
+    layer = WeightStandardizedConv3d(8, 16, **options)
+    image = torch.randn(batch, 8, 9, 10, 11).contiguous(memory_format=memory_format).requires_grad_()
+    assert torch_convolves_slowly(image) == (batch == 1 and torch.backends.mkldnn.is_available())
+    twin = copy.deepcopy(layer).double()
+    exact = image.detach().double().requires_grad_()
+    got, want = layer(image), twin(exact)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    torch.testing.assert_close(image.grad.double(), exact.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(layer.weight.grad.double(), twin.weight.grad, rtol=1e-3, atol=1e-2)
+
+
+def test_the_slow_convolution_is_avoided_where_torch_would_take_it():
+    for size in (8, 64):  # 20,480 is between
+        image = torch.randn(1, 8, size, 40, 4)
+        with torch.profiler.profile() as profile:
+            F.conv3d(image, torch.randn(8, 8, 3, 3, 3))
+        slow = any("slow_conv3d" in event.key for event in profile.key_averages())
+        assert slow == torch_convolves_slowly(image)
+        with torch.profiler.profile() as profile:
+            WeightStandardizedConv3d(8, 8)(image)
+        assert not any("slow_conv3d" in event.key for event in profile.key_averages())

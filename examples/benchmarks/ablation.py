@@ -208,7 +208,7 @@ def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tupl
         **arm.network,
     )
     if not arm.image_residual:
-        network.residual_decoder.entries[0].register_forward_hook(lambda module, args, output: output * 0)
+        network.residual_decoder.stages[0].entry.register_forward_hook(lambda module, args, output: output * 0)
     return network
 
 

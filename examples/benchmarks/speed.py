@@ -1,0 +1,320 @@
+"""Seconds and memory of ConResNet beside its released structure and MONAI's networks.
+
+    python examples/benchmarks/speed.py --out docs/tables                                # time
+    python examples/benchmarks/speed.py --out docs/tables --memory --size 80 160 160     # peak memory, forward and step
+
+Times are medians of runs interleaved over the networks, so that what else the machine does falls on all of them alike.
+"share of the convolution rate" is a network's multiply-adds in a second over those of its own convolutions run alone,
+each in the layout that is fastest for it: one hundred percent would be a network that spends no time on anything else.
+Peak memory is measured in a process of its own for each network: on a CPU the resident set, less what there was before;
+on a GPU what torch allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.losses import DiceCELoss
+from monai.networks import nets
+from torch.utils.flop_counter import FlopCounterMode
+
+from monai_conres import ConResLoss, ConResNet, ConResOutput
+from monai_conres.files import atomic_path
+from monai_conres.layers import NormActConv, PreActivationBlock, WeightStandardizedConv3d
+
+CHANNELS, CLASSES = 4, 3
+
+
+class ReleasedStructure(nn.Module):
+    """The released network as its authors compute it: the weights of :meth:`ConResNet.authors`, plain operations.
+
+    Each forward pass standardizes every filter anew, in three steps; the dilated convolutions are direct; every head is
+    computed in either mode, and up-sampled to full resolution.
+    """
+
+    def __init__(self, *, mapping: bool = True) -> None:
+        super().__init__()
+        self.network = ConResNet.authors(CHANNELS, CLASSES, mapping=mapping, attention=mapping)
+
+    def convolve(self, layer: WeightStandardizedConv3d, x: torch.Tensor) -> torch.Tensor:
+        weight = layer.weight
+        mean = weight
+        for dim in (1, 2, 3, 4):
+            mean = mean.mean(dim, keepdim=True)
+        weight = weight - mean
+        deviation = torch.sqrt(torch.var(weight.flatten(1), dim=1) + 1e-12).view(-1, 1, 1, 1, 1)
+        weight = weight / deviation.expand_as(weight)
+        return F.conv3d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+
+    def unit(self, unit: NormActConv, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(F.group_norm(x, unit.norm.num_groups, unit.norm.weight, unit.norm.bias), inplace=True)
+        return self.convolve(unit.conv, unit.dropout(x) if hasattr(unit, "dropout") else x)
+
+    def run(self, layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            if isinstance(layer, PreActivationBlock):
+                x = x + self.unit(layer.unit2, self.unit(layer.unit1, x))
+            elif isinstance(layer, NormActConv):
+                x = self.unit(layer, x)
+            else:
+                x = self.convolve(layer, x)
+        return x
+
+    def resize(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        return F.interpolate(x, size=size, mode="trilinear", align_corners=True)
+
+    def difference(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.zeros_like(x[:, :, :1]), (x[:, :, 1:] - x[:, :, :-1]).abs()], dim=2)
+
+    def forward(self, image: torch.Tensor) -> ConResOutput:
+        network, decoder = self.network, self.network.residual_decoder
+        skips, x = [], image
+        for level in network.encoder:
+            x = self.run(level, x)
+            skips.append(x)
+        x = self.run(network.bottleneck, skips.pop())
+        residuals, previous = [], self.difference(image)
+        for stage, unit in enumerate(network.decoder):
+            skip = skips.pop()
+            x = self.unit(unit, self.resize(x, skip.shape[2:]) + skip)
+            if decoder is not None:
+                module = decoder.stages[stage]
+                previous = self.resize(previous, skip.shape[2:])
+                if isinstance(module.entry, NormActConv):
+                    previous = self.unit(module.entry, previous)
+                elif isinstance(module.entry, WeightStandardizedConv3d):
+                    previous = self.convolve(module.entry, previous)
+                inner = self.convolve(module.inner, self.difference(torch.sigmoid(x)))
+                previous = self.unit(module.outer, inner + previous)
+                residuals.append(self.resize(decoder.heads[stage](previous), image.shape[2:]))
+                x = x * (1 + torch.sigmoid(previous))
+        return ConResOutput(network.head(x), tuple(residuals[::-1]))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "released structure": ReleasedStructure,
+    "ConResNet": lambda: ConResNet(CHANNELS, CLASSES),
+    "ConResNet, use_checkpoint": lambda: ConResNet(CHANNELS, CLASSES, use_checkpoint=True),
+    "released structure, baseline": lambda: ReleasedStructure(mapping=False),
+    "ConResNet, baseline": lambda: ConResNet(CHANNELS, CLASSES, mapping=False, attention=False),
+    "SegResNet (32)": lambda: nets.SegResNet(
+        3, 32, CHANNELS, CLASSES, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1), dropout_prob=0.1
+    ),
+    "DynUNet (nnU-Net, 32-320)": lambda: nets.DynUNet(
+        3,
+        CHANNELS,
+        CLASSES,
+        kernel_size=[3] * 5,
+        strides=[1, 2, 2, 2, (1, 2, 2)],
+        upsample_kernel_size=[2, 2, 2, (1, 2, 2)],
+        filters=[32, 64, 128, 256, 320],
+    ),
+    "AttentionUnet (32-512)": lambda: nets.AttentionUnet(
+        3, CHANNELS, CLASSES, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2)
+    ),
+    "SwinUNETR (48)": lambda: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
+}
+
+
+class Case:
+    """A network, an image and a label on a device."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.device = options.device
+        self.precision = options.precision
+        # SwinUNETR takes sizes that 32 divides
+        multiple = 32 if name.startswith("Swin") else 1
+        self.size = tuple(-(-edge // multiple) * multiple for edge in options.size)
+        self.network = NETWORKS[name]().to(self.device)
+        if options.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last_3d)
+        if options.compile:
+            self.network = torch.compile(self.network)
+        self.image = torch.randn(options.batch_size, CHANNELS, *self.size, device=self.device)
+        self.label = (torch.rand(options.batch_size, CLASSES, *self.size, device=self.device) > 0.5).float()
+        self.loss = ConResLoss(DiceCELoss(sigmoid=True), sigmoid=True, spatial_axis=0)
+
+    def autocast(self) -> torch.autocast:
+        dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device.split(":")[0], dtype, enabled=dtype is not None)
+
+    def forward(self) -> None:
+        with torch.no_grad(), self.autocast():
+            self.network.eval()(self.image)
+
+    def step(self) -> None:
+        self.network.zero_grad()
+        with self.autocast():
+            output = self.network.train()(self.image)
+            if isinstance(output, ConResOutput) and not output.residuals:
+                output = output.segmentation
+            loss = self.loss(output, self.label)
+        loss.backward()
+
+    def seconds(self, run: str) -> float:
+        start = time.perf_counter()
+        getattr(self, run)()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def convolutions(self) -> float:
+        """Seconds of the convolutions of a forward pass in eval, run alone."""
+        calls: dict[tuple, int] = {}
+
+        def note(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            key = (type(module), tuple(args[0].shape), module.out_channels, module.kernel_size, module.stride)
+            key += (module.padding, module.dilation, module.groups)
+            calls[key] = calls.get(key, 0) + 1
+
+        layers = [m for m in self.network.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d))]
+        hooks = [module.register_forward_hook(note) for module in layers]
+        with torch.no_grad():
+            self.network.eval()(self.image)
+        for hook in hooks:
+            hook.remove()
+        total = 0.0
+        for (kind, shape, out_channels, kernel, stride, padding, dilation, groups), number in calls.items():
+            plain = nn.ConvTranspose3d if issubclass(kind, nn.ConvTranspose3d) else nn.Conv3d
+            options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": False}
+            layer = plain(shape[1], out_channels, kernel, **options).to(self.device)
+            best = float("inf")
+            for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+                layer, x = layer.to(memory_format=memory_format), torch.randn(shape, device=self.device)
+                x = x.contiguous(memory_format=memory_format)
+                times = []
+                for _ in range(4):
+                    with torch.no_grad(), self.autocast():
+                        start = time.perf_counter()
+                        layer(x)
+                        if self.device != "cpu":
+                            torch.cuda.synchronize()
+                    times.append(time.perf_counter() - start)
+                best = min(best, statistics.median(times[1:]))
+            total += number * best
+        return total
+
+
+def times(options: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows of the table of times."""
+    cases = {name: Case(name, options) for name in options.networks}
+    seconds = {name: {run: [] for run in ("forward", "step")} for name in cases}
+    for repeat in range(options.repeats + 1):
+        for run in ("forward", "step"):
+            for name, case in cases.items():
+                value = case.seconds(run)
+                if repeat:  # the first one warms up
+                    seconds[name][run].append(value)
+    rows = []
+    first = options.networks[0]
+    for name, case in cases.items():
+        multiply_adds = multiply_adds_of(name, case)
+        forward, step = (statistics.median(seconds[name][run]) for run in ("forward", "step"))
+        # the ratio of runs that were made side by side, then the median
+        faster = {
+            run: statistics.median(a / b for a, b in zip(seconds[first][run], seconds[name][run], strict=True))
+            for run in ("forward", "step")
+        }
+        row = {
+            "network": name,
+            "multiply-adds (1e9)": f"{multiply_adds / 1e9:.1f}",
+            "forward (s)": f"{forward:.3f}",
+            f"forward, times as fast as {first}": f"{faster['forward']:.2f}",
+            "training step (s)": f"{step:.3f}",
+            f"step, times as fast as {first}": f"{faster['step']:.2f}",
+            "1e9 multiply-adds / s, forward": f"{multiply_adds / forward / 1e9:.0f}",
+        }
+        if not options.compile:
+            alone = case.convolutions()
+            row["share of the convolution rate"] = f"{100 * alone / forward:.0f} %"
+        rows.append(row)
+        print("  ".join(row.values()), flush=True)
+    return rows
+
+
+def multiply_adds_of(name: str, case: Case) -> int:
+    """Of one forward pass in eval, counted without computing it."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        NETWORKS[name]().to("meta").eval()(case.image.to("meta"))
+    return counter.get_total_flops() // 2
+
+
+def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows of the table of memory: a new process for each network."""
+    rows = []
+    for name in options.networks:
+        row = {"network": name}
+        for run in ("forward", "step"):
+            command = [sys.executable, __file__, "--child", run, "--networks", name, "--device", options.device]
+            command += ["--precision", options.precision, "--batch-size", str(options.batch_size)]
+            command += ["--size", *map(str, options.size), "--repeats", "1", *(["--compile"] * options.compile)]
+            command += ["--channels-last"] * options.channels_last
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            peak, seconds = printed.split()
+            row[f"{run}, peak (GiB)"] = f"{int(peak) / 2**30:.2f}"
+            row[f"{run} (s)"] = f"{float(seconds):.2f}"
+        rows.append(row)
+        print("  ".join(row.values()), flush=True)
+    return rows
+
+
+def child(options: argparse.Namespace) -> None:
+    """Print peak bytes and seconds of one run in this process."""
+    case = Case(options.networks[0], options)
+    if case.device != "cpu":
+        case.seconds(options.child)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = case.seconds(options.child)
+    after = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if case.device == "cpu"
+        else torch.cuda.max_memory_allocated()
+    )
+    print(after - before, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for the table (.csv and .md)")
+    parser.add_argument("--name", help="of the files (default: speed or memory, device, precision)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--size", type=int, nargs=3, default=(40, 80, 80), help="of the image, in voxels")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
+    parser.add_argument("--channels-last", action="store_true", help="all networks with channels_last_3d weights")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for every network")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--child", choices=("forward", "step"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(options)
+    rows = peak_memory(options) if options.memory else times(options)
+    name = options.name or f"{'memory' if options.memory else 'speed'}_{options.device}_{options.precision}"
+    table = [list(rows[0]), ["---"] + ["---:"] * (len(rows[0]) - 1)] + [list(row.values()) for row in rows]
+    with atomic_path(options.out / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with atomic_path(options.out / f"{name}.md") as temporary:
+        temporary.write_text("".join(f"| {' | '.join(row)} |\n" for row in table))
+
+
+if __name__ == "__main__":
+    main()
