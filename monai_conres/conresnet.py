@@ -16,6 +16,7 @@ from monai_conres.layers import (
     NormActConv,
     PreActivationBlock,
     WeightStandardizedConv3d,
+    fast_layout,
     recompute,
     resize_features,
 )
@@ -186,9 +187,7 @@ class ConResNet(nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The last features of the segmentation decoder, and the context residual features, coarse to fine."""
         self._check_image(image)
-        if image.device.type == "cpu":  # where convolution, resizing and normalization are faster in this layout
-            image = image.contiguous(memory_format=torch.channels_last_3d)
-        features = image
+        features = image = fast_layout(image)
         skips = []
         for level in self.encoder:
             features = recompute(level, level, features) if self.use_checkpoint else level(features)

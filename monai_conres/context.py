@@ -12,6 +12,7 @@ from monai_conres.layers import (
     DEFAULT_NORM,
     NormActConv,
     WeightStandardizedConv3d,
+    fast_layout,
     norm_layer,
     recompute,
     resize_features,
@@ -115,6 +116,7 @@ class ContextResidualModule(nn.Module):
 
     def _map(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Eq. 4 and 5."""
+        features, residual = fast_layout(features), fast_layout(residual)
         residual = resize_features(residual, features.shape[2:], align_corners=self.align_corners)
         if self.entry is not None:
             residual = self.entry(residual)
@@ -124,7 +126,7 @@ class ContextResidualModule(nn.Module):
     def _gate(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Eq. 6."""
         gate = residual.sigmoid()
-        return features * (1 + (gate if self.strength is None else self.strength * gate))
+        return torch.addcmul(features, features, gate if self.strength is None else self.strength * gate)
 
 
 def check_switches(mapping: bool, attention: bool) -> None:

@@ -178,6 +178,11 @@ class PreActivationBlock(nn.Module):
         return x + self.unit2(self.unit1(x))
 
 
+def fast_layout(x: torch.Tensor) -> torch.Tensor:
+    """``x``, channels last on a CPU, where convolution and resizing are 1.3 to 4 times as fast in that layout."""
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
+
+
 def recompute(module: nn.Module, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
     """``function(*arguments)``, of which nothing but the arguments is kept for the backward pass.
 
