@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -467,7 +468,9 @@ def train_one_step(rank: int, processes: int, folder: str, conresnet: bool) -> N
         gradients = {name.removeprefix("module."): p.grad for name, p in network.named_parameters()}
         torch.save(gradients, f"{folder}/gradients_{processes}.pt")
     if processes > 1:
-        torch.distributed.destroy_process_group()
+        # without a clean-up: torch 2.13 deadlocks now and then where the wrapper is freed while a thread of gloo still
+        # frees its last piece of work
+        os._exit(0)
 
 
 @pytest.mark.parametrize("conresnet", [True, False], ids=["ConResNet", "attached"])
