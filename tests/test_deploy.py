@@ -100,13 +100,43 @@ def test_state_dict_round_trip_by_value(network, image):
     torch.testing.assert_close(twin.eval()(image), network(image), rtol=0, atol=0)
 
 
-def test_autocast_stays_close_to_float32(network, image):
-    with torch.no_grad():
-        expected = network(image)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = network(image)
-    assert got.dtype == torch.bfloat16
-    assert (got.float() - expected).abs().max() < 0.05 * expected.std()  # 8 bits of mantissa
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance", "of_gradients"),
+    [
+        ("cpu", torch.float32, 1e-5, 0.01),
+        ("cpu", torch.bfloat16, 0.05, 0.5),  # 8 bits of mantissa
+        pytest.param("cuda", torch.float32, 5e-3, 0.1, marks=gpu),  # TF32
+        pytest.param("cuda", torch.bfloat16, 0.05, 0.5, marks=gpu),
+        pytest.param("cuda", torch.float16, 1e-2, 0.2, marks=gpu),
+    ],
+)
+def test_every_precision_is_close_to_float64(image, device, dtype, tolerance, of_gradients, monkeypatch):
+    """Logits, loss and gradients of a training step, relative to the size of each.
+
+    Gradients are further off: they jump where a rectifier's input or a difference of slices is near zero.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    label = (image[:, :1] > 0).to(torch.uint8).repeat(1, 3, 1, 1, 1)
+    loss_function = ConResLoss(sigmoid=True)
+
+    def step(network: ConResNet, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast(device, dtype, enabled=dtype not in (torch.float32, torch.float64) and network is low):
+            output = network(image.to(device))
+        loss = loss_function(output, label.to(device))
+        loss.backward()
+        gradients = {name: p.grad.double().cpu() for name, p in network.named_parameters() if name.endswith("weight")}
+        logits = {f"residual {i}": r.double().cpu() for i, r in enumerate(output.residuals)}
+        return {"segmentation": output.segmentation.double().cpu(), "loss": loss.double().cpu(), **logits, **gradients}
+
+    low, exact = small_network(dropout=None).to(device), small_network(dropout=None).double().to(device)
+    got, want = step(low, image), step(exact, image.double())
+    assert got["loss"].item() == pytest.approx(want["loss"].item(), rel=tolerance)
+    for name in want.keys() - {"loss"}:
+        allowed = of_gradients if name.endswith("weight") else tolerance
+        assert (got[name] - want[name]).norm() < allowed * want[name].norm(), name
 
 
 def test_sliding_window_stitches_segmentation_and_residual(image):
