@@ -114,6 +114,17 @@ def test_a_run_is_done_once_and_the_report_is_its_mean(tmp_path):
         assert int(table[arm][2]) == 2
 
 
+def test_full_size_trains_on_patches_that_stay_on_the_device(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=5, size=(20, 24, 16))
+    command = [sys.executable, BENCHMARKS / "ablation.py", "--data", tmp_path / "data", "--out", tmp_path / "runs"]
+    command += ["--size", "full", "--arms", "conres", "--iterations", "2", "--cases", "1", "--max-voxels", "4096"]
+    subprocess.run([*map(str, command), "--device", "cpu"], check=True, capture_output=True)
+    with (tmp_path / "runs" / "conres_fold0_seed0.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert int(rows[0]["parameters"]) > 19_000_000
+
+
 def test_statistics():
     assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert report.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])

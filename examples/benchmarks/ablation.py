@@ -18,7 +18,7 @@ import copy
 import csv
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.data import CacheDataset, DataLoader
+from monai.data import CacheDataset, DataLoader, Dataset
 from monai.inferers import SlidingWindowInferer
 from monai.networks import nets, one_hot
 from monai.transforms import Compose
@@ -50,14 +50,24 @@ from monai_conres.datasets import DecathlonDatalist, read_decathlon, training_pl
 from monai_conres.files import atomic_path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from quickstart import KEYS, PREPARE, augmentations
+from quickstart import PREPARE, augmentations
+
+sys.path.insert(0, str(Path(__file__).parent))
+from resident import ResidentPatches
 
 unet, _ = optional_import("dynamic_network_architectures.architectures.unet")
 
 # "cpu" is meant for two cores and a minute or two for each run, "full" for a GPU
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"channels": (8, 16, 32, 64), "blocks": (1, 1, 1, 1, 1), "iterations": 300, "batch": 2, "rate": 3e-3},
-    "full": {"channels": (32, 64, 128, 256), "blocks": (1, 2, 2, 2, 2), "iterations": 20000, "batch": 8, "rate": 1e-3},
+    "full": {
+        "channels": (32, 64, 128, 256),
+        "blocks": (1, 2, 2, 2, 2),
+        "iterations": 12000,
+        "batch": 8,
+        "rate": 1e-3,
+        "resident": True,
+    },
 }
 
 
@@ -214,10 +224,28 @@ def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tupl
     return network
 
 
-def train(network: nn.Module, arm: Arm, dataset: CacheDataset, size: dict[str, Any], seed: int, title: str) -> float:
+def batches(
+    training: CacheDataset | ResidentPatches, size: dict[str, Any], seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images and labels of each iteration; the same for every arm."""
+    if isinstance(training, ResidentPatches):
+        yield from training.batches(size["iterations"], size["batch"], seed=seed)
+    else:
+        draws = RandomSampler(training, replacement=True, num_samples=size["iterations"] * size["batch"])
+        for batch in DataLoader(training, batch_size=size["batch"], sampler=draws):
+            yield batch["image"].as_tensor(), batch["label"].as_tensor()
+
+
+def train(
+    network: nn.Module,
+    arm: Arm,
+    training: CacheDataset | ResidentPatches,
+    size: dict[str, Any],
+    seed: int,
+    title: str,
+) -> float:
     """Seconds of training."""
     set_determinism(seed)
-    draws = RandomSampler(dataset, replacement=True, num_samples=size["iterations"] * size["batch"])
     loss_function = ConResLoss(softmax=True, to_onehot_y=True)
     loss_function.residual_loss = arm.loss(spatial_axis=arm.spatial_axis, to_onehot_y=True, **arm.loss_arguments)
     optimizer = torch.optim.Adam(network.parameters(), lr=size["rate"] * arm.rate)
@@ -225,8 +253,9 @@ def train(network: nn.Module, arm: Arm, dataset: CacheDataset, size: dict[str, A
     device = next(network.parameters()).device
     network.train()
     start = time.perf_counter()
-    for batch in tqdm(DataLoader(dataset, batch_size=size["batch"], sampler=draws), desc=title, mininterval=5):
-        image, label = (batch[key].as_tensor().to(device) for key in KEYS)
+    progress = tqdm(batches(training, size, seed), total=size["iterations"], desc=title, mininterval=5)
+    for image, label in progress:
+        image, label = image.to(device), label.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             output = network(image)
         loss = loss_function(output, label)
@@ -295,17 +324,21 @@ def main() -> None:
         data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(size["channels"])
     )
     runs = [(fold, seed, name) for fold in options.folds for seed in options.seeds for name in options.arms]
-    cached: dict[int, tuple[CacheDataset, CacheDataset]] = {}
+    cached: dict[int, tuple[CacheDataset | ResidentPatches, CacheDataset]] = {}
     for fold, seed, name in runs:
         file = options.out / f"{name}_fold{fold}_seed{seed}.csv"
         if file.exists():
             continue
         if fold not in cached:
             training, validation = (cases[: options.cases] for cases in data.split(fold))
-            cached[fold] = (
-                CacheDataset(training, Compose(PREPARE + augmentations(patch, len(data.classes))), progress=False),
-                CacheDataset(validation, Compose(PREPARE), progress=False),
-            )
+            if size.get("resident"):
+                prepared = Dataset(training, Compose(PREPARE))
+                source = ResidentPatches(prepared, patch, data.spacing, options.device)
+            else:
+                source = CacheDataset(
+                    training, Compose(PREPARE + augmentations(patch, len(data.classes))), progress=False
+                )
+            cached[fold] = source, CacheDataset(validation, Compose(PREPARE), progress=False)
         training_set, validation_set = cached[fold]
         set_determinism(seed)
         if options.device.startswith("cuda"):

@@ -1,0 +1,121 @@
+"""Training patches that stay on the device: crops and augmentation there, no loader.
+
+A small data set fits into the memory of a GPU, which a loader on a few cores would leave waiting. The patches depend on
+the seed alone: every network sees the same ones, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+ROTATION = 0.26  # rad, about each axis
+SCALE = (0.8, 1.25)
+GAMMA = (0.7, 1.5)
+
+
+class ResidentPatches:
+    """Random patches of cases that are on a device.
+
+    Args:
+        cases: prepared cases, ``"image"`` and ``"label"`` of shape ``(c, d, h, w)``; label of class indices.
+        patch: size of a patch; smaller cases are padded with their own minimum.
+        spacing: size of a voxel, in mm, so that rotations are rotations.
+        device: where all cases are kept.
+    """
+
+    def __init__(
+        self,
+        cases: Iterable[Mapping[str, torch.Tensor]],
+        patch: Sequence[int],
+        spacing: Sequence[float],
+        device: str | torch.device,
+    ) -> None:
+        self.patch = tuple(patch)
+        self.extent = [size * edge for size, edge in zip(patch, spacing, strict=True)]  # mm
+        self.cases = [
+            (self._pad(torch.as_tensor(case["image"]).float()).to(device), self._pad(case["label"]).to(device))
+            for case in cases
+        ]
+        self.device = torch.device(device)
+
+    def batches(self, number: int, batch_size: int, *, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Images ``(b, c, *patch)`` and labels ``(b, 1, *patch)``, ``number`` times."""
+        choice = torch.Generator().manual_seed(seed)  # on the CPU: sizes are looked at there
+        values = torch.Generator(self.device).manual_seed(seed)
+        for _ in range(number):
+            crops = [self._crop(choice) for _ in range(batch_size)]
+            image, label = (torch.stack(parts) for parts in zip(*crops, strict=True))
+            yield augment(image, label, self.extent, values)
+
+    def _crop(self, choice: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        case = self.cases[int(torch.randint(len(self.cases), (), generator=choice))]
+        cut = [slice(None)]
+        for size, edge in zip(case[0].shape[1:], self.patch, strict=True):
+            start = int(torch.randint(size - edge + 1, (), generator=choice))
+            cut.append(slice(start, start + edge))
+        image, label = (volume[tuple(cut)] for volume in case)
+        return image, label
+
+    def _pad(self, volume: torch.Tensor) -> torch.Tensor:
+        volume = torch.as_tensor(volume)
+        missing = [max(0, edge - size) for edge, size in zip(self.patch, volume.shape[1:], strict=True)]
+        pads = [amount for total in reversed(missing) for amount in (total // 2, total - total // 2)]
+        return F.pad(volume, pads, value=volume.min().item())
+
+
+def augment(
+    image: torch.Tensor, label: torch.Tensor, extent: Sequence[float], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate and scale image and label; change contrast, brightness and gamma of the image and add noise to it.
+
+    Half of the samples are left where they are, and each change of intensities leaves half of them as they are.
+
+    Args:
+        image: ``(b, c, d, h, w)``, standardized.
+        label: ``(b, 1, d, h, w)``, class indices.
+        extent: length of the patch along each axis, in mm.
+        generator: of the images' device.
+    """
+    batch = len(image)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand((batch, *shape), generator=generator, device=image.device)
+
+    moved = uniform(0, 1) < 0.5
+    grid = F.affine_grid(
+        torch.where(moved[:, None, None], _affine(uniform, extent), torch.eye(3, 4, device=image.device)),
+        list(image.shape),
+        align_corners=False,
+    )
+    image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+    label = F.grid_sample(label.float(), grid, mode="nearest", padding_mode="border", align_corners=False).long()
+
+    def sometimes(low: float, high: float, neutral: float) -> torch.Tensor:
+        values = uniform(low, high, 1, 1, 1, 1)
+        return torch.where(uniform(0, 1, 1, 1, 1, 1) < 0.5, values, neutral)
+
+    low, high = image.amin((2, 3, 4), keepdim=True), image.amax((2, 3, 4), keepdim=True)
+    share = (image - low) / (high - low).clamp(min=1e-6)
+    image = low + (high - low) * share.clamp(min=1e-6) ** sometimes(*GAMMA, 1.0)
+    image = image * sometimes(0.8, 1.2, 1.0) + sometimes(-0.2, 0.2, 0.0)
+    noise = torch.randn(image.shape, generator=generator, device=image.device)
+    return image + sometimes(0.0, 0.15, 0.0) * noise, label
+
+
+def _affine(uniform, extent: Sequence[float]) -> torch.Tensor:
+    """Random rotation and scaling in mm, as matrices ``(b, 3, 4)`` of the normalized coordinates of ``affine_grid``."""
+    angles = uniform(-ROTATION, ROTATION, 3)
+    matrix = torch.diag_embed(uniform(*SCALE, 1).reciprocal().expand(-1, 3))
+    for axis in range(3):
+        cosine, sine = angles[:, axis].cos(), angles[:, axis].sin()
+        first, second = (other for other in range(3) if other != axis)
+        rotation = torch.eye(3, device=angles.device).repeat(len(angles), 1, 1)
+        rotation[:, first, first] = rotation[:, second, second] = cosine
+        rotation[:, first, second], rotation[:, second, first] = -sine, sine
+        matrix = matrix @ rotation
+    edges = torch.tensor(list(extent)[::-1], dtype=torch.float32, device=angles.device)  # affine_grid counts axes from the last one
+    matrix = matrix * edges / edges[:, None]
+    return F.pad(matrix, (0, 1))
