@@ -116,6 +116,7 @@ def _affine(uniform, extent: Sequence[float]) -> torch.Tensor:
         rotation[:, first, first] = rotation[:, second, second] = cosine
         rotation[:, first, second], rotation[:, second, first] = -sine, sine
         matrix = matrix @ rotation
-    edges = torch.tensor(list(extent)[::-1], dtype=torch.float32, device=angles.device)  # affine_grid counts axes from the last one
+    # affine_grid counts axes from the last one
+    edges = torch.tensor(list(extent)[::-1], dtype=torch.float32, device=angles.device)
     matrix = matrix * edges / edges[:, None]
     return F.pad(matrix, (0, 1))
