@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path"]
+__all__ = ["atomic_path", "check_writable"]
 
 
 @contextmanager
@@ -40,3 +40,23 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(work)
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Make a folder, and see that files can be written to it, before hours of work end in an error.
+
+    Args:
+        folder: name of the folder.
+
+    Raises:
+        ValueError: when that is not possible.
+
+    Example:
+        >>> check_writable(tempfile.mkdtemp())
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise ValueError(f"expected a folder to write to, cannot write to {folder} ({error}).") from error

@@ -1,6 +1,7 @@
 """Phantoms: made-up brains with nested, deforming tumors in several noisy modalities, to try things out on.
 
-``python -m monai_conres.phantom FOLDER`` writes a data set in the layout of the Medical Segmentation Decathlon.
+``python -m monai_conres.phantom FOLDER`` writes a data set in the layout of the Medical Segmentation Decathlon, or with
+``--layout brats`` in that of BraTS 2018.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from monai_conres.files import atomic_path
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
-__all__ = ["tumor_phantom", "write_phantom_dataset"]
+__all__ = ["tumor_phantom", "write_phantom_brats", "write_phantom_dataset"]
 
 MODALITIES = ("FLAIR", "T1", "T1 with contrast", "T2")
 CLASSES = ("edema", "necrosis", "enhancing tumor")
@@ -108,10 +109,7 @@ def write_phantom_dataset(
         >>> sorted(os.listdir(folder))
         ['dataset.json', 'imagesTr', 'labelsTr']
     """
-    if os.path.exists(folder):
-        raise ValueError(f"expected a folder that does not exist yet, got {os.fspath(folder)}; remove it first.")
-    if cases < 1:
-        raise ValueError(f"expected 1 or more cases, got {cases}.")
+    _check_new(folder, cases)
     affine = np.diag([*spacing, 1.0])
     with atomic_path(folder) as temporary:
         for kind in ("imagesTr", "labelsTr"):
@@ -137,6 +135,51 @@ def write_phantom_dataset(
         (temporary / "dataset.json").write_text(json.dumps(description, indent=2))
 
 
+def write_phantom_brats(
+    folder: str | os.PathLike,
+    *,
+    cases: int = 24,
+    size: Sequence[int] = (48, 56, 40),
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    seed: int = 0,
+) -> None:
+    """Write phantoms in the layout, geometry and label values of BraTS 2018. It is there complete or not.
+
+    The arguments are those of :func:`write_phantom_dataset`.
+
+    Raises:
+        ValueError: when ``folder`` exists, or an argument does not make sense.
+
+    Example:
+        >>> import tempfile
+        >>> folder = os.path.join(tempfile.mkdtemp(), "Training")
+        >>> write_phantom_brats(folder, cases=2, size=(12, 14, 10))
+        >>> sorted(os.listdir(os.path.join(folder, "LGG", "phantom_001")))[:2]
+        ['phantom_001_flair.nii.gz', 'phantom_001_seg.nii.gz']
+    """
+    _check_new(folder, cases)
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # LPS, as the challenge's
+    affine[1, 3] = (size[1] - 1) * spacing[1]
+    with atomic_path(folder) as temporary:
+        for number in range(cases):
+            image, label = tumor_phantom(size, spacing=spacing, seed=seed + number)
+            name = f"phantom_{number:03d}"
+            case = temporary / ("HGG", "LGG")[number % 2] / name
+            case.mkdir(parents=True)
+            values = np.array([0, 2, 1, 4], dtype=np.uint8)  # edema, necrosis and enhancing tumor are 1, 2, 3 here
+            volumes = {**dict(zip(("flair", "t1", "t1ce", "t2"), image, strict=True)), "seg": values[label]}
+            for kind, volume in volumes.items():
+                nib.save(nib.Nifti1Image(volume[::-1, ::-1], affine), case / f"{name}_{kind}.nii.gz")
+
+
+def _check_new(folder: str | os.PathLike, cases: int) -> None:
+    """Raise unless the folder can be made anew."""
+    if os.path.exists(folder):
+        raise ValueError(f"expected a folder that does not exist yet, got {os.fspath(folder)}; remove it first.")
+    if cases < 1:
+        raise ValueError(f"expected 1 or more cases, got {cases}.")
+
+
 def _smooth(random: np.random.Generator, size: Sequence[int], cells: int) -> np.ndarray:
     """Smooth noise of mean 0 and standard deviation 1: ``cells`` random values along each axis, interpolated."""
     coarse = torch.from_numpy(random.normal(size=(1, 1, *(cells,) * 3)))
@@ -149,17 +192,17 @@ def _shaped(vector: np.ndarray) -> np.ndarray:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m monai_conres.phantom", description="Write phantoms as a data set in Decathlon layout."
-    )
+    parser = argparse.ArgumentParser(prog="python -m monai_conres.phantom", description="Write phantoms as a data set.")
     parser.add_argument("folder", help="folder to make")
+    parser.add_argument("--layout", choices=("decathlon", "brats"), default="decathlon")
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--size", type=int, nargs=3, default=(48, 56, 40), metavar=("X", "Y", "Z"), help="in voxels")
     parser.add_argument("--spacing", type=float, nargs=3, default=(1, 1, 1), metavar=("X", "Y", "Z"), help="in mm")
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
     try:
-        write_phantom_dataset(arguments.pop("folder"), **arguments)
+        write = {"decathlon": write_phantom_dataset, "brats": write_phantom_brats}[arguments.pop("layout")]
+        write(arguments.pop("folder"), **arguments)
     except ValueError as error:
         parser.error(str(error))
 

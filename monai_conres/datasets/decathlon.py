@@ -4,80 +4,43 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from monai.data import load_decathlon_datalist, partition_dataset
-from monai.utils import optional_import
+from monai.data import load_decathlon_datalist
 
-nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
+from monai_conres.datasets.datalist import Datalist, read_header
 
-__all__ = ["DecathlonDatalist", "check_voxels", "read_decathlon", "training_plan"]
+__all__ = ["DecathlonDatalist", "read_decathlon", "training_plan"]
 
 
-@dataclass(frozen=True)
-class DecathlonDatalist:
-    """What a data set consists of.
+@dataclass(frozen=True, kw_only=True)
+class DecathlonDatalist(Datalist):
+    """What a data set in this layout consists of.
 
     Attributes:
-        cases: names of the files of each case, ``{"image": ..., "label": ...}``, as MONAI's dictionary transforms take
-            them, together with the ``"name"`` of the case.
         channels: number of channels of the images.
         classes: names of the classes, the background first.
         shape: median number of voxels along each axis.
         spacing: median size of a voxel along each axis, in mm.
-        folds: names of the validation cases of each fold, from ``splits_final.json``; empty without such a file.
     """
 
-    cases: list[dict[str, str]]
     channels: int
     classes: tuple[str, ...]
     shape: tuple[float, ...]
     spacing: tuple[float, ...]
-    folds: list[set[str]]
-
-    def split(
-        self, fold: int = 0, *, folds: int = 5, seed: int = 0
-    ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-        """Training and validation cases of one fold: nnU-Net's where the data set has them, else seeded ones.
-
-        Args:
-            fold: number of the fold, from 0.
-            folds: how many parts to make, where the data set has no folds of its own.
-            seed: seed of these.
-
-        Raises:
-            ValueError: when there is no such fold, or nothing to train or to validate with in it.
-        """
-        parts = self.folds or [
-            {case["name"] for case in part}
-            for part in partition_dataset(
-                self.cases, num_partitions=min(folds, len(self.cases)), shuffle=True, seed=seed
-            )
-        ]
-        if not 0 <= fold < len(parts):
-            raise ValueError(f"expected a fold from 0 to {len(parts) - 1}, got {fold}.")
-        held_out = parts[fold]
-        training = [case for case in self.cases if case["name"] not in held_out]
-        validation = [case for case in self.cases if case["name"] in held_out]
-        if not training or not validation:
-            raise ValueError(
-                f"expected cases to train and to validate with in fold {fold}, got {len(training)} and "
-                f"{len(validation)} of {len(self.cases)}; are the names in splits_final.json those of the images?"
-            )
-        return training, validation
 
 
-def read_decathlon(folder: str | os.PathLike) -> DecathlonDatalist:
+def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> DecathlonDatalist:
     """Read the list of training cases of a data set in the layout of the Medical Segmentation Decathlon.
 
-    The headers of all files are looked at; :func:`check_voxels` looks at the rest.
+    The headers of all files are looked at; :meth:`Datalist.check` looks at the rest.
 
     Args:
         folder: the folder with ``dataset.json``. nnU-Net's ``splits_final.json`` beside it is optional.
+        nnunet_folds: True makes the five folds that nnU-Net makes, where there is no such file.
 
     Raises:
         ValueError: when ``dataset.json`` or a file it names is missing or cannot be read, or image and label have
@@ -116,7 +79,10 @@ def read_decathlon(folder: str | os.PathLike) -> DecathlonDatalist:
         ) from error
     shapes, spacings, channels = [], [], set()
     for case in cases:
-        image, label = (_header(case[key]) for key in ("image", "label"))
+        for key in ("image", "label"):
+            if not Path(case[key]).is_file():
+                raise ValueError(f"expected the file {case[key]}, which {file} names, but it is missing; fetch it.")
+        image, label = (read_header(case[key]) for key in ("image", "label"))
         if image.get_data_shape()[:3] != label.get_data_shape()[:3]:
             raise ValueError(
                 f"expected image and label of the same size, got {image.get_data_shape()[:3]} in {case['image']} and "
@@ -133,37 +99,20 @@ def read_decathlon(folder: str | os.PathLike) -> DecathlonDatalist:
         folds = [set(split["val"]) for split in json.loads(splits.read_text())] if splits.is_file() else []
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected a list of {{'train': [...], 'val': [...]}} in {splits}, got {error!r}.") from error
+    classes = tuple(labels[key] for key in sorted(labels, key=int))
+    if nnunet_folds and not folds:
+        names = sorted(case["name"] for case in cases)
+        order = np.random.RandomState(12345).permutation(len(names))
+        folds = [{names[index] for index in part} for part in np.array_split(order, 5)]
     return DecathlonDatalist(
         cases=cases,
+        structures={name: (value,) for value, name in enumerate(classes) if value > 0},
         channels=channels.pop(),
-        classes=tuple(labels[key] for key in sorted(labels, key=int)),
+        classes=classes,
         shape=tuple(np.median(shapes, axis=0).tolist()),
         spacing=tuple(round(float(edge), 4) for edge in np.median(spacings, axis=0)),
         folds=folds,
     )
-
-
-def check_voxels(case: Mapping[str, str], num_classes: int) -> None:
-    """Read the files of one case to their ends: a download that broke off has a good header, too.
-
-    Args:
-        case: one of the cases of a :class:`DecathlonDatalist`.
-        num_classes: number of classes, background included.
-
-    Raises:
-        ValueError: when a file cannot be read, or a label has values that are no classes. It names the file.
-    """
-    for key in ("image", "label"):
-        try:
-            voxels = np.asanyarray(nib.load(case[key]).dataobj)
-        except Exception as error:
-            raise ValueError(f"expected a NIfTI file, cannot read {case[key]} ({error}); fetch it again.") from error
-        if key == "image":
-            expected, fits = "finite intensities", np.isfinite(voxels).all()
-        else:
-            expected, fits = f"classes from 0 to {num_classes - 1}", np.isin(voxels, np.arange(num_classes)).all()
-        if not fits:
-            raise ValueError(f"expected {expected} in {case[key]}, got others; mend the file or take the case out.")
 
 
 def training_plan(
@@ -201,15 +150,3 @@ def training_plan(
     multiple = np.prod(strides, axis=0)
     patch = np.ceil(np.minimum(shape, length / np.asarray(spacing)) / multiple - 0.25) * multiple
     return tuple(int(size) for size in np.maximum(patch, multiple)), tuple(strides)
-
-
-def _header(file: str) -> Any:
-    """The header of a NIfTI file."""
-    if not Path(file).is_file():
-        raise ValueError(
-            f"expected the file {file}, which dataset.json names, but it is missing; fetch the data again."
-        )
-    try:
-        return nib.load(file).header
-    except Exception as error:
-        raise ValueError(f"expected a NIfTI file, cannot read {file} ({error}); fetch it again.") from error

@@ -1,0 +1,144 @@
+"""Pancreas-CT of the NIH, as downloaded from TCIA, and the Decathlon's Task07."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from monai.utils import optional_import
+
+from monai_conres.datasets.datalist import Datalist, for_each, load_volume, read_header, read_scans
+from monai_conres.datasets.decathlon import read_decathlon
+
+pydicom, _ = optional_import("pydicom", descriptor="{}; install it with: pip install 'monai-conres[dicom]'")
+
+__all__ = ["LoadPancreasCTd", "read_pancreas_ct"]
+
+# the test cases of the four folds that Zhang et al., 2021, published
+_FOLDS = (
+    (10, 68, 44, 7, 70, 43, 80, 19, 3, 57, 74, 20, 50, 46, 9, 25, 6, 71, 72, 29),
+    (60, 30, 37, 81, 64, 56, 79, 48, 76, 31, 27, 23, 16, 42, 63, 34, 65, 32, 24, 82),
+    (11, 17, 15, 40, 18, 53, 35, 51, 26, 36, 8, 13, 67, 22, 12, 52, 59, 54, 66, 33, 73),
+    (14, 77, 45, 58, 2, 78, 28, 21, 41, 1, 55, 61, 39, 38, 75, 4, 5, 47, 49, 62, 69),
+)
+
+
+def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude: Sequence[int] = ()) -> Datalist:
+    """Read the list of cases of Pancreas-CT, with the published four folds, or of the Decathlon's Task07.
+
+    Pancreas-CT is looked for as TCIA gives it: at any depth of ``folder``, ``PANCREAS_0001/.../*.dcm``, one DICOM
+    series for each case, and ``label0001.nii.gz`` of the archive of labels. Task07 has a ``dataset.json``, and its
+    pancreas and tumor are one structure here. Without labels, a folder of NIfTI files will do, too.
+
+    Args:
+        folder: the folder with both downloads.
+        labels: False for scans without a label.
+        exclude: numbers of cases of Pancreas-CT to leave out; 25 and 70 are known to repeat other patients, and later
+            versions of the collection come without them.
+
+    Raises:
+        ValueError: when there are no cases, a label is missing, or scan and label have different sizes. It names case
+            and file.
+    """
+    folder = Path(folder)
+    if (folder / "dataset.json").is_file():
+        data = read_decathlon(folder)
+        return Datalist(data.cases, {"pancreas": tuple(range(1, len(data.classes)))}, data.folds)
+    series: dict[int, Path] = {}
+    for file in folder.rglob("*.dcm"):
+        found = re.search(r"PANCREAS_(\d{4})", str(file.relative_to(folder)))
+        number = int(found[1]) if found else None
+        if number is None or number in exclude:
+            continue
+        if series.setdefault(number, file.parent) != file.parent:
+            raise ValueError(
+                f"expected one DICOM series for {_name(number)}, got {series[number]} and {file.parent}; keep one."
+            )
+    if not series:
+        if not labels:
+            return read_scans(folder, {"pancreas": (1,)})
+        raise ValueError(
+            f"expected DICOM series such as PANCREAS_0001/.../*.dcm of the collection Pancreas-CT, or the dataset.json "
+            f"of the Decathlon's Task07, in {folder}, found neither."
+        )
+    files = {file.name: file for file in folder.rglob("label*.nii.gz")} if labels else None
+    cases = for_each(lambda number: _case(number, series[number], files), sorted(series))
+    present = {case["name"] for case in cases}
+    return Datalist(cases, {"pancreas": (1,)}, [present & {_name(number) for number in fold} for fold in _FOLDS])
+
+
+class LoadPancreasCTd(MapTransform):
+    """Load image and label; a label of Pancreas-CT gets the geometry of its DICOM series.
+
+    The NIfTI labels of the collection have a geometry of their own, in which they do not lie on the scans. Their voxels
+    are those of the series: column, row, and slice by instance number.
+
+    Args:
+        keys: ``"image"`` and ``"label"``, or one of them.
+        allow_missing_keys: True passes over keys that are not there.
+
+    Raises:
+        ValueError: when a file cannot be read, or image and label have different sizes. It names the file.
+
+    Note:
+        That the labels are stored in this order is what two public preprocessing codes for the collection agree on. It
+        has not been checked here on the data themselves: look at the pictures of the first evaluation.
+    """
+
+    def __init__(self, keys: KeysCollection, *, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """``data`` with the files replaced by what they hold, ``(1, *spatial)``."""
+        loaded = dict(data)
+        for key in self.key_iterator(loaded):
+            loaded[key] = load_volume(data[key])
+        if "label" in self.keys and "label" in data and Path(data["image"]).is_dir():
+            image, label = loaded["image"], loaded["label"]
+            if image.shape != label.shape:
+                raise ValueError(
+                    f"expected a label of size {tuple(image.shape[1:])}, that of the series in {data['image']}, got "
+                    f"{tuple(label.shape[1:])} in {data['label']}; fetch both again, or exclude the case."
+                )
+            label.affine = image.affine.clone()
+        return loaded
+
+
+def _case(number: int, series: Path, labels: Mapping[str, Path] | None) -> dict[str, Any]:
+    """One case, with its label where labels are asked for."""
+    case = {"name": _name(number), "image": str(series)}
+    if labels is None:
+        return case
+    label = labels.get(f"label{number:04d}.nii.gz")
+    if label is None:
+        raise ValueError(
+            f"expected the label of {_name(number)}, label{number:04d}.nii.gz, found none; fetch TCIA_pancreas_labels, "
+            "or exclude the case."
+        )
+    _check_size(case, label)
+    return {**case, "label": str(label)}
+
+
+def _check_size(case: Mapping[str, Any], label: Path) -> None:
+    """Raise unless a series has as many columns, rows and slices as its label."""
+    slices = sorted(Path(case["image"]).glob("*.dcm"))
+    try:
+        header = pydicom.dcmread(slices[0], stop_before_pixels=True)
+        size = (int(header.Columns), int(header.Rows), len(slices))
+    except Exception as error:
+        raise ValueError(f"expected a DICOM file, cannot read {slices[0]} ({error}); fetch it again.") from error
+    shape = tuple(read_header(label).get_data_shape()[:3])
+    if shape != size:
+        raise ValueError(
+            f"expected a label of size {size}, that of the series in {case['image']}, got {shape} in {label}; fetch "
+            f"both again, or exclude {case['name']}."
+        )
+
+
+def _name(number: int) -> str:
+    return f"PANCREAS_{number:04d}"

@@ -1,0 +1,306 @@
+"""Evaluation and inference: networks averaged, one table of all cases, a report of several runs.
+
+``python -m monai_conres.evaluation RUN/*/evaluation/cases.csv --out FOLDER`` joins the tables of several runs, such as
+the folds of a cross-validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from monai.data import MetaTensor
+from monai.transforms import Orientation, SaveImage
+from monai.utils import ensure_tuple, optional_import
+
+from monai_conres.datasets.datalist import load_volume
+from monai_conres.files import atomic_path
+from monai_conres.metrics import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
+from monai_conres.structures import structure_masks
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+Events, _ = optional_import("ignite.engine", name="Events")
+idist, _ = optional_import("ignite.distributed")
+tqdm, _ = optional_import("tqdm", name="tqdm")
+
+__all__ = ["CaseReport", "MeanProbability", "join_reports", "load_networks", "summarize"]
+
+
+class MeanProbability(nn.Module):
+    """Mean of the probabilities of several networks, each on the image and on its mirror images.
+
+    As a network of its own it goes through sliding-window inference, which then blends probabilities, as Zhang et al.,
+    2021, do, and takes no more memory than one of them.
+
+    Args:
+        networks: networks that return logits, one tensor, in ``eval()`` mode.
+        softmax: True for a softmax over the channels, False for a sigmoid each.
+        flip_axes: sets of spatial axes to mirror the image along, such as ``[[0], [0, 1]]``; the image as it is always
+            counts, too.
+
+    Shape:
+        ``(b, c, *spatial)``; the result is between 0 and 1.
+
+    Example:
+        >>> predictor = MeanProbability([nn.Identity(), nn.Identity()], flip_axes=[[2]])
+        >>> predictor(torch.zeros(1, 1, 2, 2, 3)).unique()
+        tensor([0.5000])
+    """
+
+    def __init__(
+        self, networks: Sequence[nn.Module], *, softmax: bool = False, flip_axes: Sequence[Sequence[int]] = ()
+    ) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.softmax = softmax
+        self.flip_axes = [(), *(tuple(axes) for axes in flip_axes)]
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Probabilities of ``image``."""
+        total = torch.zeros((), device=image.device)
+        for axes in self.flip_axes:
+            dims = [axis + 2 for axis in axes]
+            flipped = image.flip(dims) if dims else image
+            for network in self.networks:
+                logits = network(flipped)
+                probability = logits.softmax(1) if self.softmax else logits.sigmoid()
+                total = total + (probability.flip(dims) if dims else probability)
+        return total / (len(self.flip_axes) * len(self.networks))
+
+
+def load_networks(network: nn.Module, paths: Sequence[str | os.PathLike]) -> list[nn.Module]:
+    """Copies of a network with the weights of several files.
+
+    Raises:
+        ValueError: when a file is missing, cannot be read, or has the weights of another network.
+    """
+    networks = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(
+                f"expected a network's weights in {path}, found no file; train first, or give checkpoints."
+            )
+        network = copy.deepcopy(network)
+        try:
+            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise ValueError(
+                f"expected weights of this network in {path} ({error}); give the overrides that it was trained with."
+            ) from error
+        networks.append(network)
+    return networks
+
+
+class CaseReport:
+    """A handler that measures, writes and draws each case of an evaluator, and writes a table of all cases.
+
+    It compares files: the prediction in the geometry and the values of the data set against the label as it is on disk.
+    With several processes each does its own cases, and the first one writes the table of all.
+
+    ======================  ============================================================================
+    file                    content
+    ======================  ============================================================================
+    ``NAME.nii.gz``         prediction
+    ``NAME.png``            slices of the image, the label and the prediction, in RAS orientation
+    ``cases.csv``           Dice, HD95 (mm) and NSD of each structure, a row for each case with a label
+    ``summary.json``        their means over the cases: see :func:`summarize`
+    ======================  ============================================================================
+
+    Args:
+        output_dir: folder for all this.
+        cases: the cases as in a :class:`~monai_conres.datasets.Datalist`; those without a label are not measured.
+        structures: values of each structure.
+        save: True writes predictions and pictures, False the table alone.
+        tolerance: tolerance of the NSD, in mm.
+
+    Raises:
+        ValueError: when a process has no case to do.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        cases: Sequence[Mapping[str, Any]],
+        structures: Mapping[str, Sequence[int]],
+        *,
+        save: bool = True,
+        tolerance: float = 1.0,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.cases = {case["name"]: case for case in cases}
+        self.structures = structures
+        self.save = save
+        self.metrics = {
+            "Dice": BratsDiceMetric(),
+            "HD95": BratsHausdorffDistanceMetric(),
+            "NSD": BratsSurfaceDiceMetric(tolerance=tolerance),
+        }
+        self.rows: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Do the cases of ``engine``, an evaluator whose output has a label map ``"pred"`` for each case."""
+        if engine.state.epoch_length == 0:
+            raise ValueError("expected a case for each process at least, got none for this one; start fewer processes.")
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _start(self, engine: Engine) -> None:
+        self.rows = []
+
+    def _add(self, engine: Engine) -> None:
+        for case, output in zip(engine.state.batch, engine.state.output, strict=True):
+            case = self.cases[case["name"]]
+            prediction = output["pred"]
+            label = load_volume(case["label"]) if "label" in case else None
+            if label is not None:
+                self.rows.append({"case": case["name"], **self._measure(prediction, label)})
+            if self.save:
+                self._write(case, prediction, label)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the table of all cases; the mean Dice becomes one of the engine's metrics."""
+        rows = self.rows
+        if idist.get_world_size() > 1:
+            gathered: list[Any] = [None] * idist.get_world_size()
+            torch.distributed.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+        if not rows:
+            return
+        rows = sorted(rows, key=lambda row: row["case"])
+        summary = summarize(rows)
+        if idist.get_rank() == 0:
+            write_report(self.output_dir, rows, summary)
+            for key, value in summary.items():
+                low, high = value["interval"]
+                engine.logger.info(f"{key}: {value['mean']:.4f} (95 % interval {low:.4f} to {high:.4f})")
+        dice = [value["mean"] for key, value in summary.items() if key.startswith("Dice")]
+        engine.state.metrics["mean_dice"] = sum(dice) / len(dice)
+        engine.state.metrics |= {key: value["mean"] for key, value in summary.items()}
+
+    def _measure(self, prediction: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
+        spacing = prediction.pixdim.tolist() if isinstance(prediction, MetaTensor) else None
+        masks = [
+            structure_masks(volume.as_tensor() if isinstance(volume, MetaTensor) else volume, self.structures)[None]
+            for volume in (prediction.cpu(), label)
+        ]
+        values: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            result = metric(*masks) if name == "Dice" else metric(*masks, spacing=spacing)
+            metric.reset()
+            values |= {f"{name} {structure}": v.item() for structure, v in zip(self.structures, result[0], strict=True)}
+        return values
+
+    def _write(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
+        from monai_conres.visualize import plot_slices, save_figure  # matplotlib, which training does without
+
+        with atomic_path(self.output_dir / f"{case['name']}.nii.gz") as temporary:
+            writer = SaveImage(output_ext=".nii.gz", output_dtype=np.uint8, resample=False, print_log=False)
+            writer(prediction.cpu(), filename=str(temporary).removesuffix(".nii.gz"))
+        ras = Orientation("RAS", labels=None)
+        affine = prediction.affine.cpu()
+        image = load_volume(ensure_tuple(case["image"])[0])[:1]
+        volumes = {"image": image, "label": label, "prediction": prediction.cpu()}
+        drawn = {  # one geometry for all: that of a label may differ from the scan's in the header
+            title: ras(MetaTensor(volume.as_tensor(), affine=affine))
+            for title, volume in volumes.items()
+            if volume is not None
+        }
+        image = drawn.pop("image")
+        masks = {title: structure_masks(volume.as_tensor(), self.structures) for title, volume in drawn.items()}
+        figure = plot_slices(image, masks, class_names=list(self.structures), spacing=image.pixdim.tolist())
+        save_figure(figure, self.output_dir / f"{case['name']}.png")
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Mean, 95 % interval, smallest and largest value of each column of a table of cases.
+
+    The interval is that of the mean, by bootstrap over the cases (2,000 draws, percentiles).
+
+    Example:
+        >>> summary = summarize([{"case": "a", "Dice ET": 0.5}, {"case": "b", "Dice ET": 1.0}])["Dice ET"]
+        >>> summary["mean"], summary["min"], summary["cases"]
+        (0.75, 0.5, 2)
+    """
+    draws = np.random.default_rng(seed).integers(len(rows), size=(2000, len(rows)))
+    summary = {}
+    for key in [key for key in rows[0] if key != "case"]:
+        values = np.array([float(row[key]) for row in rows])
+        interval = np.percentile(values[draws].mean(1), [2.5, 97.5])
+        summary[key] = {
+            "mean": values.mean().item(),
+            "interval": interval.tolist(),
+            "min": values.min().item(),
+            "max": values.max().item(),
+            "cases": len(rows),
+        }
+    return summary
+
+
+def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    """Write ``cases.csv`` and ``summary.json``."""
+    with atomic_path(folder / "cases.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with atomic_path(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def join_reports(tables: Sequence[str | os.PathLike], folder: str | os.PathLike) -> str:
+    """Join the ``cases.csv`` of several runs into one in ``folder``, with its summary.
+
+    Returns:
+        The summary as a table in Markdown.
+
+    Raises:
+        ValueError: when a table cannot be read, has other columns than the first, or a case comes twice.
+    """
+    rows: list[dict[str, Any]] = []
+    for table in tables:
+        try:
+            with open(table, newline="") as file:
+                found = list(csv.DictReader(file))
+        except OSError as error:
+            raise ValueError(f"expected a cases.csv, cannot read {table} ({error}).") from error
+        if not found or (rows and list(found[0]) != list(rows[0])) or "case" not in found[0]:
+            raise ValueError(f"expected a cases.csv with cases, and the columns of {tables[0]}, got others in {table}.")
+        rows += found
+    names = [row["case"] for row in rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"expected each case in one table, got {twice[:5]} more than once; join runs of unlike folds.")
+    summary = summarize(rows)
+    write_report(Path(folder), rows, summary)
+    lines = ["| | mean | 95 % interval | min | max |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {key} | {v['mean']:.4f} | {v['interval'][0]:.4f} to {v['interval'][1]:.4f} | {v['min']:.4f} | "
+        f"{v['max']:.4f} |"
+        for key, v in summary.items()
+    ]
+    return "\n".join(lines)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m monai_conres.evaluation", description="Join tables of cases.")
+    parser.add_argument("tables", nargs="+", help="cases.csv of each run")
+    parser.add_argument("--out", required=True, help="folder for the table of all cases and its summary")
+    arguments = parser.parse_args()
+    try:
+        print(join_reports(arguments.tables, arguments.out))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,232 @@
+"""Training that can be interrupted and repeated: each epoch depends on a seed and its number, and on nothing before it.
+
+So a run that was killed goes on as if nothing had happened, whatever the number of workers, and several processes train
+on the same batches as one.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from monai.data import CacheDataset
+from monai.transforms import Compose
+from monai.utils import optional_import
+
+from monai_conres.files import atomic_path
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+Events, _ = optional_import("ignite.engine", name="Events")
+idist, _ = optional_import("ignite.distributed")
+
+__all__ = ["EpochSeeds", "LossCurve", "SeededDataset", "TrainingCheckpoint", "number_of_epochs"]
+
+
+class SeededDataset(CacheDataset):
+    """MONAI's ``CacheDataset`` whose random transforms depend on the seed, the epoch and the case alone.
+
+    Args:
+        data: the cases.
+        transform: a list of transforms, or a ``Compose``.
+        seed: seed of the random transforms.
+        cache_rate: share of the cases that is kept in memory after the transforms before the first random one.
+        num_workers: number of threads that fill the cache.
+
+    Example:
+        >>> from monai.transforms import RandFlip
+        >>> dataset = SeededDataset(torch.arange(6.0).reshape(2, 1, 3), [RandFlip(0.5)], seed=1)
+        >>> dataset.set_epoch(3)
+        >>> bool((dataset[0] == dataset[0]).all())
+        True
+    """
+
+    def __init__(
+        self,
+        data: Sequence,
+        transform: Sequence[Callable] | Callable,
+        *,
+        seed: int = 0,
+        cache_rate: float = 0.0,
+        num_workers: int | None = 1,
+    ) -> None:
+        self.seed = seed
+        self.epoch = 0
+        transform = transform if isinstance(transform, Compose) else Compose(transform)
+        super().__init__(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew for another epoch. Call it before the loader's iterator is made, as :class:`EpochSeeds` does."""
+        self.epoch = epoch
+
+    def _transform(self, index: int) -> Any:
+        self.transform.set_random_state(seed=_seed(self.seed, self.epoch, index))
+        return super()._transform(index)
+
+
+class EpochSeeds:
+    """A handler that seeds each epoch: the data set's random transforms, and torch's generator (dropout).
+
+    Args:
+        dataset: a :class:`SeededDataset`, or anything with ``set_epoch``.
+        seed: seed of torch's generator, together with the epoch and the process.
+    """
+
+    def __init__(self, dataset: SeededDataset, *, seed: int = 0) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Called at the start of each epoch of ``engine``, before its first batch is drawn."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed the present epoch."""
+        self.dataset.set_epoch(engine.state.epoch)
+        torch.manual_seed(_seed(self.seed, engine.state.epoch, idist.get_rank()))
+
+
+class LossCurve:
+    """A handler that keeps the mean loss of each epoch, over all processes, and writes it to a CSV file.
+
+    Args:
+        path: name of the file.
+        optimizer: its learning rate is noted, too.
+    """
+
+    def __init__(self, path: str | os.PathLike, optimizer: torch.optim.Optimizer) -> None:
+        self.path = Path(path)
+        self.optimizer = optimizer
+        self.rows: list[list[float]] = []
+        self._sum = torch.zeros(())
+
+    def attach(self, engine: Engine) -> None:
+        """Count each iteration of ``engine``, a trainer with ``decollate=False``."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curve so far, for a checkpoint."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a curve."""
+        self.rows = list(state["rows"])
+
+    def _start(self, engine: Engine) -> None:
+        self._sum = torch.zeros((), device=engine.state.device)
+
+    def _add(self, engine: Engine) -> None:
+        self._sum += engine.state.output["loss"].detach()  # on the device: no waiting for it
+
+    def __call__(self, engine: Engine) -> None:
+        """Note the present epoch."""
+        loss = idist.all_reduce(self._sum.item() / engine.state.epoch_length) / idist.get_world_size()
+        self.rows.append([engine.state.epoch, engine.state.iteration, self.optimizer.param_groups[0]["lr"], loss])
+        if idist.get_rank() == 0:
+            engine.logger.info(f"epoch {engine.state.epoch}: mean loss {loss:.4f}")
+            with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
+                csv.writer(file).writerows([["epoch", "iteration", "learning rate", "loss"], *self.rows])
+
+
+class TrainingCheckpoint:
+    """A handler that writes one checkpoint, over and over, and goes on from it where there is one.
+
+    The file is replaced when the new one is complete, so that neither a killed process nor a full disk costs the last
+    one. (MONAI's ``CheckpointSaver`` removes the old file first.) The trainer's own state is part of it. At the end,
+    the first object's weights, the network's, are written alone, for evaluation.
+
+    Args:
+        path: name of the checkpoint.
+        objects: what to keep, by name, each with ``state_dict`` and ``load_state_dict``; the network first.
+        final_path: name of the file of the network's weights.
+        interval: number of epochs between checkpoints.
+
+    Raises:
+        ValueError: when the checkpoint that is there is of another configuration.
+        OSError: when a file cannot be written; the one before is still there.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, objects: Mapping[str, Any], *, final_path: str | os.PathLike, interval: int = 1
+    ) -> None:
+        self.path = Path(path)
+        self.objects = dict(objects)
+        self.final_path = Path(final_path)
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        """Load at the start of ``engine``'s run, and save as it goes on; the last of its handlers."""
+        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def load(self, engine: Engine) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if idist.get_rank() == 0:
+            for left_over in self.path.parent.glob(f".{self.path.name}.*"):  # of a process killed while it wrote
+                shutil.rmtree(left_over)
+        if not self.path.is_file():
+            return
+        max_epochs = engine.state.max_epochs
+        try:
+            state = torch.load(self.path, map_location=engine.state.device, weights_only=True)
+            for name, thing in {**self.objects, "trainer": engine}.items():
+                thing.load_state_dict(state[name])
+        except Exception as error:
+            raise ValueError(
+                f"expected a checkpoint of this configuration, cannot go on from {self.path} ({error}); give another "
+                "run_dir, or remove the file to start anew."
+            ) from error
+        engine.state.max_epochs = max_epochs
+        engine.logger.info(f"going on after epoch {engine.state.epoch} from {self.path}")
+
+    def save(self, engine: Engine) -> None:
+        """Write the checkpoint."""
+        state = {name: thing.state_dict() for name, thing in {**self.objects, "trainer": engine}.items()}
+        _save(state, self.path)
+
+    def finish(self, engine: Engine) -> None:
+        """Write the checkpoint and the network's weights."""
+        self.save(engine)
+        network = next(iter(self.objects.values()))
+        _save(network.state_dict(), self.final_path)
+
+
+def number_of_epochs(iterations: int, loader: Sized) -> int:
+    """How many epochs make at least so many iterations.
+
+    Raises:
+        ValueError: when the loader has no batch.
+
+    Example:
+        >>> number_of_epochs(40_000, range(125))
+        320
+    """
+    if len(loader) == 0:
+        raise ValueError("expected at least one batch in an epoch, got fewer cases than batch_size; lower it.")
+    return -(-iterations // len(loader))
+
+
+def _seed(*numbers: int) -> int:
+    """A seed made of several numbers; other numbers give another one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    """Write a file in the first process."""
+    if idist.get_rank() > 0:
+        return
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a full disk
+        kept = "; the one before is still there" if path.is_file() else ""
+        raise OSError(f"cannot write {path} ({error}): is the disk full?{kept}.") from error

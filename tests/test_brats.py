@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_conres.datasets import read_brats
+from monai_conres.phantom import write_phantom_brats, write_phantom_dataset
+from monai_conres.structures import structure_masks
+
+SIZE = (12, 14, 10)
+NAMES_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
+
+
+def save(path, values=0, size=SIZE, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.full(size, values, np.int16), np.eye(4) if affine is None else affine), path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_phantom_brats(tmp_path / "data", cases=4, size=SIZE)
+    return tmp_path / "data"
+
+
+def test_phantoms_have_the_values_of_2018(folder):
+    case = folder / "HGG" / "phantom_000"
+    assert np.unique(nib.load(case / "phantom_000_seg.nii.gz").dataobj).tolist() == [0, 1, 2, 4]
+    assert nib.aff2axcodes(nib.load(case / "phantom_000_t2.nii.gz").affine) == ("L", "P", "S")
+
+
+def test_channels_are_in_the_order_of_the_modalities(folder):
+    data = read_brats(folder, ["t2", "flair"])
+    assert [case["name"] for case in data.cases] == ["phantom_000", "phantom_002", "phantom_001", "phantom_003"]
+    assert [file.rsplit("_", 1)[1] for file in data.cases[0]["image"]] == ["t2.nii.gz", "flair.nii.gz"]
+    assert data.cases[0]["label"].endswith("HGG/phantom_000/phantom_000_seg.nii.gz")
+    training, validation = data.hold_out(1, seed=3)
+    assert (len(training), len(validation)) == (3, 1)
+    assert data.hold_out(1, seed=3)[1] == validation
+    assert len({data.hold_out(1, seed=seed)[1][0]["name"] for seed in range(20)}) == 4
+    with pytest.raises(ValueError, match="1 to 3 of the 4 cases to hold out, got 35"):
+        data.hold_out(35)
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "enhancing"),
+    [
+        ("BraTS20_Training_001", {kind: f"BraTS20_Training_001_{kind}.nii" for kind in NAMES_2023}, 4),
+        ("BraTS2021_00000", {kind: f"BraTS2021_00000_{kind}.nii.gz" for kind in NAMES_2023}, 4),
+        ("BraTS-GLI-00000-000", {k: f"BraTS-GLI-00000-000-{name}.nii.gz" for k, name in NAMES_2023.items()}, 3),
+        # the label of this case, and of no other, has another name in 2020
+        ("BraTS20_Training_355", {k: f"x_{k}.nii" for k in NAMES_2023} | {"seg": "W39_1998.09.19_Segm.nii"}, 4),
+    ],
+)
+def test_other_years(tmp_path, name, files, enhancing):
+    for file in files.values():
+        save(tmp_path / name / file)
+    data = read_brats(tmp_path)
+    (case,) = data.cases
+    assert case["name"] == name
+    expected = [str(tmp_path / name / files[kind]) for kind in ("flair", "t1", "t1ce", "t2", "seg")]
+    assert [*case["image"], case["label"]] == expected
+    label = torch.tensor([[0, 1, 2, enhancing]])
+    assert structure_masks(label, data.structures).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1], [0, 1, 0, 1]]
+
+
+def test_task01_has_other_values(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=2, size=SIZE)  # 1 edema, 2 necrosis, 3 enhancing tumor
+    data = read_brats(tmp_path / "data")
+    masks = structure_masks(torch.tensor([[0, 1, 2, 3]]), data.structures)
+    assert dict(zip(data.structures, masks.tolist(), strict=True)) == {
+        "ET": [0, 0, 0, 1],
+        "WT": [0, 1, 1, 1],
+        "TC": [0, 0, 1, 1],
+    }
+    with pytest.raises(ValueError, match=r"one file in this order, got .*'flair'"):
+        read_brats(tmp_path / "data", ["flair"])
+
+
+def test_errors_name_case_and_file(folder, tmp_path):
+    case = folder / "LGG" / "phantom_001"
+    t1 = case / "phantom_001_t1.nii.gz"
+    whole = t1.read_bytes()
+    t1.unlink()
+    with pytest.raises(ValueError, match=r"sequence t1 of case phantom_001 in .*found none.*phantom_001_t1ce"):
+        read_brats(folder)
+    other = folder / "HGG" / "phantom_002" / "phantom_002_t2.nii.gz"
+    moved = other.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"(?s)sequence t2 of case phantom_002.*\n.*sequence t1 of case phantom_001"):
+        read_brats(folder)  # all of it in one error
+    moved.rename(other)
+    assert len(read_brats(folder, ["flair"]).cases) == 4
+    save(t1, affine=np.diag([1, 1, 2, 1]))
+    with pytest.raises(ValueError, match=r"same geometry in case phantom_001.*phantom_001_t1\.nii\.gz"):
+        read_brats(folder)
+    save(t1, size=(12, 14, 9), affine=np.eye(4))
+    with pytest.raises(ValueError, match=r"same size in case phantom_001.*12, 14, 9.*phantom_001_t1\.nii\.gz"):
+        read_brats(folder)
+    t1.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r"cannot read .*phantom_001_t1\.nii\.gz"):
+        read_brats(folder)
+    t1.write_bytes(whole[: len(whole) // 2])  # the header is whole
+    with pytest.raises(ValueError, match=r"cannot read .*phantom_001_t1\.nii\.gz"):
+        read_brats(folder).check()
+    t1.write_bytes(whole)
+    read_brats(folder).check()
+
+    seg = case / "phantom_001_seg.nii.gz"
+    affine = nib.load(seg).affine
+    save(seg, values=3, affine=affine)
+    with pytest.raises(ValueError, match=r"values \[0, 1, 2, 4\] in .*phantom_001_seg\.nii\.gz, got \[3\.0\]"):
+        read_brats(folder).check()
+    save(case / "other_seg.nii.gz", affine=affine)
+    with pytest.raises(ValueError, match=r"one file for the label.*phantom_001.*'other_seg\.nii\.gz'"):
+        read_brats(folder)
+    (case / "other_seg.nii.gz").unlink()
+    seg.unlink()
+    with pytest.raises(ValueError, match=r"label \(_seg\) of case phantom_001"):
+        read_brats(folder)
+    assert "label" not in read_brats(folder, labels=False).cases[0]
+
+    with pytest.raises(ValueError, match="modalities among"):
+        read_brats(folder, ["flair", "dwi"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"expected a folder for each case .*empty"):
+        read_brats(tmp_path / "empty")
+
+
+def test_real_data(real_data):
+    data = read_brats(real_data / "BraTS_sample", ["flair", "t1ce"])
+    assert len(data.cases) == 6
+    assert data.structures["ET"] == (4,)
+    with pytest.raises(ValueError, match="sequence t1 of case brats_2013_pat0001_1"):
+        read_brats(real_data / "BraTS_sample")

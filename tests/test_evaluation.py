@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator
+from monai.transforms import Compose, Invertd, LoadImaged, Orientationd, SelectItemsd
+
+from monai_conres import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric, ConResNet, evaluation
+from monai_conres.evaluation import CaseReport, MeanProbability, join_reports, load_networks, summarize
+from monai_conres.files import check_writable
+from monai_conres.structures import ProbabilityToLabeld
+
+
+def test_mean_probability_against_each_network_by_hand():
+    torch.manual_seed(0)
+    networks = [torch.nn.Conv3d(2, 3, 3, padding=1) for _ in range(2)]
+    image = torch.randn(1, 2, 5, 4, 6)
+    for softmax, activation in ((False, torch.sigmoid), (True, lambda logits: logits.softmax(1))):
+        predictor = MeanProbability(networks, softmax=softmax, flip_axes=[[0], [1, 2]])
+        expected = sum(
+            activation(network(image.flip(dims))).flip(dims) for network in networks for dims in ((), (2,), (3, 4))
+        )
+        torch.testing.assert_close(predictor(image), expected / 6)
+
+
+def test_load_networks(tmp_path):
+    network = torch.nn.Conv3d(1, 1, 1)
+    paths = []
+    for weight in (1.0, 2.0):
+        paths.append(tmp_path / f"{weight}.pt")
+        torch.save({"weight": torch.full((1, 1, 1, 1, 1), weight), "bias": torch.zeros(1)}, paths[-1])
+    assert [loaded.weight.item() for loaded in load_networks(network, paths)] == [1.0, 2.0]
+    with pytest.raises(ValueError, match=r"weights in .*none\.pt, found no file"):
+        load_networks(network, [tmp_path / "none.pt"])
+    with pytest.raises(ValueError, match=r"(?s)weights of this network in .*1\.0\.pt.*overrides"):
+        load_networks(torch.nn.Conv3d(1, 2, 1), paths)
+
+
+class Threshold(torch.nn.Module):
+    """1 where the image is above 10: a prediction that is known."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return (image > 10).float()
+
+
+@pytest.fixture
+def cases(tmp_path):
+    """Two cases in LPS orientation with thick slices; the second has no label."""
+    affine = np.diag([-1.0, -1.0, 2.5, 1.0])
+    cases = []
+    for number in range(2):
+        image = np.random.default_rng(number).uniform(0, 9, (9, 8, 7)).astype(np.float32)
+        image[2:6, 3:7, 1:5] = 20
+        label = np.zeros((9, 8, 7), np.uint8)
+        label[2:6, 3:7, 1:4] = 3  # a thick slice less
+        files = {"image": tmp_path / f"{number}_image.nii.gz", "label": tmp_path / f"{number}_label.nii.gz"}
+        nib.save(nib.Nifti1Image(image, affine), files["image"])
+        nib.save(nib.Nifti1Image(label, affine), files["label"])
+        cases.append({"name": f"case{number}", **{key: str(file) for key, file in files.items()}})
+    del cases[1]["label"]
+    return cases
+
+
+def test_case_report(tmp_path, cases):
+    structures = {"lesion": (3,)}
+    preparation = Compose(
+        [
+            SelectItemsd(["image", "name"]),
+            LoadImaged("image", ensure_channel_first=True),
+            Orientationd("image", axcodes="SRA", labels=None),  # every axis moves
+        ]
+    )
+    out = tmp_path / "out"
+    evaluator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=DataLoader(Dataset(cases, preparation), batch_size=1),
+        network=Threshold(),
+        postprocessing=Compose(
+            [ProbabilityToLabeld("pred", structures), Invertd("pred", preparation, orig_keys="image")]
+        ),
+        val_handlers=[CaseReport(out, cases, structures)],
+    )
+    evaluator.run()
+    assert sorted(file.name for file in out.iterdir()) == [
+        "case0.nii.gz",
+        "case0.png",
+        "case1.nii.gz",
+        "case1.png",
+        "cases.csv",
+        "summary.json",
+    ]
+    for number in range(2):
+        image, prediction = nib.load(cases[number]["image"]), nib.load(out / f"case{number}.nii.gz")
+        np.testing.assert_array_equal(np.asarray(prediction.dataobj), 3 * (np.asarray(image.dataobj) > 10))
+        np.testing.assert_allclose(prediction.affine, image.affine)
+        assert prediction.get_data_dtype() == np.uint8
+        assert imread(out / f"case{number}.png")[..., :3].std() > 0.05
+
+    (row,) = csv.DictReader((out / "cases.csv").open())
+    predicted, label = (
+        torch.from_numpy(np.asarray(nib.load(file).dataobj) == 3)[None, None].float()
+        for file in (out / "case0.nii.gz", cases[0]["label"])
+    )
+    spacing = (1, 1, 2.5)
+    assert row["case"] == "case0"
+    assert float(row["Dice lesion"]) == pytest.approx(2 * 48 / (48 + 64))
+    for name, metric in (("HD95", BratsHausdorffDistanceMetric()), ("NSD", BratsSurfaceDiceMetric(tolerance=1))):
+        assert float(row[f"{name} lesion"]) == pytest.approx(metric(predicted, label, spacing=spacing).item())
+    assert evaluator.state.metrics["mean_dice"] == pytest.approx(BratsDiceMetric()(predicted, label).item())
+    assert json.loads((out / "summary.json").read_text())["Dice lesion"]["cases"] == 1
+
+
+def test_a_process_without_a_case_is_an_error(tmp_path, cases):
+    with pytest.raises(ValueError, match="a case for each process"):
+        SupervisedEvaluator(
+            device="cpu",
+            val_data_loader=DataLoader(Dataset([]), batch_size=1),
+            network=Threshold(),
+            val_handlers=[CaseReport(tmp_path, cases, {"lesion": (3,)})],
+        )
+
+
+def test_interval_covers_the_mean_about_95_times_in_100():
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        rows = [{"case": str(i), "Dice": value} for i, value in enumerate(random.normal(0.8, 0.1, 30))]
+        low, high = summarize(rows)["Dice"]["interval"]
+        covered += low < 0.8 < high
+    assert 180 <= covered <= 198
+
+
+def test_join_reports(tmp_path, monkeypatch, capsys):
+    for fold, dice in enumerate((0.5, 0.75)):
+        (tmp_path / f"{fold}.csv").write_text(f"case,Dice ET\ncase{fold},{dice}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluation", "0.csv", "1.csv", "--out", "all"])
+    evaluation._main()
+    assert "| Dice ET | 0.6250 | 0.5000 to 0.7500 | 0.5000 | 0.7500 |" in capsys.readouterr().out
+    assert len((tmp_path / "all" / "cases.csv").read_text().splitlines()) == 3
+    with pytest.raises(ValueError, match=r"'case0'.* more than once"):
+        join_reports([tmp_path / "0.csv", tmp_path / "0.csv"], tmp_path / "twice")
+    (tmp_path / "other.csv").write_text("case,Dice WT\na,1\n")
+    with pytest.raises(ValueError, match=r"columns of .*0\.csv, got others in .*other\.csv"):
+        join_reports([tmp_path / "0.csv", tmp_path / "other.csv"], tmp_path / "all")
+    with pytest.raises(ValueError, match=r"cannot read .*none\.csv"):
+        join_reports([tmp_path / "none.csv"], tmp_path / "all")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write to .*file/out"):
+        check_writable(tmp_path / "file" / "out")
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_networks_of_the_package_average(tmp_path):
+    torch.manual_seed(0)
+    network = ConResNet(1, 2, channels=(8, 16), strides=(2,), blocks=(1, 1, 1)).eval()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    image = torch.randn(1, 1, 8, 10, 6)
+    predictor = MeanProbability(load_networks(network, [tmp_path / "model.pt"] * 2)).eval()
+    torch.testing.assert_close(predictor(image), network(image).sigmoid())

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from monai_conres.datasets import LoadPancreasCTd, check_voxels, read_pancreas_ct
+from monai_conres.phantom import write_phantom_dataset
+from tests.nih import ORIGIN, SPACING, write_pancreas_ct
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_pancreas_ct(tmp_path / "data", [1, 10, 25, 60], size=(12, 14, 9))
+    return tmp_path / "data"
+
+
+def test_the_published_folds(folder):
+    data = read_pancreas_ct(folder)
+    assert [case["name"] for case in data.cases] == [f"PANCREAS_00{n}" for n in ("01", "10", "25", "60")]
+    assert data.structures == {"pancreas": (1,)}
+    held_out = [[case["name"][-2:] for case in data.split(fold)[1]] for fold in (0, 1, 3)]
+    assert held_out == [["10", "25"], ["60"], ["01"]]
+    assert [case["name"] for case in read_pancreas_ct(folder, exclude=[25, 70]).cases if "25" in case["name"]] == []
+    with pytest.raises(ValueError, match="fold from 0 to 3, got 4"):
+        data.split(4)
+
+
+def test_the_folds_have_each_case_once():
+    from monai_conres.datasets.pancreas import _FOLDS
+
+    assert sorted(number for fold in _FOLDS for number in fold) == list(range(1, 83))
+    assert [len(fold) for fold in _FOLDS] == [20, 20, 21, 21]
+
+
+def test_image_and_label_lie_on_each_other_in_the_geometry_of_the_series(folder):
+    case = read_pancreas_ct(folder).cases[1]
+    loaded = LoadPancreasCTd(["image", "label"])(case)
+    image, label = loaded["image"], loaded["label"]
+    assert image.shape == label.shape == (1, 12, 14, 9)
+    np.testing.assert_array_equal(image[0].numpy() >= 150, label[0].numpy() == 1)
+    np.testing.assert_allclose(label.affine, image.affine)
+    voxel = np.array([3, 5, 7])
+    x, y, z = ORIGIN + voxel * SPACING  # LPS
+    np.testing.assert_allclose((image.affine.numpy() @ [*voxel, 1])[:3], [-x, -y, z], rtol=1e-5)
+    check_voxels(case, {0, 1})
+
+
+def test_task07_has_one_structure(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=3, size=(12, 14, 10))  # three foreground classes
+    data = read_pancreas_ct(tmp_path / "data")
+    assert data.structures == {"pancreas": (1, 2, 3)}
+    loaded = LoadPancreasCTd(["image", "label"])(data.cases[0])
+    np.testing.assert_array_equal(loaded["label"][0], np.asarray(nib.load(data.cases[0]["label"]).dataobj))
+
+
+def test_errors_name_case_and_file(folder, tmp_path):
+    label = folder / "TCIA_pancreas_labels" / "label0010.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((12, 14, 8), np.uint8), np.eye(4)), label)
+    with pytest.raises(ValueError, match=r"\(12, 14, 9\).*PANCREAS_0010.*\(12, 14, 8\) in .*label0010"):
+        read_pancreas_ct(folder)
+    label.unlink()
+    with pytest.raises(ValueError, match=r"label of PANCREAS_0010, label0010\.nii\.gz"):
+        read_pancreas_ct(folder)
+    assert len(read_pancreas_ct(folder, labels=False).cases) == 4
+
+    series = folder / "PANCREAS_0001" / "study" / "series"
+    shutil.copytree(series, folder / "PANCREAS_0001" / "study" / "other")
+    with pytest.raises(ValueError, match="one DICOM series for PANCREAS_0001"):
+        read_pancreas_ct(folder)
+    shutil.rmtree(folder / "PANCREAS_0001" / "study" / "other")
+    file = next(series.glob("*.dcm"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot read .*PANCREAS_0001"):
+        check_voxels(read_pancreas_ct(folder, labels=False).cases[0], {0, 1})
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="found neither"):
+        read_pancreas_ct(tmp_path / "empty")
+    with pytest.raises(ValueError, match="expected NIfTI files"):
+        read_pancreas_ct(tmp_path / "empty", labels=False)

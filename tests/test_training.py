@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import csv
+import resource
+
+import pytest
+import torch
+from ignite.engine import Events
+from monai.data import DataLoader
+from monai.engines import SupervisedTrainer
+from monai.handlers import LrScheduleHandler
+from monai.transforms import Lambda, RandFlip, RandGaussianNoise
+from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils.data import DistributedSampler
+
+from monai_conres.training import EpochSeeds, LossCurve, SeededDataset, TrainingCheckpoint, number_of_epochs
+
+VOLUMES = torch.randn(6, 1, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+
+
+def dataset(**kwargs) -> SeededDataset:
+    return SeededDataset(VOLUMES, [Lambda(lambda x: x + 1), RandGaussianNoise(prob=1.0), RandFlip(0.5)], **kwargs)
+
+
+def test_a_draw_depends_on_seed_epoch_and_case_alone():
+    first = dataset(seed=1)
+    first.set_epoch(2)
+    expected = [first[index] for index in range(6)]
+    assert len({tuple(volume.flatten().tolist()) for volume in expected}) == 6
+
+    again = dataset(seed=1, cache_rate=0.5)
+    _ = again[3]
+    again.set_epoch(2)
+    for index in (5, 0, 3):
+        torch.testing.assert_close(again[index], expected[index], rtol=0, atol=0)
+    for workers in (0, 2):
+        batches = list(DataLoader(first, batch_size=2, num_workers=workers))
+        torch.testing.assert_close(torch.cat(batches), torch.stack(expected), rtol=0, atol=0)
+
+    again.set_epoch(3)
+    assert not torch.equal(again[0], expected[0])
+    other = dataset(seed=2)
+    other.set_epoch(2)
+    assert not torch.equal(other[0], expected[0])
+
+
+def trainer(
+    folder, epochs: int, stop_in: int | None = None, interval: int = 1
+) -> tuple[SupervisedTrainer, torch.nn.Module]:
+    """Six volumes in batches of two, with dropout; ``stop_in`` raises in the second iteration of that epoch."""
+    torch.manual_seed(3)
+    network = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.Dropout3d(0.5), torch.nn.Conv3d(4, 1, 1)
+    )
+    data = SeededDataset([{"image": v, "label": v.abs()} for v in VOLUMES], lambda item: item)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    schedule = PolynomialLR(optimizer, total_iters=3 * 4, power=0.9)
+    curve = LossCurve(folder / "loss.csv", optimizer)
+    objects = {"network": network, "optimizer": optimizer, "lr_scheduler": schedule, "curve": curve}
+    sampler = DistributedSampler(data, num_replicas=1, rank=0, seed=5)
+    engine = SupervisedTrainer(
+        device="cpu",
+        max_epochs=epochs,
+        train_data_loader=DataLoader(data, batch_size=2, sampler=sampler),
+        network=network,
+        optimizer=optimizer,
+        loss_function=torch.nn.MSELoss(),
+        decollate=False,
+        train_handlers=[
+            curve,
+            EpochSeeds(data, seed=7),
+            LrScheduleHandler(schedule, print_lr=False, epoch_level=False),
+            TrainingCheckpoint(folder / "checkpoint.pt", objects, final_path=folder / "model.pt", interval=interval),
+        ],
+    )
+    if stop_in is not None:
+
+        def stop(engine):
+            if engine.state.iteration == 3 * (stop_in - 1) + 2:
+                raise KeyboardInterrupt
+
+        engine.add_event_handler(Events.ITERATION_COMPLETED, stop)
+    return engine, network
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_interrupted_training_ends_as_undisturbed_training_does(tmp_path, interval):
+    undisturbed, expected = trainer(tmp_path / "a", epochs=4)
+    undisturbed.run()
+    first, _ = trainer(tmp_path / "b", epochs=4, stop_in=4, interval=interval)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert not (tmp_path / "b" / "model.pt").exists()
+    (tmp_path / "b" / ".checkpoint.pt.abc").mkdir()  # as a killed process leaves behind
+    second, network = trainer(tmp_path / "b", epochs=4, interval=interval)
+    second.run()
+    for got, parameter in zip(network.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(got, parameter)
+    assert (tmp_path / "a" / "loss.csv").read_text() == (tmp_path / "b" / "loss.csv").read_text()
+    weights = torch.load(tmp_path / "b" / "model.pt", weights_only=True)
+    assert torch.equal(weights["0.weight"], expected[0].weight)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["checkpoint.pt", "loss.csv", "model.pt"]
+
+    finished, network = trainer(tmp_path / "b", epochs=4)
+    finished.run()  # nothing left to do
+    assert torch.equal(network[0].weight, expected[0].weight)
+
+
+def test_loss_curve_has_the_mean_of_each_epoch(tmp_path):
+    engine, _ = trainer(tmp_path, epochs=2)
+    losses = []
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output["loss"].item())
+    )
+    engine.run()
+    rows = list(csv.DictReader((tmp_path / "loss.csv").open()))
+    assert [(row["epoch"], row["iteration"]) for row in rows] == [("1", "3"), ("2", "6")]
+    for epoch, row in enumerate(rows):
+        assert float(row["loss"]) == pytest.approx(sum(losses[3 * epoch : 3 * epoch + 3]) / 3, rel=1e-5)
+        assert float(row["learning rate"]) == pytest.approx(0.01 * (1 - 3 * (epoch + 1) / 12) ** 0.9)
+
+
+def test_a_checkpoint_of_another_network_is_an_error(tmp_path):
+    trainer(tmp_path, epochs=1)[0].run()
+    engine, network = trainer(tmp_path, epochs=2)
+    network[2] = torch.nn.Conv3d(4, 2, 1)
+    with pytest.raises(ValueError, match=r"(?s)cannot go on from .*checkpoint\.pt .*size mismatch.*run_dir"):
+        engine.run()
+    (tmp_path / "checkpoint.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"cannot go on from .*checkpoint\.pt"):
+        trainer(tmp_path, epochs=2)[0].run()
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path):
+    trainer(tmp_path, epochs=1)[0].run()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # as if no more than 2 kB were left
+        with pytest.raises(OSError, match=r"cannot write .*checkpoint\.pt .*the one before is still there"):
+            trainer(tmp_path, epochs=2)[0].run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+    engine, _ = trainer(tmp_path, epochs=2)
+    engine.run()  # there is space again
+    assert engine.state.iteration == 6
+
+
+def test_an_epoch_without_a_batch_is_an_error():
+    assert number_of_epochs(41, range(10)) == 5
+    with pytest.raises(ValueError, match="fewer cases than batch_size"):
+        number_of_epochs(10, [])
