@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# the tests run in one process for each core (pytest-xdist), and so do the programs that they start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import numpy as np

@@ -102,16 +102,25 @@ class ReleasedStructure(nn.Module):
         return ConResOutput(network.head(x), tuple(residuals[::-1]))
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "released structure": ReleasedStructure,
-    "ConResNet": lambda: ConResNet(CHANNELS, CLASSES),
-    "ConResNet, use_checkpoint": lambda: ConResNet(CHANNELS, CLASSES, use_checkpoint=True),
-    "released structure, baseline": lambda: ReleasedStructure(mapping=False),
-    "ConResNet, baseline": lambda: ConResNet(CHANNELS, CLASSES, mapping=False, attention=False),
-    "SegResNet (32)": lambda: nets.SegResNet(
+NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
+    "released structure": lambda size: ReleasedStructure(),
+    "ConResNet": lambda size: ConResNet(CHANNELS, CLASSES),
+    "ConResNet, use_checkpoint": lambda size: ConResNet(CHANNELS, CLASSES, use_checkpoint=True),
+    "released structure, baseline": lambda size: ReleasedStructure(mapping=False),
+    "ConResNet, baseline": lambda size: ConResNet(CHANNELS, CLASSES, mapping=False, attention=False),
+    "SegResNet (32)": lambda size: nets.SegResNet(
         3, 32, CHANNELS, CLASSES, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1), dropout_prob=0.1
     ),
-    "DynUNet (nnU-Net, 32-320)": lambda: nets.DynUNet(
+    "SegResNetVAE (32)": lambda size: nets.SegResNetVAE(
+        size,
+        init_filters=32,
+        in_channels=CHANNELS,
+        out_channels=CLASSES,
+        blocks_down=(1, 2, 2, 4),
+        blocks_up=(1, 1, 1),
+        dropout_prob=0.1,
+    ),
+    "DynUNet (nnU-Net, 32-320)": lambda size: nets.DynUNet(
         3,
         CHANNELS,
         CLASSES,
@@ -120,11 +129,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         upsample_kernel_size=[2, 2, 2, (1, 2, 2)],
         filters=[32, 64, 128, 256, 320],
     ),
-    "AttentionUnet (32-512)": lambda: nets.AttentionUnet(
+    "AttentionUnet (32-512)": lambda size: nets.AttentionUnet(
         3, CHANNELS, CLASSES, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2)
     ),
-    "SwinUNETR (48)": lambda: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
+    "SwinUNETR (48)": lambda size: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
 }
+# networks that take sizes alone that this divides
+MULTIPLES = {"AttentionUnet (32-512)": 16, "SwinUNETR (48)": 32}
 
 
 class Case:
@@ -134,10 +145,9 @@ class Case:
         torch.manual_seed(0)
         self.device = options.device
         self.precision = options.precision
-        # SwinUNETR takes sizes that 32 divides
-        multiple = 32 if name.startswith("Swin") else 1
+        multiple = MULTIPLES.get(name, 1)
         self.size = tuple(-(-edge // multiple) * multiple for edge in options.size)
-        self.network = NETWORKS[name]().to(self.device)
+        self.network = NETWORKS[name](self.size).to(self.device)
         if options.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last_3d)
         if options.compile:
@@ -158,9 +168,12 @@ class Case:
         self.network.zero_grad()
         with self.autocast():
             output = self.network.train()(self.image)
-            if isinstance(output, ConResOutput) and not output.residuals:
-                output = output.segmentation
-            loss = self.loss(output, self.label)
+            if isinstance(output, ConResOutput):
+                loss = self.loss(output if output.residuals else output.segmentation, self.label)
+            elif isinstance(output, torch.Tensor):
+                loss = self.loss(output, self.label)
+            else:  # SegResNetVAE has a loss of its own, too
+                loss = self.loss(output[0], self.label) + 0.1 * output[1]
         loss.backward()
 
     def seconds(self, run: str) -> float:
@@ -247,7 +260,7 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
 def multiply_adds_of(name: str, case: Case) -> int:
     """Of one forward pass in eval, counted without computing it."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        NETWORKS[name]().to("meta").eval()(case.image.to("meta"))
+        NETWORKS[name](case.size).to("meta").eval()(case.image.to("meta"))
     return counter.get_total_flops() // 2
 
 
