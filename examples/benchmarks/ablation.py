@@ -192,7 +192,7 @@ ARMS = {
     # other people's networks
     "dynunet": Arm(backbone=dynunet),
     "dynunet+conres": Arm(backbone=dynunet, attached=True),
-    # at the usual learning rate three of four runs of SegResNet, with and without, did not find the second class
+    # at the usual learning rate three of four runs with SegResNet did not find the second class
     "segresnet": Arm(backbone=segresnet, rate=1 / 3),
     "segresnet+conres": Arm(backbone=segresnet, attached=True, rate=1 / 3),
     "resenc": Arm(backbone=resenc),

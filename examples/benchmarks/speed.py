@@ -135,7 +135,7 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     "SwinUNETR (48)": lambda size: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
 }
 # networks that take sizes alone that this divides
-MULTIPLES = {"AttentionUnet (32-512)": 16, "SwinUNETR (48)": 32}
+MULTIPLES = {"SegResNetVAE (32)": 16, "AttentionUnet (32-512)": 16, "SwinUNETR (48)": 32}
 
 
 class Case:
