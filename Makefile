@@ -1,17 +1,18 @@
-# make demo [DATA=folder] [OUT=folder]   make test   make docs   make format   make clean
+# make demo [DATA=folder] [OUT=folder]   make test   make docs   make notebooks   make format   make clean
 PYTHON ?= python3
 OUT ?= demo
 VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs format clean
+.PHONY: help demo test docs notebooks format clean
 
 help:
 	@echo "make demo            train the baseline and ConResNet on phantoms, compare them (results in $(OUT)/)"
 	@echo "make demo DATA=dir   the same on a data set in Medical Segmentation Decathlon layout"
 	@echo "make test            format, lint, spelling, types, documentation, tests"
-	@echo "make docs            documentation into docs/_build"
+	@echo "make docs            documentation into docs/_build/html"
+	@echo "make notebooks       execute the notebooks of examples/, outputs stored in place"
 	@echo "make format          mend what the format and lint checks would find"
 	@echo "make clean           remove what the others made"
 
@@ -26,7 +27,10 @@ test: $(VENV)/.test docs
 	$(RUN) -m pytest
 
 docs: $(VENV)/.test
-	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build
+	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+notebooks: $(VENV)/.test
+	$(RUN) examples/execute_notebooks.py
 
 format: $(VENV)/.test
 	$(RUN) -m ruff format .

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-SITE = Path(__file__).parent.parent / "docs" / "_build"
+SITE = Path(__file__).parent.parent / "docs" / "_build" / "html"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 SHOWN = ("index.html", "concepts.html", "notebooks/1_the_idea.html", "api.html")
 

@@ -1,0 +1,27 @@
+"""The paper's pictures from your own data: slices, residuals, surfaces, features and loss curves.
+
+Everything works without a display and returns a matplotlib ``Figure``, which a notebook shows and :func:`save_figure`
+writes. In a picture of a slice the first of its two axes goes from left to right and the second from bottom to top;
+after ``Orientationd("RAS")`` an axial slice has anterior at the top and the patient's right on the right.
+"""
+
+from monai_conres.visualize.capture import StageFeatures, capture_features
+from monai_conres.visualize.curves import plot_curves
+from monai_conres.visualize.features import plot_attention, plot_feature_residuals, plot_stages
+from monai_conres.visualize.panels import COLORS, save_figure
+from monai_conres.visualize.slices import plot_residuals, plot_slices
+from monai_conres.visualize.surfaces import plot_surfaces
+
+__all__ = [
+    "COLORS",
+    "StageFeatures",
+    "capture_features",
+    "plot_attention",
+    "plot_curves",
+    "plot_feature_residuals",
+    "plot_residuals",
+    "plot_slices",
+    "plot_stages",
+    "plot_surfaces",
+    "save_figure",
+]

@@ -1,0 +1,182 @@
+"""What the pictures share: arrays checked and cut into slices, panels in true proportions, masks in their colors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from monai.config import NdarrayOrTensor
+from monai.utils import convert_to_numpy, optional_import
+
+from monai_conres.files import atomic_path
+from monai_conres.residual import foreground_masks, slice_dim
+
+INSTALL = "{}; install it with: pip install 'monai-conres[plot]'"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.patches import Patch
+else:
+    Figure, _ = optional_import("matplotlib.figure", name="Figure", descriptor=INSTALL)
+    Patch, _ = optional_import("matplotlib.patches", name="Patch", descriptor=INSTALL)
+    to_rgb, _ = optional_import("matplotlib.colors", name="to_rgb", descriptor=INSTALL)
+
+__all__ = ["COLORS", "save_figure"]
+
+#: colors of the classes, distinguishable to the color-blind (Okabe and Ito, 2008)
+COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+OPACITY = 0.55
+PANEL = 1.9  # inches, of the longer edge
+Window: TypeAlias = tuple[float, float]
+
+
+def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 150) -> None:
+    """Write a figure as a PNG file. A file of that name is replaced when the new one is complete, not before.
+
+    Args:
+        figure: a figure of one of the functions here.
+        path: name of the file; folders on the way are made.
+        dpi: dots per inch.
+
+    Example:
+        >>> import tempfile
+        >>> from monai_conres.visualize import plot_curves
+        >>> save_figure(plot_curves({"ConResNet": [3, 2, 1]}), f"{tempfile.mkdtemp()}/curves.png")
+    """
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.05)
+
+
+def slice_axis(spatial_axis: int) -> int:
+    """``spatial_axis`` as a number from 0 to 2."""
+    return slice_dim(5, spatial_axis) - 2
+
+
+def first_channel(image: NdarrayOrTensor) -> np.ndarray:
+    """The first channel of an image, ``(*spatial)``."""
+    volume = convert_to_numpy(image)
+    volume = volume[0] if volume.ndim == 4 else volume
+    if volume.ndim != 3:
+        raise ValueError(
+            f"expected an image of shape (c, d, h, w) or (d, h, w), got {volume.shape}; take one of a batch."
+        )
+    return volume.astype(np.float32)
+
+
+def all_channels(array: NdarrayOrTensor, size: tuple[int, ...] | None = None) -> np.ndarray:
+    """``(c, *spatial)``."""
+    channels = convert_to_numpy(array)
+    channels = channels[None] if channels.ndim == 3 else channels
+    if channels.ndim != 4:
+        raise ValueError(f"expected an array of shape (c, d, h, w) or (d, h, w), got {channels.shape}.")
+    if size is not None and channels.shape[1:] != size:
+        raise ValueError(
+            f"expected an array of the image's spatial size {size}, with or without a channel, got {channels.shape}."
+        )
+    return channels
+
+
+def class_masks(mask: NdarrayOrTensor, size: tuple[int, ...] | None = None) -> np.ndarray:
+    """Booleans ``(c, *spatial)``, a channel for each foreground class."""
+    channels = torch.from_numpy(np.ascontiguousarray(all_channels(mask, size)))
+    if len(channels) == 1:
+        num_classes = max(2, int(channels.max()) + 1)
+        return foreground_masks(channels[None], num_classes=num_classes)[0].bool().numpy()
+    return foreground_masks(channels[None])[0].bool().numpy()
+
+
+def spread_slices(mask: np.ndarray | None, size: tuple[int, ...], axis: int, count: int) -> list[int]:
+    """Numbers of slices, evenly spread over those where a mask ``(c, *spatial)`` is not empty."""
+    candidates = np.arange(size[axis])
+    if mask is not None and mask.any():
+        candidates = candidates[np.any(mask, axis=(0, *(1 + other for other in range(3) if other != axis)))]
+    count = min(count, len(candidates))
+    return [int(candidates[round((2 * i + 1) * len(candidates) / (2 * count) - 0.5)]) for i in range(count)]
+
+
+def adjacent_slices(middle: int, number: int, count: int) -> range:
+    """``count`` adjacent ones of ``number`` slices, around the one in the middle."""
+    first = min(max(0, middle - count // 2), max(0, number - count))
+    return range(first, min(first + count, number))
+
+
+def cut(volume: np.ndarray, axis: int, number: int) -> np.ndarray:
+    """One slice, its first axis from left to right and its second from bottom to top."""
+    if not 0 <= number < volume.shape[axis]:
+        raise ValueError(f"expected slices from 0 to {volume.shape[axis] - 1}, got {number}.")
+    return np.take(volume, number, axis=axis).T
+
+
+def paint_masks(
+    background: np.ndarray, window: Window, masks: Sequence[np.ndarray], opacity: float = OPACITY
+) -> np.ndarray:
+    """Masks in their colors over a gray slice, the largest first, so that nested ones all show; ``(h, w, 3)``."""
+    low, high = window
+    gray = np.clip((background - low) / max(high - low, 1e-6), 0, 1)
+    picture = np.repeat(gray[..., None], 3, axis=-1)
+    for number in sorted(range(len(masks)), key=lambda number: -int(masks[number].sum())):
+        inside = masks[number].astype(bool)
+        picture[inside] = (1 - opacity) * gray[inside][:, None] + opacity * np.array(class_color(number))
+    return picture
+
+
+def class_color(number: int) -> tuple[float, float, float]:
+    """Red, green and blue of a foreground class, counted from 0."""
+    return to_rgb(COLORS[number % len(COLORS)])
+
+
+def new_figure(
+    size: Sequence[int], axis: int, spacing: Sequence[float], rows: int, columns: int, *, extra: float = 0.0
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of equal panels in the shape of a slice, and ``extra`` inches of height."""
+    width, height = (size[other] * spacing[other] for other in range(3) if other != axis)
+    scale = PANEL / max(width, height)
+    figure = Figure(
+        figsize=(columns * (width * scale + 0.06) + 0.4, rows * (height * scale + 0.06) + 0.7 + extra),
+        layout="compressed",
+    )
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+
+
+def show(
+    axes: Axes,
+    picture: np.ndarray,
+    window: Window | None,
+    spacing: Sequence[float],
+    axis: int,
+    *,
+    colormap: str = "gray",
+) -> AxesImage:
+    """Draw one slice in its true proportions."""
+    horizontal, vertical = (spacing[other] for other in range(3) if other != axis)
+    low, high = (None, None) if window is None else window
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes.imshow(
+        picture,
+        cmap=colormap,
+        vmin=low,
+        vmax=high,
+        origin="lower",
+        aspect=vertical / horizontal,
+        interpolation="nearest",
+    )
+
+
+def value_window(pictures: Iterable[np.ndarray]) -> Window:
+    """The values that have the first and the last color: nearly all of those in some pictures of one size."""
+    low, high = np.percentile(np.stack(list(pictures)), (1, 99.5))
+    return float(low), float(high)
+
+
+def class_legend(figure: Figure, classes: int, names: Sequence[str]) -> None:
+    """Names of the foreground classes below the panels."""
+    if classes:
+        labels = [names[i] if i < len(names) else f"class {i + 1}" for i in range(classes)]
+        handles = [Patch(color=class_color(i), label=label) for i, label in enumerate(labels)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(classes, 4), fontsize=8, frameon=False)

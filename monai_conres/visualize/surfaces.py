@@ -1,0 +1,133 @@
+"""Masks as surfaces in space, as in Fig. 4 and 5 of Zhang et al., 2021."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from monai.config import NdarrayOrTensor
+from monai.utils import optional_import
+
+from monai_conres.visualize.panels import INSTALL, PANEL, class_color, class_legend, class_masks
+
+if TYPE_CHECKING:
+    from matplotlib.colors import LightSource
+    from matplotlib.figure import Figure
+    from mpl_toolkits.mplot3d import Axes3D
+    from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+    from mpl_toolkits.mplot3d.proj3d import proj_transform
+    from scipy import ndimage
+    from skimage.measure import marching_cubes
+else:
+    LightSource, _ = optional_import("matplotlib.colors", name="LightSource", descriptor=INSTALL)
+    Figure, _ = optional_import("matplotlib.figure", name="Figure", descriptor=INSTALL)
+    Poly3DCollection, _ = optional_import("mpl_toolkits.mplot3d.art3d", name="Poly3DCollection", descriptor=INSTALL)
+    proj_transform, _ = optional_import("mpl_toolkits.mplot3d.proj3d", name="proj_transform", descriptor=INSTALL)
+    ndimage, _ = optional_import("scipy.ndimage", descriptor=INSTALL)
+    marching_cubes, _ = optional_import("skimage.measure", name="marching_cubes", descriptor=INSTALL)
+
+__all__ = ["plot_surfaces"]
+
+_TRANSLUCENT = 0.4
+_STEPS = 64  # of the mesh along the longest edge; more is slow to draw and not to be seen in a small panel
+
+
+def plot_surfaces(
+    masks: Mapping[str, NdarrayOrTensor],
+    *,
+    class_names: Sequence[str] = (),
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Figure:
+    """Draw the surfaces of several masks beside each other, to scale and all in the same view.
+
+    The first axis goes to the right, the second into the depth and the third up. A class that encloses others in
+    the first mask is translucent. Surfaces are smoothed by less than a voxel; a structure of a single voxel stays.
+
+    Args:
+        masks: masks by their title: class indices ``(*spatial)`` or ``(1, *spatial)``, or zeros and ones
+            ``(c, *spatial)``.
+        class_names: names of the foreground classes for the legend.
+        spacing: size of a voxel, in mm.
+
+    Raises:
+        ValueError: when there is no mask, or the masks have different spatial sizes.
+
+    Example:
+        >>> label = np.zeros((20, 24, 10), dtype=int)
+        >>> label[5:12, 6:15, 2:8] = 1
+        >>> len(plot_surfaces({"reference": label, "predicted": label}, spacing=(1, 1, 3)).axes)
+        2
+    """
+    if not masks:
+        raise ValueError("expected one or more masks to draw, got none.")
+    size = next(iter(masks.values())).shape[-3:]
+    classes = [class_masks(mask, tuple(size)) for mask in masks.values()]
+    figure = Figure(figsize=(len(masks) * 1.3 * PANEL + 0.2, 1.3 * PANEL + 0.6), layout="constrained")
+    grid = figure.subplots(1, len(masks), squeeze=False, subplot_kw={"projection": "3d"})
+    draw_surfaces(grid[0], classes, spacing)
+    for axes, title in zip(grid[0], masks, strict=True):
+        axes.set_title(title, fontsize=9)
+    class_legend(figure, max(map(len, classes)), class_names)
+    return figure
+
+
+def draw_surfaces(panels: Sequence[Axes3D], masks: Sequence[np.ndarray], spacing: Sequence[float]) -> None:
+    """Draw booleans ``(c, *spatial)``, one mask for each panel, all with the same limits."""
+    light = LightSource(azdeg=225, altdeg=45)
+    meshes = [{n: surface_mesh(channel, spacing) for n, channel in enumerate(mask) if channel.any()} for mask in masks]
+    vertices = [mesh[0] for panel in meshes for mesh in panel.values()] or [np.array([(0, 0, 0), masks[0].shape[1:]])]
+    corners = np.concatenate(vertices)
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    for axes, panel in zip(panels, meshes, strict=True):
+        axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
+        axes.set_proj_type("ortho")
+        axes.set_axis_off()
+        axes.set_box_aspect(high - low)
+        # as large as fits the panel
+        reach = np.abs(proj_transform(*corners.T, axes.get_proj())[:2]).max()
+        axes.set_box_aspect(high - low, zoom=0.48 * axes.viewLim.width / reach)
+        if panel:
+            # of the first mask, so that a class looks alike in all panels
+            enclosed = {number: _enclosed_classes(number, masks[0]) for number in panel}
+            colors = [
+                np.tile((*class_color(n), _TRANSLUCENT / enclosed[n] if enclosed[n] else 1.0), (len(faces), 1))
+                for n, (_, faces) in panel.items()
+            ]
+            # one collection, so that faces of different classes hide each other
+            triangles = np.concatenate([points[faces] for points, faces in panel.values()])
+            axes.add_collection3d(
+                Poly3DCollection(triangles, facecolors=np.concatenate(colors), shade=True, lightsource=light)
+            )
+
+
+def surface_mesh(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices ``(n, 3)`` in mm from the center of the first voxel, and triangles ``(m, 3)`` of their numbers.
+
+    Args:
+        mask: booleans ``(*spatial)``, not empty.
+        spacing: size of a voxel, in mm.
+    """
+    low, high = _box(mask)
+    step = max(1, round(max(high - low) / _STEPS))
+    border = 2 * step
+    inside = np.pad(mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))], border).astype(np.float32)
+    field = ndimage.gaussian_filter(inside, sigma=0.7 * step)
+    vanished = (inside > 0) & (ndimage.maximum_filter(field, size=3) <= 0.5)
+    vertices, faces, *_ = marching_cubes(np.where(vanished, 1, field), 0.5, step_size=step, gradient_direction="ascent")
+    return (vertices - border + low) * spacing, faces
+
+
+def _enclosed_classes(number: int, masks: np.ndarray) -> int:
+    """How many classes have their box in that of one class."""
+    if number >= len(masks) or not masks[number].any():
+        return 0
+    low, high = _box(masks[number])
+    others = (_box(other) for index, other in enumerate(masks) if index != number and other.any())
+    return sum(bool((low <= box[0]).all() and (high >= box[1]).all()) for box in others)
+
+
+def _box(mask: np.ndarray) -> np.ndarray:
+    """First voxel and the one after the last along each axis, ``(2, 3)``."""
+    voxels = np.argwhere(mask)
+    return np.array([voxels.min(axis=0), voxels.max(axis=0) + 1])
