@@ -20,13 +20,18 @@ Structures = Mapping[str, Sequence[int]]
 
 
 def label_values(structures: Structures) -> list[int]:
-    """The values that a label has beside the background's 0, in ascending order.
+    """The values that a label has beside the background's 0, in the order in which the structures name them.
+
+    So the softmax classes of two data sets agree where their structures do, whatever the numbers are: here those of
+    BraTS 2018 and of the Decathlon's Task01, enhancing tumor, necrosis and edema.
 
     Example:
         >>> label_values({"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)})
-        [1, 2, 4]
+        [4, 1, 2]
+        >>> label_values({"ET": (3,), "WT": (2, 1, 3), "TC": (2, 3)})
+        [3, 2, 1]
     """
-    return sorted({value for values in structures.values() for value in values})
+    return list(dict.fromkeys(value for values in structures.values() for value in values))
 
 
 def structure_masks(label: torch.Tensor, structures: Structures) -> torch.Tensor:
@@ -78,13 +83,13 @@ class LabelToTargetd(MapTransform):
         keys: keys of the labels.
         structures: values of each structure.
         softmax: False makes masks of the structures ``(c, *spatial)``; True makes class indices ``(1, *spatial)``, 0
-            the background and then the values in ascending order.
+            the background and then the values in the order of :func:`label_values`.
         allow_missing_keys: True passes over keys that are not there.
 
     Example:
         >>> label = {"label": torch.tensor([[0, 1, 2, 4]])}
         >>> LabelToTargetd("label", {"ET": (4,), "WT": (1, 2, 4)}, softmax=True)(label)["label"]
-        tensor([[0, 1, 2, 3]], dtype=torch.uint8)
+        tensor([[0, 2, 3, 1]], dtype=torch.uint8)
     """
 
     def __init__(

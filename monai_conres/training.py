@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 from monai.data import CacheDataset
 from monai.transforms import Compose
 from monai.utils import optional_import
+from torch.nn.parallel import DistributedDataParallel
 
 from monai_conres.files import atomic_path
 
@@ -26,7 +28,15 @@ if TYPE_CHECKING:
 Events, _ = optional_import("ignite.engine", name="Events")
 idist, _ = optional_import("ignite.distributed")
 
-__all__ = ["EpochSeeds", "LossCurve", "SeededDataset", "TrainingCheckpoint", "number_of_epochs"]
+__all__ = [
+    "EpochSeeds",
+    "LossCurve",
+    "SeededDataset",
+    "TrainingCheckpoint",
+    "finalize_processes",
+    "number_of_epochs",
+    "share_of_batch",
+]
 
 
 class SeededDataset(CacheDataset):
@@ -148,6 +158,8 @@ class TrainingCheckpoint:
         objects: what to keep, by name, each with ``state_dict`` and ``load_state_dict``; the network first.
         final_path: name of the file of the network's weights.
         interval: number of epochs between checkpoints.
+        settings: what must not change when a run goes on, such as the names of its cases, so that no network is
+            trained on what it is validated with, and its seed: plain values, by name.
 
     Raises:
         ValueError: when the checkpoint that is there is of another configuration.
@@ -155,12 +167,19 @@ class TrainingCheckpoint:
     """
 
     def __init__(
-        self, path: str | os.PathLike, objects: Mapping[str, Any], *, final_path: str | os.PathLike, interval: int = 1
+        self,
+        path: str | os.PathLike,
+        objects: Mapping[str, Any],
+        *,
+        final_path: str | os.PathLike,
+        interval: int = 1,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.objects = dict(objects)
         self.final_path = Path(final_path)
         self.interval = interval
+        self.settings = dict(settings or {})
 
     def attach(self, engine: Engine) -> None:
         """Load at the start of ``engine``'s run, and save as it goes on; the last of its handlers."""
@@ -171,13 +190,17 @@ class TrainingCheckpoint:
     def load(self, engine: Engine) -> None:
         """Go on from the checkpoint, if there is one."""
         if idist.get_rank() == 0:
-            for left_over in self.path.parent.glob(f".{self.path.name}.*"):  # of a process killed while it wrote
-                shutil.rmtree(left_over)
+            for path in (self.path, self.final_path):
+                for left_over in path.parent.glob(f".{path.name}.*"):  # of a process killed while it wrote
+                    shutil.rmtree(left_over)
         if not self.path.is_file():
             return
         max_epochs = engine.state.max_epochs
         try:
             state = torch.load(self.path, map_location=engine.state.device, weights_only=True)
+            for name, value in self.settings.items():
+                if state["settings"][name] != value:
+                    raise ValueError(f"not the same {name}")
             for name, thing in {**self.objects, "trainer": engine}.items():
                 thing.load_state_dict(state[name])
         except Exception as error:
@@ -191,7 +214,7 @@ class TrainingCheckpoint:
     def save(self, engine: Engine) -> None:
         """Write the checkpoint."""
         state = {name: thing.state_dict() for name, thing in {**self.objects, "trainer": engine}.items()}
-        _save(state, self.path)
+        _save({**state, "settings": self.settings}, self.path)
 
     def finish(self, engine: Engine) -> None:
         """Write the checkpoint and the network's weights."""
@@ -213,6 +236,34 @@ def number_of_epochs(iterations: int, loader: Sized) -> int:
     if len(loader) == 0:
         raise ValueError("expected at least one batch in an epoch, got fewer cases than batch_size; lower it.")
     return -(-iterations // len(loader))
+
+
+def share_of_batch(batch_size: int, processes: int) -> int:
+    """How many cases of a batch each process takes.
+
+    Raises:
+        ValueError: when the batch cannot be split evenly.
+
+    Example:
+        >>> share_of_batch(9, 3)
+        3
+    """
+    if batch_size < processes or batch_size % processes:
+        raise ValueError(
+            f"expected a batch_size that {processes} processes can share evenly, got {batch_size}; change one of them."
+        )
+    return batch_size // processes
+
+
+def finalize_processes(network: nn.Module) -> None:
+    """End the process group of a network that may be a ``DistributedDataParallel``, after training.
+
+    The wrapper gives up its hold on the group first. In torch 2.13 it ends the threads of gloo where it is the last to
+    hold it, and waits for them without releasing Python's lock, which they may be waiting for.
+    """
+    if isinstance(network, DistributedDataParallel):
+        network.reducer = network.logger = None
+    idist.finalize()
 
 
 def _seed(*numbers: int) -> int:

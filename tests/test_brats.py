@@ -7,7 +7,7 @@ import torch
 
 from monai_conres.datasets import read_brats
 from monai_conres.phantom import write_phantom_brats, write_phantom_dataset
-from monai_conres.structures import structure_masks
+from monai_conres.structures import label_values, structure_masks
 
 SIZE = (12, 14, 10)
 NAMES_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
@@ -74,6 +74,10 @@ def test_task01_has_other_values(tmp_path):
         "WT": [0, 1, 1, 1],
         "TC": [0, 0, 1, 1],
     }
+    # a softmax has the same classes in the same order: enhancing tumor, necrosis, edema
+    assert label_values(data.structures) == [3, 2, 1]
+    write_phantom_brats(tmp_path / "2018", cases=1, size=SIZE)
+    assert label_values(read_brats(tmp_path / "2018").structures) == [4, 1, 2]
     with pytest.raises(ValueError, match=r"one file in this order, got .*'flair'"):
         read_brats(tmp_path / "data", ["flair"])
 

@@ -368,6 +368,34 @@ def test_two_processes_train_as_one(brats, tmp_path, row, tolerance):
             assert float(got["Dice WT"]) == pytest.approx(float(expected["Dice WT"]), abs=1e-3)
 
 
+def test_a_broken_scan_is_an_error_before_inference(brats, tmp_path):
+    scans = tmp_path / "scans"
+    shutil.copytree(brats / "HGG", scans)
+    (file,) = scans.glob("phantom_002/*_t2.nii.gz")
+    file.write_bytes(file.read_bytes()[:-2000])
+    options = {"dataset_dir": str(scans), "output_dir": str(tmp_path / "new"), "predictor#networks": ["@network_def"]}
+    with pytest.raises(RuntimeError) as caught:
+        run("brats_conresnet", "train", "inference", **options)
+    assert re.search(r"cannot read .*phantom_002_t2\.nii\.gz", str(caught.value.__cause__))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_another_fold_does_not_go_on_from_the_first(brats, tmp_path):
+    options = {"dataset_dir": str(brats), "run_dir": str(tmp_path), "iterations": 1, "val_interval": 9}
+    run("brats_conresnet", "train", **options, split="$@data.split(0, folds=3)")
+    with pytest.raises(RuntimeError) as caught:
+        run("brats_conresnet", "train", **options, split="$@data.split(1, folds=3)")
+    assert "not the same training_cases" in str(caught.value.__cause__)
+
+
+def test_crops_of_the_whole_volume():
+    """MONAI passes over an override that is None: the documentation says ``$None``."""
+    for margin, first in ((40, "CropForegroundd"), ("$None", "SpatialPadd")):
+        options = {"crop_margin": margin, "structures": {"pancreas": [1]}}
+        workflow = ConfigWorkflow(files("pancreas_ct_conresnet", "train"), logging_file=False, **options)
+        assert type(workflow.parser.get_parsed_content("train#augmentation")[0]).__name__ == first
+
+
 def test_bad_input_is_an_error_before_training(brats, tmp_path):
     """What the readers find is in their own tests; here that it is found, and found first."""
     data = tmp_path / "data"
@@ -388,6 +416,7 @@ def test_bad_input_is_an_error_before_training(brats, tmp_path):
 def test_the_documentation_lists_files_and_options_that_exist():
     for bundle in NAMES:
         text = (BUNDLES / bundle / "docs" / "README.md").read_text()
+        assert not re.search(r"--\S+ None", text), "MONAI passes over it; $None is what it takes"
         for name in re.findall(r"configs/(\w+\.yaml)", text):
             assert (BUNDLES / bundle / "configs" / name).is_file(), name
         config = "".join(Path(file).read_text() for file in files(bundle, "train", "evaluate", "inference"))

@@ -117,6 +117,21 @@ def test_case_report(tmp_path, cases):
     assert json.loads((out / "summary.json").read_text())["Dice lesion"]["cases"] == 1
 
 
+def test_a_report_that_is_not_full_has_the_dice_alone(tmp_path, cases):
+    structures = {"lesion": (3,)}
+    SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=DataLoader(Dataset(cases, LoadImaged("image", ensure_channel_first=True)), batch_size=1),
+        network=Threshold(),
+        postprocessing=ProbabilityToLabeld("pred", structures),
+        val_handlers=[CaseReport(tmp_path / "out", cases, structures, full=False)],
+    ).run()
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["cases.csv", "summary.json"]
+    (row,) = csv.DictReader((tmp_path / "out" / "cases.csv").open())
+    assert list(row) == ["case", "Dice lesion"]
+    assert float(row["Dice lesion"]) == pytest.approx(2 * 48 / (48 + 64))
+
+
 def test_a_process_without_a_case_is_an_error(tmp_path, cases):
     with pytest.raises(ValueError, match="a case for each process"):
         SupervisedEvaluator(

@@ -27,3 +27,10 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
 
 def test_readme_has_code_blocks():
     assert ROOT / "README.md" in PAGES
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target

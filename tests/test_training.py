@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import resource
 
+import ignite.distributed as idist
 import pytest
 import torch
 from ignite.engine import Events
@@ -13,7 +14,15 @@ from monai.transforms import Lambda, RandFlip, RandGaussianNoise
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DistributedSampler
 
-from monai_conres.training import EpochSeeds, LossCurve, SeededDataset, TrainingCheckpoint, number_of_epochs
+from monai_conres.training import (
+    EpochSeeds,
+    LossCurve,
+    SeededDataset,
+    TrainingCheckpoint,
+    finalize_processes,
+    number_of_epochs,
+    share_of_batch,
+)
 
 VOLUMES = torch.randn(6, 1, 4, 5, 3, generator=torch.Generator().manual_seed(0))
 
@@ -45,7 +54,7 @@ def test_a_draw_depends_on_seed_epoch_and_case_alone():
 
 
 def trainer(
-    folder, epochs: int, stop_in: int | None = None, interval: int = 1
+    folder, epochs: int, stop_in: int | None = None, interval: int = 1, settings: dict | None = None
 ) -> tuple[SupervisedTrainer, torch.nn.Module]:
     """Six volumes in batches of two, with dropout; ``stop_in`` raises in the second iteration of that epoch."""
     torch.manual_seed(3)
@@ -70,7 +79,13 @@ def trainer(
             curve,
             EpochSeeds(data, seed=7),
             LrScheduleHandler(schedule, print_lr=False, epoch_level=False),
-            TrainingCheckpoint(folder / "checkpoint.pt", objects, final_path=folder / "model.pt", interval=interval),
+            TrainingCheckpoint(
+                folder / "checkpoint.pt",
+                objects,
+                final_path=folder / "model.pt",
+                interval=interval,
+                settings=settings,
+            ),
         ],
     )
     if stop_in is not None:
@@ -91,7 +106,8 @@ def test_interrupted_training_ends_as_undisturbed_training_does(tmp_path, interv
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert not (tmp_path / "b" / "model.pt").exists()
-    (tmp_path / "b" / ".checkpoint.pt.abc").mkdir()  # as a killed process leaves behind
+    for left_over in (".checkpoint.pt.abc", ".model.pt.abc"):  # as a killed process leaves behind
+        (tmp_path / "b" / left_over).mkdir()
     second, network = trainer(tmp_path / "b", epochs=4, interval=interval)
     second.run()
     for got, parameter in zip(network.parameters(), expected.parameters(), strict=True):
@@ -131,6 +147,21 @@ def test_a_checkpoint_of_another_network_is_an_error(tmp_path):
         trainer(tmp_path, epochs=2)[0].run()
 
 
+def test_a_checkpoint_of_other_cases_is_an_error(tmp_path):
+    settings = {"training_cases": ["a", "b"], "seed": 1}
+    trainer(tmp_path, epochs=1, settings=settings)[0].run()
+    engine, _ = trainer(tmp_path, epochs=2, settings=settings)
+    engine.run()
+    assert engine.state.epoch == 2
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    for changed in ({"training_cases": ["a", "c"]}, {"seed": 2}):
+        with pytest.raises(
+            ValueError, match=rf"cannot go on from .*checkpoint\.pt \(not the same {next(iter(changed))}"
+        ):
+            trainer(tmp_path, epochs=2, settings=settings | changed)[0].run()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_a_full_disk_costs_no_checkpoint(tmp_path):
     trainer(tmp_path, epochs=1)[0].run()
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -152,3 +183,20 @@ def test_an_epoch_without_a_batch_is_an_error():
     assert number_of_epochs(41, range(10)) == 5
     with pytest.raises(ValueError, match="fewer cases than batch_size"):
         number_of_epochs(10, [])
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error():
+    assert share_of_batch(4, 2) == 2
+    for batch_size, processes in ((9, 2), (2, 4), (0, 1)):
+        with pytest.raises(ValueError, match=f"{processes} processes can share evenly, got {batch_size}"):
+            share_of_batch(batch_size, processes)
+
+
+def test_the_wrapper_lets_go_of_the_process_group_before_that_ends(tmp_path):
+    """Else torch 2.13 deadlocks, once in some thirty times."""
+    idist.initialize("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
+    network(torch.ones(1, 2)).sum().backward()
+    finalize_processes(network)
+    assert network.reducer is network.logger is None
+    assert not torch.distributed.is_initialized()

@@ -122,9 +122,9 @@ def _read_task01(folder: Path, modalities: Sequence[str]) -> Datalist:
 
 
 def _structures(necrosis: int, edema: int, enhancing: int) -> dict[str, tuple[int, ...]]:
-    """The challenge's regions, in the order of its tables."""
+    """The challenge's regions, in the order of its tables, with their values in one order: that of softmax classes."""
     return {
         "ET": (enhancing,),
-        "WT": tuple(sorted((necrosis, edema, enhancing))),
-        "TC": tuple(sorted((necrosis, enhancing))),
+        "WT": (necrosis, edema, enhancing),
+        "TC": (necrosis, enhancing),
     }
