@@ -188,6 +188,7 @@ ARMS = {
     "axis_1": Arm(spatial_axis=1),
     # controls
     "wider_baseline": Arm(BASELINE, channels=lambda channels: round(channels * 1.125)),
+    "baseline_align_corners": Arm(BASELINE | {"align_corners": True}),
     "boundary_targets": Arm(loss=BoundaryTargetLoss),
     # other people's networks
     "dynunet": Arm(backbone=dynunet),
