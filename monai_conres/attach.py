@@ -144,6 +144,7 @@ class ConResWrapper(nn.Module):
         self.decoder = decoder
         self.stages = tuple(stages)
         self.eval_residual = False
+        self._attached = True
         self._passes: dict[int, _Pass] = {}  # by thread, empty between forward passes
         modules = sorted({stage.partition("#")[0] for stage in self.stages})
         self._handles = [
@@ -175,6 +176,7 @@ class ConResWrapper(nn.Module):
         """
         for handle in self._handles:
             handle.remove()
+        self._attached = False
         return self.backbone
 
     def _run(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -194,6 +196,8 @@ class ConResWrapper(nn.Module):
         return segmentation, current.residuals
 
     def _prepare(self) -> None:
+        if not self._attached:
+            raise RuntimeError("expected a wrapper with its backbone; unwrap() took the decoder off: attach it anew.")
         if getattr(self, "_is_replica", False):
             raise RuntimeError("nn.DataParallel copies a network without its hooks; use DistributedDataParallel.")
         if (deep_supervision := getattr(self.decoder, "deep_supervision", None)) is not None:

@@ -94,8 +94,10 @@ def load_networks(network: nn.Module, paths: Sequence[str | os.PathLike]) -> lis
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
+            reason = str(error).splitlines()[0]
             raise ValueError(
-                f"expected weights of this network in {path} ({error}); give the overrides that it was trained with."
+                f"expected weights of this network in {path}, got others ({reason}); give the overrides that it was "
+                "trained with, such as --network_def#channels."
             ) from error
         networks.append(network)
     return networks

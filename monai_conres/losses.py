@@ -12,7 +12,7 @@ from monai.losses import DiceCELoss, DiceLoss
 from monai.networks import one_hot
 from monai.utils import convert_to_tensor
 
-from monai_conres.residual import foreground_masks, residual_mask, slice_dim
+from monai_conres.residual import check_values, foreground_masks, residual_mask, slice_dim
 
 __all__ = ["CompoundBoundaryLoss", "ConResLoss", "ContextResidualLoss"]
 
@@ -246,7 +246,7 @@ class ConResLoss(nn.Module):
         return loss + self.residual_weight * self.residual_loss(residuals, label)
 
     def _check(self, segmentation: torch.Tensor, residuals: Sequence[torch.Tensor], label: torch.Tensor) -> None:
-        """Raise unless segmentation, residuals and label belong together; the residual loss checks the label again."""
+        """Raise unless segmentation, residuals and label belong together, and the label's values fit them."""
         batch, classes, *size = segmentation.shape
         if classes < 2 and (self.softmax or self.to_onehot_y):
             raise ValueError(
@@ -255,10 +255,17 @@ class ConResLoss(nn.Module):
             )
         expected = (batch, 1 if self.to_onehot_y else classes, *size)
         if tuple(label.shape) != expected:
+            if label.ndim == segmentation.ndim - 1:
+                remedy = "a label without a channel needs one: label[:, None]"
+            elif label.ndim == segmentation.ndim and label.shape[1] == 1 < classes and not self.to_onehot_y:
+                remedy = "class indices in one channel need to_onehot_y=True"
+            elif label.ndim == segmentation.ndim and label.shape[1] == classes > 1 and self.to_onehot_y:
+                remedy = "a one-hot label goes without to_onehot_y"
+            else:
+                remedy = "give the label of the same image, and build the network with as many channels"
             raise ValueError(
                 f"expected a label of shape {expected} for logits of shape {tuple(segmentation.shape)}, got "
-                f"{tuple(label.shape)}; class indices in one channel need to_onehot_y=True, and a label without a "
-                "channel needs one: label[:, None]."
+                f"{tuple(label.shape)}; {remedy}."
             )
         foreground = classes - 1 if self.softmax or self.to_onehot_y else classes
         if len(residuals) and residuals[0].shape[1] != foreground:
@@ -267,8 +274,10 @@ class ConResLoss(nn.Module):
                 f"{residuals[0].shape[1]}; build the network with residual_channels={foreground}"
                 f"{' (out_channels - 1: the background has no residual).' if foreground < classes else '.'}"
             )
-        if not len(residuals):
-            foreground_masks(label, num_classes=classes if self.to_onehot_y else None)
+        if self.to_onehot_y:
+            check_values(label, classes, f"class indices from 0 to {classes - 1}")
+        else:
+            check_values(label, 2, "zeros and ones")
 
 
 class CompoundBoundaryLoss(nn.Module):

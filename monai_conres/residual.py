@@ -69,7 +69,7 @@ def foreground_masks(
                 )
             label = label[:, 1:]
         label = _wide(label)
-        _check_values(label, 2, "zeros and ones, or class indices together with num_classes")
+        check_values(label, 2, "zeros and ones, or class indices together with num_classes")
         return label
     if num_classes < 2:
         raise ValueError(f"expected num_classes of 2 or more (background included), got {num_classes}.")
@@ -79,7 +79,7 @@ def foreground_masks(
             f"{tuple(label.shape)}; leave out num_classes for a label of one channel per class."
         )
     label = _wide(label)
-    _check_values(label, num_classes, f"class indices from 0 to {num_classes - 1}")
+    check_values(label, num_classes, f"class indices from 0 to {num_classes - 1}")
     classes = torch.arange(1, num_classes, device=label.device)
     return (label == classes.view(1, -1, *(1,) * (label.ndim - 2))).to(label.dtype)
 
@@ -191,8 +191,8 @@ def restore_mask(first_slice: torch.Tensor, residual: torch.Tensor, *, spatial_a
             f"expected first_slice of shape {expected} for a residual of shape {tuple(residual.shape)}, got "
             f"{tuple(first_slice.shape)}; keep the slice axis: mask.narrow({dim}, 0, 1)."
         )
-    _check_values(first_slice, 2, "zeros and ones")
-    _check_values(residual, 2, "zeros and ones")
+    check_values(first_slice, 2, "zeros and ones")
+    check_values(residual, 2, "zeros and ones")
     changes = residual.cumsum(dim, dtype=torch.int32)  # how often each voxel has changed up to this slice
     return ((changes + first_slice.to(torch.int32)) % 2).to(residual.dtype)
 
@@ -206,13 +206,14 @@ def _wide(label: torch.Tensor) -> torch.Tensor:
     return label.to(torch.int64) if label.dtype in (torch.uint16, torch.uint32, torch.uint64) else label
 
 
-def _check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
+def check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
     """Raise unless ``label`` holds whole numbers from 0 to ``num_classes - 1``.
 
     Only on the CPU, and not while a graph is captured: elsewhere reading a value waits for the device.
     """
     if label.dtype == torch.bool or label.device.type != "cpu" or torch.compiler.is_compiling() or not label.numel():
         return
+    label = _wide(label)
     low, high = (value.item() for value in torch.aminmax(label))
     whole = not label.is_floating_point() or torch.equal(label, label.trunc())
     if not (low >= 0 and high < num_classes and whole):  # NaN fails the comparison

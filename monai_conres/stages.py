@@ -6,8 +6,6 @@ whether anything from coarser scales gets past them: what is gated must be the o
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,6 +69,8 @@ class DecoderStages:
         for feature in self.features:
             mark = "*" if feature in self.stages else " "
             lines.append(f"{mark} {feature.name:{width}}  {feature.channels:8}  {_format_size(feature.size)}")
+        if self.stages:
+            lines.append(f"stages={[feature.name for feature in self.stages]}")
         return "\n".join(lines)
 
 
@@ -347,29 +347,3 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 def _format_size(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m monai_conres.stages",
-        description="Show the features of a network's decoder, and which of them attach_conres would gate (*).",
-    )
-    parser.add_argument("network", help='an expression, such as "monai.networks.nets.BasicUNet(in_channels=1)"')
-    parser.add_argument("--in-channels", type=int, default=1, help="channels of the image (default 1)")
-    parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="spatial size to trace with")
-    arguments = parser.parse_args()
-    name, _, call = arguments.network.partition("(")
-    module, _, cls = name.rpartition(".")
-    if not (module and cls and call):
-        parser.error(f"expected an expression like monai.networks.nets.UNet(...), got {arguments.network}")
-    try:
-        importlib.import_module(module)
-        root = module.partition(".")[0]
-        network = eval(arguments.network, {root: importlib.import_module(root)})  # the user's own expression
-        print(decoder_stages(network, arguments.in_channels, spatial_size=arguments.size))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    _main()

@@ -434,6 +434,13 @@ def test_data_parallel_is_refused(image):
         replica(image)
 
 
+def test_an_unwrapped_wrapper_says_so(image):
+    network = small()
+    network.unwrap()
+    with pytest.raises(RuntimeError, match=r"unwrap\(\) took the decoder off"):
+        network(image)
+
+
 def test_a_stage_that_does_not_run(image):
     network = small()
     network.backbone.skip_layers.forward = lambda x: torch.zeros(1, 8, *SIZE)

@@ -274,8 +274,14 @@ def test_joint_loss_errors():
         loss(segmentation, label[..., :4])
     with pytest.raises(ValueError, match="need to_onehot_y=True"):
         ConResLoss(softmax=True)(segmentation, label)
-    with pytest.raises(ValueError, match="class indices from 0 to 2, got values from 7"):
-        loss(segmentation, label + 7)
+    with pytest.raises(ValueError, match="a one-hot label goes without to_onehot_y"):
+        loss(segmentation, segmentation)
+    residuals = (segmentation[:, 1:],)
+    for output in (segmentation, ConResOutput(segmentation, residuals)):
+        with pytest.raises(ValueError, match="class indices from 0 to 2, got values from 7"):
+            loss(output, label + 7)
+        with pytest.raises(ValueError, match=r"zeros and ones, got .* not whole numbers"):
+            ConResLoss(softmax=True)(output, segmentation + 0.5)
     with pytest.raises(
         TypeError, match=r"got a list of 2 tensors; for a network with deep supervision.*DeepSupervisionLoss"
     ):
@@ -294,8 +300,8 @@ def test_one_channel_is_for_the_sigmoid():
 def test_label_of_another_image_or_without_a_channel():
     deep = [torch.zeros(1, 3, *SIZE)]
     own = ConResLoss(DeepSupervisionLoss(DiceCELoss(softmax=True, to_onehot_y=True)), softmax=True, to_onehot_y=True)
-    for label in (torch.zeros(1, 1, 4, 6, 8), torch.zeros(1, *SIZE)):
-        with pytest.raises(ValueError, match=r"expected a label of shape \(1, 1, 5, 6, 8\).*label\[:, None\]"):
+    for label, remedy in ((torch.zeros(1, 1, 4, 6, 8), "the same image"), (torch.zeros(1, *SIZE), r"label\[:, None\]")):
+        with pytest.raises(ValueError, match=rf"expected a label of shape \(1, 1, 5, 6, 8\).*{remedy}"):
             own(ConResOutput(deep, ()), label)
     with pytest.raises(ValueError, match="residual logits no larger than the label"):
         ContextResidualLoss()(torch.zeros(1, 1, *SIZE), torch.zeros(1, 1, 5, 6, 7))

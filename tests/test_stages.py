@@ -9,6 +9,7 @@ import torch.nn as nn
 from monai.networks import nets
 
 import monai_conres.stages
+from monai_conres import __main__ as command_line
 from monai_conres import decoder_stages
 from tests.networks import FAMILIES, FOREIGN, Family, SqueezeUNet, conv, dynunet
 
@@ -114,37 +115,26 @@ def test_only_the_published_classes_are_known_by_name():
     assert [stage.name for stage in decoder_stages(SubclassOfUNet(), 1).stages] == ["model.dec2", "model.dec1"]
 
 
-def test_command_errors():
-    for expression in ("UNet()", "monai.networks.nets.UNet", "monai.networks.nets.NoNet()", "no.Net()"):
-        command = [
-            sys.executable,
-            "-c",
-            f"import sys; sys.argv[1:] = [{expression!r}]; import monai_conres.stages as s; s._main()",
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 2, expression
-        assert "error: " in result.stderr
-        assert "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    "expression", ["UNet()", "monai.networks.nets.UNet", "monai.networks.nets.NoNet()", "no.Net()"]
+)
+def test_command_errors(expression, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["monai_conres", expression])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_command():
     expression = "monai.networks.nets.SegResNet(init_filters=8, in_channels=2, out_channels=3)"
-    command = [
-        sys.executable,
-        "-m",
-        "monai_conres.stages",
-        expression,
-        "--in-channels",
-        "2",
-        "--size",
-        "16",
-        "24",
-        "32",
-    ]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert [line.split()[1] for line in output.splitlines() if line.startswith("*")] == [
-        f"up_layers.{i}" for i in range(3)
-    ]
+    command = [sys.executable, "-m", "monai_conres", expression, "--in-channels", "2", "--size", "16", "24", "32"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    names = [f"up_layers.{i}" for i in range(3)]
+    assert [line.split()[1] for line in lines if line.startswith("*")] == names
+    assert lines[-1] == f"stages={names}"
+    assert "RuntimeWarning" not in result.stderr
 
 
 class Classifier(nn.Sequential):
