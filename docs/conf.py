@@ -26,5 +26,5 @@ nitpick_ignore_regex = [("py:.*", r"torch\..*|np\..*|monai\..*")]
 html_theme = "pydata_sphinx_theme"
 html_title = "monai_conres"
 html_sidebars = {"[!n]*": []}  # the notebooks alone are a section of several pages
-html_theme_options = {"navigation_with_keys": False, "show_toc_level": 2, "header_links_before_dropdown": 6}
+html_theme_options = {"navigation_with_keys": False, "show_toc_level": 2, "header_links_before_dropdown": 7}
 html_context = {"default_mode": "auto"}

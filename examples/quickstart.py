@@ -201,6 +201,7 @@ def main(options: argparse.Namespace) -> None:
         save_figure(figure, options.out / f"{case['name']}.png")
     print((options.out / "table.md").read_text())
     print(f"Pictures, weights and the table are in {options.out}")
+    print("One seed and a short training: it shows that both learn, not which one is better.")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
