@@ -222,8 +222,10 @@ def test_rows_of_the_papers_tables(brats, tmp_path, row):
     assert joint.residual_loss.deep_supervision_weight == row.get("joint_loss#deep_supervision_weight", 0.5)
     assert output.segmentation.shape[1] == (4 if row.get("softmax") else 3)
     assert (loss is joint) == ("loss" not in row)
+    # one iteration was asked for, and an epoch has two: the schedules are over both
+    assert workflow.parser.get_parsed_content("lr_scheduler").total_iters == 2
     if "loss" in row:
-        assert loss.steps == 2  # iterations: an epoch has two
+        assert loss.steps == loss.max_steps == 2
     assert len(table(tmp_path / "validation" / "cases.csv")) == 2
 
 
