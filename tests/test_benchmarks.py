@@ -150,6 +150,8 @@ def test_what_is_compared_with_what():
             "dynunet": [0],
             "dynunet+conres": [0],
             "late": [5],
+            "other": [0],
+            "baseline_other": [0],
         }.items()
     }
     references = {arm: report.reference_of(arm, results) for arm in results}
@@ -159,7 +161,12 @@ def test_what_is_compared_with_what():
         "dynunet": None,
         "dynunet+conres": "dynunet",
         "late": None,
+        "other": "baseline_other",
+        "baseline_other": "baseline",
     }
+    order = report._ordered(references)
+    assert sorted(order) == sorted(results)
+    assert order.index("other") == order.index("baseline_other") + 1
     values = report.difference(results, "conres", "baseline")  # seed 1 is the one that both have
     np.testing.assert_allclose(
         values, (results["conres"].values["dice"][0] - results["baseline"].values["dice"][1]).mean(-1)[None]

@@ -2,10 +2,11 @@
 
     python examples/benchmarks/ablation_report.py RUNS --out docs/tables
 
-The reference of NAME+conres is NAME, that of any other arm the baseline; other people's networks have none. The
-difference is paired by case, fold and seed, averaged over classes. Its 95 % interval is a bootstrap
-over cases and over seeds at once (10,000 draws), so with one seed it says nothing of another training. The p value is
-Wilcoxon's signed rank test over cases (means over seeds), corrected by Holm for the number of arms.
+The reference of NAME+conres is NAME, that of any other arm baseline_NAME where there is one, and else the baseline;
+other people's networks have none. The difference is paired by case, fold and seed, averaged over classes. Its 95 %
+interval is a bootstrap over cases and over seeds at once (10,000 draws), so with one seed it says nothing of another
+training. The p value is Wilcoxon's signed rank test over cases (means over seeds), corrected by Holm for the number of
+arms.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def reference_of(arm: str, results: dict[str, Results]) -> str | None:
     """The arm that another one is compared with."""
     name = arm.partition("+")[0]
     plain = any(other.startswith(f"{arm}+") for other in results)
-    reference = name if name != arm else None if plain or arm == "baseline" else "baseline"
+    own = f"baseline_{arm}" if f"baseline_{arm}" in results else "baseline"
+    reference = name if name != arm else None if plain or arm == "baseline" else own
     return reference if reference in results and set(results[arm].seeds) & set(results[reference].seeds) else None
 
 
@@ -153,6 +155,10 @@ def _ordered(references: dict[str, str | None]) -> list[str]:
     order = []
     for arm in sorted(plain, key=lambda arm: (arm != "baseline", arm)):
         order += [arm, *(other for other, reference in references.items() if reference == arm)]
+    # an arm with a baseline of its own, behind that
+    for other, reference in references.items():
+        if other not in order:
+            order.insert(order.index(reference) + 1, other)
     return order
 
 

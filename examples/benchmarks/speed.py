@@ -250,9 +250,9 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
             "1e9 multiply-adds / s, forward": f"{multiply_adds / forward / 1e9:.0f}",
         }
         if not options.compile:
-            share = f"{100 * case.convolutions() / forward:.0f} %"
-            # the released structure's convolutions are no modules, so they cannot be listed; they are ConResNet's
-            row["share of the convolution rate"] = "-" if isinstance(case.network, ReleasedStructure) else share
+            # the released structure does not call its convolutions as modules, so they cannot be listed
+            listed = not isinstance(case.network, ReleasedStructure)
+            row["share of the convolution rate"] = f"{100 * case.convolutions() / forward:.0f} %" if listed else "-"
         rows.append(row)
         print("  ".join(row.values()), flush=True)
     return rows
