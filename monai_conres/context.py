@@ -121,7 +121,9 @@ class ContextResidualModule(nn.Module):
         if self.entry is not None:
             residual = self.entry(residual)
         difference = inter_slice_residual(features.sigmoid(), spatial_axis=self.spatial_axis)
-        return self.outer(self.inner_norm(self.inner(difference)) + residual)
+        mapped = self.inner_norm(self.inner(difference))
+        mapped += residual
+        return self.outer(mapped)
 
     def _gate(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Eq. 6."""

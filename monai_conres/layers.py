@@ -13,6 +13,8 @@ from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_no
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from monai_conres.residual import is_traced
+
 __all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "resize_features"]
 
 DEFAULT_NORM = "group"
@@ -100,10 +102,9 @@ class WeightStandardizedConv3d(nn.Conv3d):
 
 def torch_convolves_slowly(input: torch.Tensor) -> bool:
     """Whether torch leaves oneDNN's convolution aside, which is 1.5 to 10 times as fast: for one small volume."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return False
     return (
-        input.device.type == "cpu"
+        not is_traced()
+        and input.device.type == "cpu"
         and input.dtype == torch.float32
         and input.shape[0] == 1
         and math.prod(input.shape[:4]) <= 20480
@@ -196,8 +197,8 @@ def recompute(module: nn.Module, function: Callable[..., torch.Tensor], *argumen
         arguments: of ``function``.
     """
     running = any(isinstance(part, _NormBase) and part.track_running_stats for part in module.modules())
-    if not torch.is_grad_enabled() or running or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return function(*arguments)  # a compiler decides on its own what to keep
+    if not torch.is_grad_enabled() or running or is_traced():
+        return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False)
 
 

@@ -39,6 +39,11 @@ def slice_dim(ndim: int, spatial_axis: int) -> int:
     return 2 + spatial_axis % spatial
 
 
+def is_traced() -> bool:
+    """Whether a tracer or a compiler notes the operations: then layouts and what is kept are its own to choose."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
 def foreground_masks(
     label: torch.Tensor, *, num_classes: int | None = None, include_background: bool = True
 ) -> torch.Tensor:
@@ -105,6 +110,15 @@ def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> tor
         tensor([[[0., 3., 2.]]])
     """
     dim = slice_dim(volume.ndim, spatial_axis)
+    training = volume.ndim == 5 and volume.requires_grad and not is_traced()
+    if training and volume.is_contiguous(memory_format=torch.channels_last_3d):
+        # the gradient of a slice is laid out in the order of its dimensions: let that be the volume's own order
+        return _residual(volume.movedim(1, -1), dim - 1).movedim(-1, 1)
+    return _residual(volume, dim)
+
+
+def _residual(volume: torch.Tensor, dim: int) -> torch.Tensor:
+    """The inter-slice residual along a dimension of the tensor."""
     previous, current = volume[_slices(dim, None, -1)], volume[_slices(dim, 1, None)]
     if volume.is_floating_point():
         difference = (current - previous).abs()

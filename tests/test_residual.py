@@ -34,9 +34,19 @@ def test_inter_slice_residual_of_integers_does_not_wrap_around(dtype):
     assert got.tolist() == [[[0, 100, 97, 124, 1]]]
 
 
-def test_inter_slice_residual_gradient():
-    volume = torch.randn(1, 2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_inter_slice_residual_gradient(memory_format):
+    volume = torch.randn(1, 2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
     assert torch.autograd.gradcheck(lambda v: inter_slice_residual(v, spatial_axis=1), volume)
+    residual = inter_slice_residual(volume.sigmoid(), spatial_axis=1)
+    (gradient,) = torch.autograd.grad(residual.sum(), volume)
+    for tensor in (residual, gradient):
+        assert tensor.is_contiguous(memory_format=memory_format)
+
+
+def test_infinite_values_have_an_infinite_residual_and_the_first_slice_none():
+    volume = torch.tensor([[[float("inf"), 1.0, 1.0]]])
+    assert inter_slice_residual(volume).tolist() == [[[0.0, float("inf"), 0.0]]]
 
 
 @pytest.mark.parametrize(("size", "axis"), axes_of_sizes())
