@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from monai_conres import ContextResidualLoss
+from monai_conres.datasets import training_plan
 from monai_conres.phantom import write_phantom_dataset
 from tests import reference
 
@@ -78,6 +79,16 @@ def test_the_boundary_control_learns_the_surface_of_the_object():
     assert not (target & ~mask).any()
 
 
+def test_the_masks_of_all_axes_are_the_mean_of_three_losses():
+    logits, label = torch.randn(1, 6, 6, 7, 8), torch.randint(0, 3, (1, 1, 6, 7, 8))
+    expected = [
+        ContextResidualLoss(spatial_axis=axis, to_onehot_y=True)(logits[:, 2 * axis : 2 * axis + 2], label)
+        for axis in range(3)
+    ]
+    got = ablation.AllAxesLoss(spatial_axis=-1, to_onehot_y=True)([logits], label)
+    torch.testing.assert_close(got, torch.stack(expected).mean())
+
+
 def test_full_resolution_targets_equal_the_default_at_full_resolution():
     logits, mask = torch.randn(1, 2, 6, 7, 8), torch.randint(0, 2, (1, 2, 6, 7, 8))
     torch.testing.assert_close(ablation.FullResolutionLoss()(logits, mask), ContextResidualLoss()(logits, mask))
@@ -118,32 +129,42 @@ def test_full_size_trains_on_patches_that_stay_on_the_device(tmp_path):
     write_phantom_dataset(tmp_path / "data", cases=5, size=(20, 24, 16))
     command = [sys.executable, BENCHMARKS / "ablation.py", "--data", tmp_path / "data", "--out", tmp_path / "runs"]
     command += ["--size", "full", "--arms", "conres", "--iterations", "2", "--cases", "1", "--max-voxels", "4096"]
-    subprocess.run([*map(str, command), "--device", "cpu"], check=True, capture_output=True)
+    command += ["--device", "cpu", "--spacing", "1", "1", "2"]  # of phantoms with voxels of 1 mm
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
     with (tmp_path / "runs" / "conres_fold0_seed0.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
     assert int(rows[0]["parameters"]) > 19_000_000
+    patch, strides = training_plan((20, 24, 8), (1, 1, 2), max_voxels=4096)
+    data = SimpleNamespace(channels=4, classes=range(4))
+    network = ablation.build(ablation.ARMS["conres"], data, ablation.SIZES["full"], strides)
+    assert int(rows[0]["multiply_adds"]) == ablation.multiply_adds(network, 4, patch)
 
 
 def test_statistics():
     assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert report.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     constant = np.full((2, 10), 0.3)
-    assert report.interval(constant) == pytest.approx((0.3, 0.3))
+    one_fold = np.zeros(400, dtype=int)
+    assert report.interval(constant, one_fold[:10]) == pytest.approx((0.3, 0.3))
     values = np.random.default_rng(1).normal(0.2, 1, (1, 400))
-    low, high = report.interval(values)
+    low, high = report.interval(values, one_fold)
     error = values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.2 * error)
     # a shift of one seed widens the interval: seeds are drawn, too
     shifted = np.concatenate([values, values + 1])
-    low, high = report.interval(shifted)
+    low, high = report.interval(shifted, one_fold)
     assert high - low > 0.9
+    # and so does a shift of a fold: of four draws of two folds one has the low one alone, one the high one
+    shifted = values + (np.arange(400) >= 200)
+    low, high = report.interval(shifted, (np.arange(400) >= 200).astype(int))
+    assert (low, high) == pytest.approx((values.mean(), values.mean() + 1), abs=4 * error)
 
 
 def test_what_is_compared_with_what():
     rng = np.random.default_rng(0)
     results = {
-        arm: report.Results(seeds, {"dice": rng.random((len(seeds), 4, 2))}, {})
+        arm: report.Results(seeds, np.zeros(4, dtype=int), {"dice": rng.random((len(seeds), 4, 2))}, {})
         for arm, seeds in {
             "baseline": [0, 1],
             "conres": [1, 2],

@@ -18,7 +18,7 @@ import copy
 import csv
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from monai.data import CacheDataset, DataLoader, Dataset
 from monai.inferers import SlidingWindowInferer
 from monai.networks import nets, one_hot
-from monai.transforms import Compose
+from monai.transforms import Compose, Spacingd
 from monai.utils import optional_import, set_determinism
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import RandomSampler
@@ -42,6 +42,7 @@ from monai_conres import (
     BratsSurfaceDiceMetric,
     ConResLoss,
     ConResNet,
+    ConResOutput,
     ContextResidualLoss,
     attach_conres,
     residual_mask,
@@ -50,7 +51,7 @@ from monai_conres.datasets import DecathlonDatalist, read_decathlon, training_pl
 from monai_conres.files import atomic_path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from quickstart import PREPARE, augmentations
+from quickstart import KEYS, PREPARE, augmentations
 
 sys.path.insert(0, str(Path(__file__).parent))
 from resident import ResidentPatches
@@ -107,6 +108,18 @@ class ReleasedLoss(ClampedLoss):
     full_resolution = True
 
 
+class AllAxesLoss(nn.Module):
+    """Residual masks of sagittal, coronal and axial slices at once; the channels of one after those of the other."""
+
+    def __init__(self, *, spatial_axis: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.axes = nn.ModuleList(ContextResidualLoss(spatial_axis=axis, **kwargs) for axis in range(3))
+
+    def forward(self, residuals: Sequence[torch.Tensor], label: torch.Tensor) -> torch.Tensor:
+        parts = zip(*(logits.chunk(3, dim=1) for logits in residuals), strict=True)
+        return sum(loss(part, label) for loss, part in zip(self.axes, parts, strict=True)) / 3
+
+
 def at_full_resolution(logits: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return F.interpolate(logits, size=masks.shape[2:], mode="trilinear", align_corners=True), masks
 
@@ -155,9 +168,10 @@ class Arm:
     network: dict[str, Any] = field(default_factory=dict)  # arguments of ConResNet
     backbone: Callable[..., nn.Module] | None = None  # another network than ConResNet
     attached: bool = False  # the backbone with a context residual decoder
-    loss: Callable[..., ContextResidualLoss] = ContextResidualLoss
+    loss: Callable[..., nn.Module] = ContextResidualLoss
     loss_arguments: dict[str, Any] = field(default_factory=dict)
     spatial_axis: int = -1
+    masks: int = 1  # residual masks of each foreground class
     channels: Callable[[int], int] = int  # from the usual number of channels to this arm's
     image_residual: bool = True
     rate: float = 1.0  # times the usual learning rate
@@ -186,6 +200,7 @@ ARMS = {
     # the slice axis
     "axis_0": Arm(spatial_axis=0),
     "axis_1": Arm(spatial_axis=1),
+    "all_axes": Arm(loss=AllAxesLoss, masks=3),
     # controls
     "wider_baseline": Arm(BASELINE, channels=lambda channels: round(channels * 1.125)),
     "baseline_align_corners": Arm(BASELINE | {"align_corners": True}),
@@ -213,7 +228,7 @@ def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tupl
     network = ConResNet(
         data.channels,
         len(data.classes),
-        residual_channels=len(data.classes) - 1,
+        residual_channels=arm.masks * (len(data.classes) - 1),
         channels=channels,
         blocks=size["blocks"],
         strides=strides,
@@ -247,8 +262,8 @@ def train(
 ) -> float:
     """Seconds of training."""
     set_determinism(seed)
-    loss_function = ConResLoss(softmax=True, to_onehot_y=True)
-    loss_function.residual_loss = arm.loss(spatial_axis=arm.spatial_axis, to_onehot_y=True, **arm.loss_arguments)
+    segmentation_loss = ConResLoss(softmax=True, to_onehot_y=True)
+    residual_loss = arm.loss(spatial_axis=arm.spatial_axis, to_onehot_y=True, **arm.loss_arguments)
     optimizer = torch.optim.Adam(network.parameters(), lr=size["rate"] * arm.rate)
     schedule = PolynomialLR(optimizer, total_iters=size["iterations"], power=0.9)
     device = next(network.parameters()).device
@@ -259,7 +274,10 @@ def train(
         image, label = image.to(device), label.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             output = network(image)
-        loss = loss_function(output, label)
+        segmentation, residuals = output if isinstance(output, ConResOutput) else (output, ())
+        loss = segmentation_loss(segmentation, label)
+        if residuals:
+            loss = loss + residual_loss(residuals, label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -296,6 +314,7 @@ def evaluate(network: nn.Module, arm: Arm, dataset: CacheDataset, classes: int, 
         changes = [residual_mask(mask, spatial_axis=arm.spatial_axis) for mask in masks]
         values["residual_dice_of_segmentation"] = dice(*changes)[0]
         if residual is not None:
+            residual = residual[:, 1 - classes :]  # of several axes, those of the last
             # the weight of a changed voxel in the loss decides where the odds are even
             weight = (changes[1][0, 0].numel() / changes[1].flatten(2).sum(-1).clamp(min=1)).log()[0]
             even = (weight / (weight + 1)).view(1, -1, 1, 1, 1)
@@ -316,14 +335,21 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--iterations", type=int, help="other than the size's")
     parser.add_argument("--cases", type=int, help="use at most so many cases for training and for validation")
+    parser.add_argument(
+        "--spacing", type=float, nargs=3, help="of the voxels to train and evaluate at, in mm (default: as they are)"
+    )
     parser.add_argument("--max-voxels", type=int, default=48 * 56 * 40, help="of a training patch, roughly")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     size = SIZES[options.size] | ({"iterations": options.iterations} if options.iterations else {})
     data = read_decathlon(options.data)
-    patch, strides = training_plan(
-        data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(size["channels"])
-    )
+    prepare, spacing, shape = PREPARE, data.spacing, data.shape
+    if options.spacing:
+        spacing = options.spacing
+        shape = [size * old / new for size, old, new in zip(data.shape, data.spacing, spacing, strict=True)]
+        # to the axes of RAS first, then to the spacing
+        prepare = [*PREPARE[:2], Spacingd(KEYS, pixdim=spacing, mode=("bilinear", "nearest")), *PREPARE[2:]]
+    patch, strides = training_plan(shape, spacing, max_voxels=options.max_voxels, levels=len(size["channels"]))
     runs = [(fold, seed, name) for fold in options.folds for seed in options.seeds for name in options.arms]
     cached: dict[int, tuple[CacheDataset | ResidentPatches, CacheDataset]] = {}
     for fold, seed, name in runs:
@@ -333,13 +359,13 @@ def main() -> None:
         if fold not in cached:
             training, validation = (cases[: options.cases] for cases in data.split(fold))
             if size.get("resident"):
-                prepared = Dataset(training, Compose(PREPARE))
-                source = ResidentPatches(prepared, patch, data.spacing, options.device)
+                prepared = Dataset(training, Compose(prepare))
+                source = ResidentPatches(prepared, patch, spacing, options.device)
             else:
                 source = CacheDataset(
-                    training, Compose(PREPARE + augmentations(patch, len(data.classes))), progress=False
+                    training, Compose(prepare + augmentations(patch, len(data.classes))), progress=False
                 )
-            cached[fold] = source, CacheDataset(validation, Compose(PREPARE), progress=False)
+            cached[fold] = source, CacheDataset(validation, Compose(prepare), progress=False)
         training_set, validation_set = cached[fold]
         set_determinism(seed)
         if options.device.startswith("cuda"):

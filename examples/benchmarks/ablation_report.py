@@ -4,9 +4,9 @@
 
 The reference of NAME+conres is NAME, that of any other arm baseline_NAME where there is one, and else the baseline;
 other people's networks have none. The difference is paired by case, fold and seed, averaged over classes. Its 95 %
-interval is a bootstrap over cases and over seeds at once (10,000 draws), so with one seed it says nothing of another
-training. The p value is Wilcoxon's signed rank test over cases (means over seeds), corrected by Holm for the number of
-arms.
+interval is a bootstrap (10,000 draws) over folds, and in each over cases and over seeds at once, so with one fold and
+one seed it says nothing of another training. The p value is Wilcoxon's signed rank test over cases (means over seeds),
+corrected by Holm for the number of arms.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Results:
     """All runs of one arm, on cases that all arms share."""
 
     seeds: list[int]
+    folds: np.ndarray  # of each case
     values: dict[str, np.ndarray]  # of each column, (seeds, cases, classes)
     about: dict[str, float]  # parameters, multiply-adds, seconds, memory
 
@@ -57,6 +58,7 @@ def read_runs(folder: Path) -> dict[str, Results]:
         columns = [key for key in first if key.startswith(("dice", "hd95", "nsd", "residual"))]
         results[arm] = Results(
             seeds=sorted(seeds),
+            folds=np.array([int(fold) for fold, _, _ in keys[::classes]]),
             values={
                 column: np.reshape(
                     [[float(seeds[seed][key][column]) for key in keys] for seed in sorted(seeds)],
@@ -65,7 +67,7 @@ def read_runs(folder: Path) -> dict[str, Results]:
                 for column in columns
             },
             about={
-                key: float(np.median([float(run[keys[0]][key] or "nan") for run in seeds.values()]))
+                key: float(np.median([float(row[key] or "nan") for run in seeds.values() for row in run.values()]))
                 for key in ("parameters", "multiply_adds", "seconds", "memory")
             },
         )
@@ -91,14 +93,23 @@ def difference(results: dict[str, Results], arm: str, reference: str, column: st
     return own - other
 
 
-def interval(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over seeds and cases, both drawn."""
+def interval(values: np.ndarray, folds: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean: folds are drawn, and of each its seeds and its cases.
+
+    Args:
+        values: ``(seeds, cases)``.
+        folds: of each case.
+    """
     random = np.random.default_rng(0)
-    seeds, cases = values.shape
-    means = [
-        values[np.ix_(random.integers(0, seeds, seeds), random.integers(0, cases, cases))].mean() for _ in range(draws)
-    ]
-    low, high = np.percentile(means, (2.5, 97.5))
+    parts = [values[:, folds == fold] for fold in np.unique(folds)]
+    sums, counts = np.zeros(draws), np.zeros(draws)
+    for draw in range(draws):
+        for part in random.integers(0, len(parts), len(parts)):
+            seeds, cases = (random.integers(0, size, size) for size in parts[part].shape)
+            drawn = parts[part][np.ix_(seeds, cases)]
+            sums[draw] += drawn.sum()
+            counts[draw] += drawn.size
+    low, high = np.percentile(sums / counts, (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -132,7 +143,7 @@ def report(results: dict[str, Results]) -> tuple[str, list[tuple[str, float, flo
         paired = improved = p = "-"
         if arm in differences:
             values = differences[arm]
-            low, high = interval(values)
+            low, high = interval(values, own.folds)
             bars.append((arm, float(values.mean()), low, high))
             paired = f"{values.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
             improved = f"{100 * (values.mean(0) > 0).mean():.0f} %"
