@@ -170,6 +170,7 @@ class Arm:
     attached: bool = False  # the backbone with a context residual decoder
     loss: Callable[..., nn.Module] = ContextResidualLoss
     loss_arguments: dict[str, Any] = field(default_factory=dict)
+    residual_weight: float = 1.0
     spatial_axis: int = -1
     masks: int = 1  # residual masks of each foreground class
     channels: Callable[[int], int] = int  # from the usual number of channels to this arm's
@@ -196,6 +197,9 @@ ARMS = {
     "clamped_loss": Arm(loss=ClampedLoss),
     "full_resolution_targets": Arm(loss=FullResolutionLoss),
     "paper_w0": Arm(loss_arguments={"background_weight": None}),
+    # the weight of the residual loss
+    "residual_weight_0.3": Arm(residual_weight=0.3),
+    "residual_weight_3": Arm(residual_weight=3.0),
     "no_image_residual": Arm(image_residual=False),
     # the slice axis
     "axis_0": Arm(spatial_axis=0),
@@ -277,7 +281,7 @@ def train(
         segmentation, residuals = output if isinstance(output, ConResOutput) else (output, ())
         loss = segmentation_loss(segmentation, label)
         if residuals:
-            loss = loss + residual_loss(residuals, label)
+            loss = loss + arm.residual_weight * residual_loss(residuals, label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
