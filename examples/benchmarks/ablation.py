@@ -168,6 +168,7 @@ class Arm:
     network: dict[str, Any] = field(default_factory=dict)  # arguments of ConResNet
     backbone: Callable[..., nn.Module] | None = None  # another network than ConResNet
     attached: bool = False  # the backbone with a context residual decoder
+    width: float = 1.0  # of the attached decoder, times the backbone's channels at full resolution
     loss: Callable[..., nn.Module] = ContextResidualLoss
     loss_arguments: dict[str, Any] = field(default_factory=dict)
     residual_weight: float = 1.0
@@ -212,6 +213,7 @@ ARMS = {
     # other people's networks
     "dynunet": Arm(backbone=dynunet),
     "dynunet+conres": Arm(backbone=dynunet, attached=True),
+    "dynunet+conres_half": Arm(backbone=dynunet, attached=True, width=0.5),
     # at the usual learning rate three of four runs with SegResNet did not find the second class
     "segresnet": Arm(backbone=segresnet, rate=1 / 3),
     "segresnet+conres": Arm(backbone=segresnet, attached=True, rate=1 / 3),
@@ -226,7 +228,11 @@ def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tupl
         network = arm.backbone(data.channels, len(data.classes), channels, strides)
         if arm.attached:
             network = attach_conres(
-                network, data.channels, len(data.classes), residual_channels=len(data.classes) - 1, width=channels[0]
+                network,
+                data.channels,
+                len(data.classes),
+                residual_channels=len(data.classes) - 1,
+                width=round(arm.width * channels[0]),
             )
         return network
     network = ConResNet(
