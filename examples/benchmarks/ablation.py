@@ -176,6 +176,7 @@ class Arm:
     masks: int = 1  # residual masks of each foreground class
     channels: Callable[[int], int] = int  # from the usual number of channels to this arm's
     image_residual: bool = True
+    zero_init: bool = False  # gates that open from zero
     rate: float = 1.0  # times the usual learning rate
 
     @property
@@ -202,6 +203,7 @@ ARMS = {
     "residual_weight_0.3": Arm(residual_weight=0.3),
     "residual_weight_3": Arm(residual_weight=3.0),
     "no_image_residual": Arm(image_residual=False),
+    "zero_init": Arm(zero_init=True),
     # the slice axis
     "axis_0": Arm(spatial_axis=0),
     "axis_1": Arm(spatial_axis=1),
@@ -247,6 +249,9 @@ def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tupl
     )
     if not arm.image_residual:
         network.residual_decoder.stages[0].entry.register_forward_hook(lambda module, args, output: output * 0)
+    if arm.zero_init:
+        for stage in network.residual_decoder.stages:
+            stage.strength = nn.Parameter(torch.zeros(stage.inner.in_channels, 1, 1, 1))
     return network
 
 
