@@ -26,7 +26,7 @@ def main() -> None:
         root = module.partition(".")[0]
         network = eval(arguments.network, {root: importlib.import_module(root)})  # the user's own expression
         print(decoder_stages(network, arguments.in_channels, spatial_size=arguments.size))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError, NameError, SyntaxError, TypeError, ValueError) as error:
         parser.error(str(error))
 
 

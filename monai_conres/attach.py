@@ -162,6 +162,8 @@ class ConResWrapper(nn.Module):
                 return self.backbone(image, *args, **kwargs)
             return self._run(image, *args, **kwargs)[0]
         segmentation, residuals = self.heads(image, *args, **kwargs)
+        if isinstance(segmentation, (list, tuple)):  # BasicUNetPlusPlus gives a list in eval() mode, too
+            segmentation = segmentation[0]
         return segmentation, resize_features(residuals[0], image.shape[2:])
 
     def heads(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> ConResOutput:

@@ -54,7 +54,8 @@ class ConResNet(nn.Module):
         eval_residual: True makes ``eval()`` return ``(segmentation, residual)``, both logits at full resolution, so
             that sliding-window inference stitches both. An attribute, to be changed at any time.
         use_checkpoint: True computes the encoder's features again in the backward pass instead of keeping them, which
-            takes less memory and more time. An attribute, too.
+            takes less memory and more time. An attribute, too. Without effect where ``norm`` has running statistics,
+            which would count a batch twice, and under ``torch.compile``, which decides on its own what to keep.
 
     Shape:
         ``(b, in_channels, d, h, w)`` with any size of at least one coarsest voxel, that is the product of the strides

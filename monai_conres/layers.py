@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 from monai_conres.residual import is_traced
 
@@ -111,6 +112,13 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+if torch.ops.aten.mkldnn_convolution not in flop_registry:  # torch counts it under its other name only
+
+    @register_flop_formula(torch.ops.aten.mkldnn_convolution)
+    def _mkldnn_convolution_flops(input: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        return conv_flop_count(input, weight, out_shape)
 
 
 class NormActConv(nn.Sequential):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -178,7 +178,7 @@ class ConResLoss(nn.Module):
 
     def __init__(
         self,
-        segmentation_loss: nn.Module | None = None,
+        segmentation_loss: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
         *,
         sigmoid: bool = False,
         softmax: bool = False,
@@ -194,7 +194,7 @@ class ConResLoss(nn.Module):
                 f"expected exactly one of sigmoid=True (a sigmoid for each channel) and softmax=True (channel 0 is the "
                 f"background), got sigmoid={sigmoid} and softmax={softmax}."
             )
-        if segmentation_loss is not None:
+        if isinstance(segmentation_loss, nn.Module):
             other = "softmax" if sigmoid else "sigmoid"
             softmax_only = isinstance(segmentation_loss, nn.CrossEntropyLoss)
             if (sigmoid and softmax_only) or any(
@@ -225,10 +225,13 @@ class ConResLoss(nn.Module):
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
         """Loss of a network's ``output`` against ``label``."""
         segmentation, residuals = output if hasattr(output, "residuals") else (output, ())
-        segmentation = convert_to_tensor(segmentation, track_meta=False)
         label = convert_to_tensor(label, track_meta=False)
-        if isinstance(segmentation, torch.Tensor) and segmentation.ndim == label.ndim + 1 and label.ndim > 4:
-            segmentation = list(segmentation.unbind(1))  # MONAI's DynUNet stacks its deep supervision outputs
+        segmentation = _unstacked(convert_to_tensor(segmentation, track_meta=False), label)
+        if type(output) is tuple and [getattr(part, "shape", ())[2:] for part in output] == [label.shape[2:]] * 2:
+            raise TypeError(
+                "expected logits or a ConResOutput, got two tensors of the label's size, as a network gives in eval() "
+                "mode with eval_residual=True; give the first of them alone."
+            )
         final = segmentation if isinstance(segmentation, torch.Tensor) else next(iter(segmentation), None)
         if isinstance(final, torch.Tensor):
             self._check(final, residuals, label)
@@ -341,7 +344,13 @@ class CompoundBoundaryLoss(nn.Module):
         segmentation = output.segmentation if hasattr(output, "residuals") else output
         loss = self.loss(output, label)
         alpha = self.alpha.to(loss.device)
-        return alpha * loss + (1 - alpha) * self.boundary_loss(segmentation, label)
+        return alpha * loss + (1 - alpha) * self.boundary_loss(_unstacked(segmentation, label), label)
+
+
+def _unstacked(segmentation: Any, label: torch.Tensor) -> Any:
+    """MONAI's DynUNet stacks its deep supervision outputs, ``(b, n, c, *spatial)``: as a list of ``n``."""
+    stacked = isinstance(segmentation, torch.Tensor) and segmentation.ndim == label.ndim + 1 and label.ndim > 4
+    return list(segmentation.unbind(1)) if stacked else segmentation
 
 
 class _BinaryDiceCELoss(nn.Module):

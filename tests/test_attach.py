@@ -151,6 +151,18 @@ def test_odd_sizes_and_anisotropic_strides():
     assert segmentation.shape == residual.shape == (1, 3, 35, 33, 34)
 
 
+def test_sliding_window_over_a_network_that_gives_a_list_in_eval_mode():
+    torch.manual_seed(0)
+    backbone = nets.BasicUNetPlusPlus(3, 1, 3, features=(8, 8, 16, 32, 64, 8))
+    network = attach_conres(backbone, 1, 3, residual_channels=2).eval()
+    network.eval_residual = True
+    image = torch.randn(1, 1, 32, 32, 32)
+    segmentation, residual = SlidingWindowInferer((32, 32, 32))(image, network)
+    want = network.heads(image)
+    torch.testing.assert_close(segmentation, want.segmentation[0])
+    torch.testing.assert_close(residual, want.residuals[0])
+
+
 def test_training_with_the_network_s_own_deep_supervision_loss(image):
     torch.manual_seed(0)
     network = attach_conres(nets.SegResNetDS(3, 8, 1, 3, dsdepth=2), 1, 3, residual_channels=2)

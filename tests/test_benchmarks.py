@@ -71,6 +71,30 @@ def test_the_released_loss_has_the_gradient_of_the_released_code():
     np.testing.assert_allclose(logits.grad.numpy(), expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("loss", [ablation.ClampedLoss, ablation.ReleasedLoss])
+def test_the_released_loss_is_finite_in_bfloat16(loss):
+    logits = torch.full((1, 1, 6, 7, 8), 2.0, dtype=torch.bfloat16, requires_grad=True)
+    value = loss()(logits, torch.zeros(1, 1, 6, 7, 8))
+    assert value.item() == pytest.approx(-np.log(0.001), rel=1e-4)
+    value.backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_even_odds_are_where_the_weights_of_the_loss_put_them():
+    masks = torch.zeros(1, 2, 4, 5, 6)
+    masks[0, 0, :3, 0, 0] = 1  # 3 of 120 voxels
+    masks[0, 1, :4, :5, 0] = 1  # 20
+    for name in ("conres", "paper_w0", "clamped_loss"):
+        arm = ablation.ARMS[name]
+        even = ablation.even_odds(arm, masks)
+        for channel, number in enumerate((3, 20)):
+            weight_1, weight_0 = np.log(120 / number), np.log(120 / (120 - number)) if name == "paper_w0" else 1
+            # of two equally likely outcomes, the loss is least here
+            logit = np.log(weight_1 / weight_0)
+            expected = 1 / (1 + np.exp(-logit)) if name == "clamped_loss" else logit
+            assert even[0, channel, 0, 0, 0].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_boundary_control_learns_the_surface_of_the_object():
     mask = torch.zeros(1, 1, 7, 8, 9, dtype=torch.bool)
     mask[..., 1:6, 2:7, 3:8] = True  # a cube of 5 voxels: 98 on its surface
@@ -101,12 +125,16 @@ def test_a_run_is_done_once_and_the_report_is_its_mean(tmp_path):
 
     def run(*seeds: str) -> dict[str, bytes]:
         subprocess.run([*map(str, command), "--seeds", *seeds], check=True, capture_output=True)
-        return {file.name: file.read_bytes() for file in (tmp_path / "runs").iterdir()}
+        return {file.name: file.read_bytes() for file in (tmp_path / "runs").glob("*.csv")}
 
     first = run("0")
     assert sorted(first) == ["baseline_fold0_seed0.csv", "conres_fold0_seed0.csv"]
     second = run("0", "1")
     assert len(second) == 4
+    command[-1] = "9000"
+    with pytest.raises(subprocess.CalledProcessError) as stop:
+        run("2")
+    assert "'max_voxels': 8000}, got" in stop.value.stderr.decode().replace(", 'nnunet_folds': False", "")
     assert all(second[name] == content for name, content in first.items())
 
     output = subprocess.run(
@@ -172,6 +200,7 @@ def test_what_is_compared_with_what():
             "dynunet+conres": [0],
             "late": [5],
             "other": [0],
+            "segresnet": [0],
             "baseline_other": [0],
         }.items()
     }
@@ -183,6 +212,7 @@ def test_what_is_compared_with_what():
         "dynunet+conres": "dynunet",
         "late": None,
         "other": "baseline_other",
+        "segresnet": None,
         "baseline_other": "baseline",
     }
     order = report._ordered(references)

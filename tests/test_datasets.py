@@ -6,6 +6,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+from monai.transforms import Compose, LoadImage, Orientation
 
 from monai_conres.datasets import check_voxels, read_decathlon, training_plan
 from monai_conres.phantom import write_phantom_dataset
@@ -26,6 +27,36 @@ def test_read_decathlon(folder):
     assert data.spacing == (1, 1, 2.5)
     for case in data.cases:
         check_voxels(case, 4)
+
+
+def test_shape_and_spacing_are_in_the_order_of_the_prepared_volume(folder):
+    """Stored with slices first, running down, as some data sets are."""
+    for file in sorted(folder.glob("*Tr/*.nii.gz")):
+        volume = nib.load(file)
+        stored = np.moveaxis(np.asarray(volume.dataobj), 2, 0)[::-1]
+        affine = np.zeros((4, 4))
+        affine[2, 0], affine[0, 1], affine[1, 2], affine[3, 3] = -2.5, 1, 1, 1
+        nib.save(nib.Nifti1Image(stored, affine), file)
+    data = read_decathlon(folder)
+    prepared = Compose([LoadImage(ensure_channel_first=True), Orientation("RAS", labels=None)])(data.cases[0]["label"])
+    assert data.shape == tuple(prepared.shape[1:]) == (12, 14, 10)
+    assert data.spacing == tuple(prepared.pixdim.tolist()) == (1, 1, 2.5)
+
+
+def test_image_and_label_of_other_orientations(folder):
+    file = sorted(folder.glob("labelsTr/*.nii.gz"))[2]
+    label = nib.load(file)
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), np.diag([-1, -1, 2.5, 1])), file)
+    with pytest.raises(ValueError, match=f"same orientation, got others in the headers of .* and .*{file.name}"):
+        read_decathlon(folder)
+
+
+def test_two_images_of_one_name(folder):
+    description = json.loads((folder / "dataset.json").read_text())
+    description["training"][1] = description["training"][0]
+    (folder / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"file name of its own .* got 'phantom_000' more than once"):
+        read_decathlon(folder)
 
 
 def test_seeded_folds_are_disjoint_and_complete(folder):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres.layers import (
     NormActConv,
@@ -152,6 +153,14 @@ def test_every_way_to_convolve_on_a_cpu_gives_the_same(batch, options, memory_fo
     want.square().sum().backward()
     torch.testing.assert_close(image.grad.double(), exact.grad, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(layer.weight.grad.double(), twin.weight.grad, rtol=1e-3, atol=1e-2)
+
+
+def test_multiply_adds_of_every_way_to_convolve_are_counted():
+    convolution = WeightStandardizedConv3d(3, 5, stride=(2, 1, 1))
+    for batch in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            convolution(torch.randn(batch, 3, 6, 7, 8))
+        assert counter.get_total_flops() == batch * 2 * 5 * 3 * 27 * 3 * 7 * 8
 
 
 def test_the_slow_convolution_is_avoided_where_torch_would_take_it():

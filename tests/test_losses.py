@@ -315,6 +315,32 @@ def test_stacked_deep_supervision_reaches_the_loss_as_a_list(random):
     torch.testing.assert_close(got, own([stacked[:, 0], stacked[:, 1], stacked[:, 2]], label))
 
 
+def test_stacked_deep_supervision_reaches_the_boundary_loss_as_a_list(random):
+    mask = torch.from_numpy(smooth_mask(random, 2)).float()
+    stacked = torch.from_numpy(random.normal(size=(2, 3, 2, *SIZE)))
+    joint, boundary = (DeepSupervisionLoss(loss(sigmoid=True)) for loss in (DiceFocalLoss, BoundaryLoss))
+    loss = CompoundBoundaryLoss(ConResLoss(joint, sigmoid=True), boundary, max_steps=2)
+    loss.step()
+    expected = 0.505 * joint(list(stacked.unbind(1)), mask) + 0.495 * boundary(list(stacked.unbind(1)), mask)
+    torch.testing.assert_close(loss(ConResOutput(stacked, ()), mask), expected)
+
+
+def test_a_function_is_a_segmentation_loss_too(random):
+    mask = torch.from_numpy(smooth_mask(random, 2)).float()
+    logits = torch.from_numpy(random.normal(size=(2, 2, *SIZE))).float()
+    own = torch.nn.functional.binary_cross_entropy_with_logits
+    torch.testing.assert_close(ConResLoss(own, sigmoid=True)(logits, mask), own(logits, mask))
+
+
+def test_segmentation_and_residual_of_eval_mode_are_no_deep_supervision():
+    network = ConResNet(1, 2, channels=(8, 16), strides=(2,), blocks=(1, 1, 1), eval_residual=True).eval()
+    output = network(torch.randn(1, 1, 6, 8, 10))
+    own = DeepSupervisionLoss(DiceFocalLoss(sigmoid=True))
+    for loss in (ConResLoss(sigmoid=True), ConResLoss(own, sigmoid=True)):
+        with pytest.raises(TypeError, match="eval_residual=True; give the first of them alone"):
+            loss(output, torch.zeros(1, 2, 6, 8, 10))
+
+
 def test_default_losses_are_computed_in_float32():
     torch.manual_seed(0)
     logits, label = torch.randn(1, 3, 64, 64, 16) * 8, torch.randint(0, 3, (1, 1, 64, 64, 16))

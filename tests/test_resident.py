@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
@@ -49,6 +50,12 @@ def test_a_small_case_is_padded_in_the_middle_with_its_own_minimum(still):
     ((image, label),) = resident.ResidentPatches([case], (4, 3, 4), (1, 1, 1), "cpu").batches(1, 1, seed=0)
     assert image[0, 0, :, 1, 1].tolist() == [-2, 5, 5, -2]
     assert label[0, 0, :, 1, 1].tolist() == [0, 1, 1, 0]
+
+
+def test_patches_are_plain_tensors():
+    case = {"image": MetaTensor(torch.rand(1, 5, 6, 7)), "label": MetaTensor(torch.ones(1, 5, 6, 7))}
+    ((image, label),) = resident.ResidentPatches([case], (4, 4, 4), (1, 1, 1), "cpu").batches(1, 2, seed=0)
+    assert type(image) is type(label) is torch.Tensor
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

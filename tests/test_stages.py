@@ -116,7 +116,15 @@ def test_only_the_published_classes_are_known_by_name():
 
 
 @pytest.mark.parametrize(
-    "expression", ["UNet()", "monai.networks.nets.UNet", "monai.networks.nets.NoNet()", "no.Net()"]
+    "expression",
+    [
+        "UNet()",
+        "monai.networks.nets.UNet",
+        "monai.networks.nets.NoNet()",
+        "no.Net()",
+        "monai.networks.nets.VNet(act=ReLU)",
+        "monai.networks.nets.VNet(",
+    ],
 )
 def test_command_errors(expression, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["monai_conres", expression])

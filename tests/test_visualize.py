@@ -109,6 +109,14 @@ def test_the_file_is_a_picture_and_appears_whole(image, label, tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_labels_of_unsigned_integers(image, label):
+    figures = [plot_slices(image, {"reference": label.astype(dtype)}) for dtype in ("u1", "u2", "u4")]
+    of_bytes, *others = map(pictures, figures)
+    for other in others:
+        for one, two in zip(of_bytes, other, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
 def test_errors(image, label):
     with pytest.raises(ValueError, match=r"spatial size \(12, 16, 9\).*got \(1, 12, 16, 8\)"):
         plot_slices(image, {"reference": label[..., :8]})

@@ -4,8 +4,8 @@
     python examples/benchmarks/ablation_report.py runs --out docs/tables
 
 Each run is one file, ``OUT/ARM_foldF_seedS.csv``, with a row for each case and class; it is there complete or not, and
-a run that is there is not done again: start the same command as often as it takes. All arms of a seed see the same
-patches in the same order.
+a run that is there is not done again: start the same command as often as it takes. One folder has one setting. All
+arms of a seed see the same patches in the same order.
 
 ``dynunet``, ``segresnet`` and ``resenc`` are other people's networks; with ``+conres`` the same one with a context
 residual decoder attached.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,7 @@ class ClampedLoss(ContextResidualLoss):
         logits, masks = at_full_resolution(logits, masks) if self.full_resolution else (logits, masks)
         if masks.shape[2:] != logits.shape[2:]:
             masks = F.interpolate(masks.float(), size=logits.shape[2:], mode="nearest-exact") > 0.5
+        logits = wide(logits)
         target = self._target(masks)
         weight_1 = (target.numel() / (target.sum() + 1.0)).log()
         p = logits.clamp(1e-3, 1 - 1e-3)
@@ -120,8 +122,13 @@ class AllAxesLoss(nn.Module):
         return sum(loss(part, label) for loss, part in zip(self.axes, parts, strict=True)) / 3
 
 
+def wide(logits: torch.Tensor) -> torch.Tensor:
+    """In float32 or wider: in bfloat16 0.999 is 1, and the logarithm of the rest infinite."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def at_full_resolution(logits: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return F.interpolate(logits, size=masks.shape[2:], mode="trilinear", align_corners=True), masks
+    return F.interpolate(wide(logits), size=masks.shape[2:], mode="trilinear", align_corners=True), masks
 
 
 def dynunet(in_channels: int, classes: int, channels: list[int], strides: tuple) -> nn.Module:
@@ -308,6 +315,28 @@ def multiply_adds(network: nn.Module, channels: int, patch: tuple) -> int:
     return counter.get_total_flops() // 2
 
 
+def even_odds(arm: Arm, masks: torch.Tensor) -> torch.Tensor:
+    """The output at which a voxel has changed as likely as not: the weights of the loss decide where that is."""
+    voxels = masks[0, 0].numel()
+    changed = masks.flatten(2).sum(-1)[..., None, None, None].clamp(min=1)
+    weight_1 = (voxels / changed).log()
+    weight_0 = (voxels / (voxels - changed)).log() if "background_weight" in arm.loss_arguments else 1.0
+    probability = weight_1 / (weight_1 + weight_0)
+    return probability if issubclass(arm.loss, ClampedLoss) else probability.logit()
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise unless earlier runs in a folder, if there are any, have the same settings."""
+    file = folder / "settings.json"
+    if not file.exists():
+        with atomic_path(file) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    elif (earlier := json.loads(file.read_text())) != settings:
+        raise SystemExit(
+            f"error: expected the settings of the runs in {folder}, {earlier}, got {settings}; give another --out."
+        )
+
+
 @torch.no_grad()
 def evaluate(network: nn.Module, arm: Arm, dataset: CacheDataset, classes: int, patch: tuple) -> list[dict[str, Any]]:
     """A row for each case and class."""
@@ -328,12 +357,9 @@ def evaluate(network: nn.Module, arm: Arm, dataset: CacheDataset, classes: int, 
         values = {name: metric(*masks, spacing=spacing)[0] for name, metric in metrics.items()}
         changes = [residual_mask(mask, spatial_axis=arm.spatial_axis) for mask in masks]
         values["residual_dice_of_segmentation"] = dice(*changes)[0]
-        if residual is not None:
-            residual = residual[:, 1 - classes :]  # of several axes, those of the last
-            # the weight of a changed voxel in the loss decides where the odds are even
-            weight = (changes[1][0, 0].numel() / changes[1].flatten(2).sum(-1).clamp(min=1)).log()[0]
-            even = (weight / (weight + 1)).view(1, -1, 1, 1, 1)
-            values["residual_dice_predicted"] = dice((residual.sigmoid().cpu() > even).float(), changes[1])[0]
+        if residual is not None and arm.loss is not BoundaryTargetLoss:
+            predicted = residual[:, 1 - classes :].cpu() > even_odds(arm, changes[1])  # of several axes, the last
+            values["residual_dice_predicted"] = dice(predicted.float(), changes[1])[0]
         for number in range(classes - 1):
             row = {"case": case["name"], "class": number + 1}
             rows.append(row | {name: round(value[number].item(), 5) for name, value in values.items()})
@@ -348,6 +374,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
+    parser.add_argument("--nnunet-folds", action="store_true", help="the folds that nnU-Net makes")
     parser.add_argument("--iterations", type=int, help="other than the size's")
     parser.add_argument("--cases", type=int, help="use at most so many cases for training and for validation")
     parser.add_argument(
@@ -357,7 +384,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     size = SIZES[options.size] | ({"iterations": options.iterations} if options.iterations else {})
-    data = read_decathlon(options.data)
+    data = read_decathlon(options.data, nnunet_folds=options.nnunet_folds)
+    check_settings(
+        options.out,
+        {
+            "data": options.data.resolve().name,
+            "size": options.size,
+            "iterations": size["iterations"],
+            "cases": options.cases,
+            "spacing": options.spacing,
+            "max_voxels": options.max_voxels,
+            "nnunet_folds": bool(data.folds),
+        },
+    )
     prepare, spacing, shape = PREPARE, data.spacing, data.shape
     if options.spacing:
         spacing = options.spacing

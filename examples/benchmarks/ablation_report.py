@@ -24,6 +24,8 @@ from scipy.stats import wilcoxon
 from monai_conres.files import atomic_path
 from monai_conres.visualize import save_figure
 
+OTHER_NETWORKS = ("dynunet", "resenc", "segresnet")
+
 
 @dataclass
 class Results:
@@ -77,7 +79,7 @@ def read_runs(folder: Path) -> dict[str, Results]:
 def reference_of(arm: str, results: dict[str, Results]) -> str | None:
     """The arm that another one is compared with."""
     name = arm.partition("+")[0]
-    plain = any(other.startswith(f"{arm}+") for other in results)
+    plain = arm in OTHER_NETWORKS
     own = f"baseline_{arm}" if f"baseline_{arm}" in results else "baseline"
     reference = name if name != arm else None if plain or arm == "baseline" else own
     return reference if reference in results and set(results[arm].seeds) & set(results[reference].seeds) else None

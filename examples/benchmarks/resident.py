@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from monai.utils import convert_to_tensor
 
 ROTATION = 0.26  # rad, about each axis
 SCALE = (0.8, 1.25)
@@ -60,7 +61,7 @@ class ResidentPatches:
         return image, label
 
     def _pad(self, volume: torch.Tensor) -> torch.Tensor:
-        volume = torch.as_tensor(volume)
+        volume = convert_to_tensor(volume, track_meta=False)
         missing = [max(0, edge - size) for edge, size in zip(self.patch, volume.shape[1:], strict=True)]
         pads = [amount for total in reversed(missing) for amount in (total // 2, total - total // 2)]
         return F.pad(volume, pads, value=volume.min().item())

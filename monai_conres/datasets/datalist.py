@@ -187,6 +187,11 @@ def read_header(file: str | os.PathLike) -> Any:
         raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
 
 
+def stored_axes(header: Any) -> np.ndarray:
+    """For each axis of a stored volume the axis of RAS that it runs along, and 1 or -1 for its direction."""
+    return nib.io_orientation(header.get_best_affine())
+
+
 def check_same_grid(name: str, files: Sequence[str]) -> None:
     """Raise unless the NIfTI files of a case have one size and one geometry."""
     headers = [read_header(file) for file in files]

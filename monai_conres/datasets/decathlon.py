@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from monai.data import load_decathlon_datalist
 
-from monai_conres.datasets.datalist import Datalist, read_header
+from monai_conres.datasets.datalist import Datalist, read_header, stored_axes
 
 __all__ = ["DecathlonDatalist", "read_decathlon", "training_plan"]
 
@@ -23,8 +23,8 @@ class DecathlonDatalist(Datalist):
     Attributes:
         channels: number of channels of the images.
         classes: names of the classes, the background first.
-        shape: median number of voxels along each axis.
-        spacing: median size of a voxel along each axis, in mm.
+        shape: median number of voxels along each axis, in the order of ``Orientationd("RAS")``.
+        spacing: median size of a voxel along each axis, in mm, in the same order.
     """
 
     channels: int
@@ -43,8 +43,8 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         nnunet_folds: True makes the five folds that nnU-Net makes, where there is no such file.
 
     Raises:
-        ValueError: when ``dataset.json`` or a file it names is missing or cannot be read, or image and label have
-            different sizes. The error names the file.
+        ValueError: when ``dataset.json`` or a file it names is missing or cannot be read, image and label have
+            different sizes or orientations, or two cases have one name. The error names the file.
 
     Example:
         >>> import tempfile
@@ -88,10 +88,24 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
                 f"expected image and label of the same size, got {image.get_data_shape()[:3]} in {case['image']} and "
                 f"{label.get_data_shape()[:3]} in {case['label']}; take the case out of {file} or mend it."
             )
+        order = stored_axes(image)
+        if not np.array_equal(order, stored_axes(label)):
+            raise ValueError(
+                f"expected image and label of the same orientation, got others in the headers of {case['image']} and "
+                f"{case['label']}; mend the one that is wrong."
+            )
         case["name"] = Path(case["image"]).name.removesuffix(".gz").removesuffix(".nii")
-        shapes.append(image.get_data_shape()[:3])
-        spacings.append(image.get_zooms()[:3])
+        axes = order[:, 0].argsort()  # of RAS
+        shapes.append(np.asarray(image.get_data_shape())[axes])
+        spacings.append(np.asarray(image.get_zooms())[axes])
         channels.add(image.get_data_shape()[3] if len(image.get_data_shape()) > 3 else 1)
+    names = [case["name"] for case in cases]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"expected a file name of its own for the image of each case in {file}, got {twice!r} more than once; "
+            "rename the files."
+        )
     if len(channels) != 1:
         raise ValueError(f"expected one number of channels in all images of {file}, got {sorted(channels)}.")
     splits = folder / "splits_final.json"
@@ -101,7 +115,7 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         raise ValueError(f"expected a list of {{'train': [...], 'val': [...]}} in {splits}, got {error!r}.") from error
     classes = tuple(labels[key] for key in sorted(labels, key=int))
     if nnunet_folds and not folds:
-        names = sorted(case["name"] for case in cases)
+        names.sort()
         order = np.random.RandomState(12345).permutation(len(names))
         folds = [{names[index] for index in part} for part in np.array_split(order, 5)]
     return DecathlonDatalist(
