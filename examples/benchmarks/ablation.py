@@ -77,10 +77,10 @@ class ClampedLoss(ContextResidualLoss):
     """The released code's: logits clamped to [0.001, 0.999] and taken as the probability, w_1 = log(V / (V_1 + 1))."""
 
     def _cross_entropy(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        logits = wide(logits)
         logits, masks = at_full_resolution(logits, masks) if self.full_resolution else (logits, masks)
         if masks.shape[2:] != logits.shape[2:]:
             masks = F.interpolate(masks.float(), size=logits.shape[2:], mode="nearest-exact") > 0.5
-        logits = wide(logits)
         target = self._target(masks)
         weight_1 = (target.numel() / (target.sum() + 1.0)).log()
         p = logits.clamp(1e-3, 1 - 1e-3)
@@ -128,7 +128,7 @@ def wide(logits: torch.Tensor) -> torch.Tensor:
 
 
 def at_full_resolution(logits: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return F.interpolate(wide(logits), size=masks.shape[2:], mode="trilinear", align_corners=True), masks
+    return F.interpolate(logits, size=masks.shape[2:], mode="trilinear", align_corners=True), masks
 
 
 def dynunet(in_channels: int, classes: int, channels: list[int], strides: tuple) -> nn.Module:

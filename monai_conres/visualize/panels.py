@@ -85,7 +85,7 @@ def class_masks(mask: NdarrayOrTensor, size: tuple[int, ...] | None = None) -> n
     """Booleans ``(c, *spatial)``, a channel for each foreground class."""
     channels = torch.from_numpy(np.ascontiguousarray(all_channels(mask, size)))
     if len(channels) == 1:
-        num_classes = max(2, int(channels.numpy().max()) + 1)  # torch has no maximum of unsigned integers
+        num_classes = max(2, int(channels.numpy().max()) + 1)  # torch has no maximum of uint16
         return foreground_masks(channels[None], num_classes=num_classes)[0].bool().numpy()
     return foreground_masks(channels[None])[0].bool().numpy()
 
