@@ -135,6 +135,7 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     ),
     "SwinUNETR (48)": lambda size: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
 }
+COMPILED = ", compiled"  # after the name of a network: by torch.compile
 # networks that take sizes alone that this divides
 MULTIPLES = {"SegResNetVAE (32)": 16, "AttentionUnet (32-512)": 16, "SwinUNETR (48)": 32}
 
@@ -146,12 +147,14 @@ class Case:
         torch.manual_seed(0)
         self.device = options.device
         self.precision = options.precision
+        self.compiled = name.endswith(COMPILED)
+        name = name.removesuffix(COMPILED)
         multiple = MULTIPLES.get(name, 1)
         self.size = tuple(-(-edge // multiple) * multiple for edge in options.size)
         self.network = NETWORKS[name](self.size).to(self.device)
         if options.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last_3d)
-        if options.compile:
+        if self.compiled:
             self.network = torch.compile(self.network)
         self.image = torch.randn(options.batch_size, CHANNELS, *self.size, device=self.device)
         self.label = (torch.rand(options.batch_size, CLASSES, *self.size, device=self.device) > 0.5).float()
@@ -260,10 +263,9 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
             f"step, times as fast as {first}": f"{faster['step']:.2f}",
             "1e9 multiply-adds / s, forward": f"{multiply_adds / forward / 1e9:.0f}",
         }
-        if not options.compile:
-            # the released structure does not call its convolutions as modules, so they cannot be listed
-            listed = not isinstance(case.network, ReleasedStructure)
-            row["share of the convolution rate"] = f"{100 * case.convolutions() / forward:.0f} %" if listed else "-"
+        # the released structure does not call its convolutions as modules, so they cannot be listed
+        listed = not isinstance(case.network, ReleasedStructure) and not case.compiled
+        row["share of the convolution rate"] = f"{100 * case.convolutions() / forward:.0f} %" if listed else "-"
         rows.append(row)
         print("  ".join(row.values()), flush=True)
     return rows
@@ -272,7 +274,7 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
 def multiply_adds_of(name: str, case: Case) -> int:
     """Of one forward pass in eval, counted without computing it."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        NETWORKS[name](case.size).to("meta").eval()(case.image.to("meta"))
+        NETWORKS[name.removesuffix(COMPILED)](case.size).to("meta").eval()(case.image.to("meta"))
     return counter.get_total_flops() // 2
 
 
@@ -284,7 +286,7 @@ def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
         for run in ("forward", "step"):
             command = [sys.executable, __file__, "--child", run, "--networks", name, "--device", options.device]
             command += ["--precision", options.precision, "--batch-size", str(options.batch_size)]
-            command += ["--size", *map(str, options.size), "--repeats", "1", *(["--compile"] * options.compile)]
+            command += ["--size", *map(str, options.size), "--repeats", "1"]
             command += ["--channels-last"] * options.channels_last
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             peak, seconds = printed.split()
@@ -317,14 +319,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for the table (.csv and .md)")
     parser.add_argument("--name", help="of the files (default: speed or memory, device, precision)")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=[name + way for name in NETWORKS for way in ("", COMPILED)],
+        default=list(NETWORKS),
+        metavar="NAME",
+        help=f"{', '.join(NETWORKS)}; with '{COMPILED}' after it, by torch.compile",
+    )
     parser.add_argument("--size", type=int, nargs=3, default=(40, 80, 80), help="of the image, in voxels")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
     parser.add_argument("--channels-last", action="store_true", help="all networks with channels_last_3d weights")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for every network")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--child", choices=("forward", "step"), help=argparse.SUPPRESS)
     options = parser.parse_args()
