@@ -199,8 +199,7 @@ class ConResNet(nn.Module):
         )
         residuals: list[torch.Tensor] = []
         for stage, unit in enumerate(self.decoder):
-            skip = skips.pop()
-            features = recompute(self, self._merge, unit, features, skip)
+            features = recompute(self, self._merge, unit, features, skips.pop())
             if residual_decoder is not None:
                 previous = residuals[-1] if residuals else image
                 features, residual = residual_decoder.step(stage, features, previous)

@@ -116,12 +116,13 @@ class ContextResidualModule(nn.Module):
 
     def _map(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Eq. 4 and 5."""
-        features, residual = fast_layout(features), fast_layout(residual)
-        residual = resize_features(residual, features.shape[2:], align_corners=self.align_corners)
+        # of this one tensor is left when the incoming residual, resized, takes as much memory again
+        mapped = self.inner_norm(
+            self.inner(inter_slice_residual(fast_layout(features).sigmoid(), spatial_axis=self.spatial_axis))
+        )
+        residual = resize_features(fast_layout(residual), features.shape[2:], align_corners=self.align_corners)
         if self.entry is not None:
             residual = self.entry(residual)
-        difference = inter_slice_residual(features.sigmoid(), spatial_axis=self.spatial_axis)
-        mapped = self.inner_norm(self.inner(difference))
         mapped += residual
         return self.outer(mapped)
 
