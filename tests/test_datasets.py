@@ -43,11 +43,15 @@ def test_shape_and_spacing_are_in_the_order_of_the_prepared_volume(folder):
     assert data.spacing == tuple(prepared.pixdim.tolist()) == (1, 1, 2.5)
 
 
-def test_image_and_label_of_other_orientations(folder):
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [((-1, -1, 2.5), "same orientation, got others in the headers of"), ((1, 1, 1), "voxels of the same size")],
+)
+def test_image_and_label_of_other_headers(folder, edges, message):
     file = sorted(folder.glob("labelsTr/*.nii.gz"))[2]
     label = nib.load(file)
-    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), np.diag([-1, -1, 2.5, 1])), file)
-    with pytest.raises(ValueError, match=f"same orientation, got others in the headers of .* and .*{file.name}"):
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), np.diag([*edges, 1])), file)
+    with pytest.raises(ValueError, match=f"{message}.*{file.name}"):
         read_decathlon(folder)
 
 
@@ -115,10 +119,11 @@ def test_errors_name_the_file(folder):
         ValueError, match=r"same size, got .*12, 14, 10.* in .*phantom_002.* and .*12, 14, 9.*phantom_002"
     ):
         read_decathlon(folder)
-    nib.save(nib.Nifti1Image(np.full((12, 14, 10), 0.5, np.float32), np.eye(4)), label)
+    affine = np.diag([1, 1, 2.5, 1])
+    nib.save(nib.Nifti1Image(np.full((12, 14, 10), 0.5, np.float32), affine), label)
     with pytest.raises(ValueError, match=r"classes from 0 to 3 in .*labelsTr/phantom_002"):
         check_voxels(read_decathlon(folder).cases[2], 4)
-    nib.save(nib.Nifti1Image(np.full((12, 14, 10), 4, np.uint8), np.eye(4)), label)
+    nib.save(nib.Nifti1Image(np.full((12, 14, 10), 4, np.uint8), affine), label)
     with pytest.raises(ValueError, match=r"classes from 0 to 3 in .*labelsTr/phantom_002"):
         check_voxels(read_decathlon(folder).cases[2], 4)
 

@@ -44,7 +44,7 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
 
     Raises:
         ValueError: when ``dataset.json`` or a file it names is missing or cannot be read, image and label have
-            different sizes or orientations, or two cases have one name. The error names the file.
+            different sizes, orientations or voxels, or two cases have one name. The error names the file.
 
     Example:
         >>> import tempfile
@@ -94,10 +94,16 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
                 f"expected image and label of the same orientation, got others in the headers of {case['image']} and "
                 f"{case['label']}; mend the one that is wrong."
             )
+        voxel, other = (np.asarray(header.get_zooms()[:3]) for header in (image, label))
+        if not np.allclose(voxel, other, rtol=0.01):
+            raise ValueError(
+                f"expected voxels of the same size in image and label, got {voxel} mm in {case['image']} and {other} "
+                f"mm in {case['label']}; mend the header that is wrong."
+            )
         case["name"] = Path(case["image"]).name.removesuffix(".gz").removesuffix(".nii")
         axes = order[:, 0].argsort()  # of RAS
         shapes.append(np.asarray(image.get_data_shape())[axes])
-        spacings.append(np.asarray(image.get_zooms())[axes])
+        spacings.append(voxel[axes])
         channels.add(image.get_data_shape()[3] if len(image.get_data_shape()) > 3 else 1)
     names = [case["name"] for case in cases]
     if len(set(names)) != len(names):
