@@ -103,6 +103,16 @@ def test_the_boundary_control_learns_the_surface_of_the_object():
     assert not (target & ~mask).any()
 
 
+def test_derived_residuals_are_the_changes_of_the_probabilities():
+    logits = torch.tensor([0.0, 3.0, 0.5]).log().clamp(min=-20).view(1, 1, 1, 1, 3)
+    segmentation = torch.cat([torch.zeros_like(logits), logits], dim=1).requires_grad_()  # 0, 3/4, 1/3
+    got = ablation.derived_residuals(segmentation, -1)
+    expected = torch.tensor([1e-6, 3 / 4, 3 / 4 - 1 / 3]).logit().view(1, 1, 1, 1, 3)
+    torch.testing.assert_close(got, expected)
+    got.sum().backward()
+    assert segmentation.grad[0, 0, 0, 0, 1].abs() > 0.1
+
+
 def test_the_masks_of_all_axes_are_the_mean_of_three_losses():
     logits, label = torch.randn(1, 6, 6, 7, 8), torch.randint(0, 3, (1, 1, 6, 7, 8))
     expected = [

@@ -46,6 +46,7 @@ from monai_conres import (
     ConResOutput,
     ContextResidualLoss,
     attach_conres,
+    inter_slice_residual,
     residual_mask,
 )
 from monai_conres.datasets import DecathlonDatalist, read_decathlon, training_plan
@@ -184,6 +185,7 @@ class Arm:
     channels: Callable[[int], int] = int  # from the usual number of channels to this arm's
     image_residual: bool = True
     zero_init: bool = False  # gates that open from zero
+    derived: bool = False  # the residual loss is that of the segmentation's own residuals
     rate: float = 1.0  # times the usual learning rate
 
     @property
@@ -219,6 +221,7 @@ ARMS = {
     "wider_baseline": Arm(BASELINE, channels=lambda channels: round(channels * 1.125)),
     "baseline_align_corners": Arm(BASELINE | {"align_corners": True}),
     "boundary_targets": Arm(loss=BoundaryTargetLoss),
+    "derived_residuals": Arm(BASELINE, derived=True),
     # other people's networks
     "dynunet": Arm(backbone=dynunet),
     "dynunet+conres": Arm(backbone=dynunet, attached=True),
@@ -297,6 +300,8 @@ def train(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             output = network(image)
         segmentation, residuals = output if isinstance(output, ConResOutput) else (output, ())
+        if arm.derived:
+            residuals = (derived_residuals(segmentation, arm.spatial_axis),)
         loss = segmentation_loss(segmentation, label)
         if residuals:
             loss = loss + arm.residual_weight * residual_loss(residuals, label)
@@ -305,6 +310,12 @@ def train(
         optimizer.step()
         schedule.step()
     return time.perf_counter() - start
+
+
+def derived_residuals(segmentation: torch.Tensor, spatial_axis: int) -> torch.Tensor:
+    """Logits of how much the probability of each class but the first changes from slice to slice."""
+    probabilities = wide(segmentation).softmax(1)[:, 1:]
+    return inter_slice_residual(probabilities, spatial_axis=spatial_axis).logit(eps=1e-6)
 
 
 def multiply_adds(network: nn.Module, channels: int, patch: tuple) -> int:
