@@ -225,6 +225,9 @@ def test_what_is_compared_with_what():
         "segresnet": None,
         "baseline_other": "baseline",
     }
+    assert {arm: report.reference_of(arm, results, "segresnet") for arm in results} == {
+        arm: None if arm in ("segresnet", "late", "conres") else "segresnet" for arm in results
+    }
     order = report._ordered(references)
     assert sorted(order) == sorted(results)
     assert order.index("other") == order.index("baseline_other") + 1

@@ -190,8 +190,9 @@ class Arm:
 
     @property
     def residual(self) -> bool:
-        """Whether the network predicts residual masks."""
-        return self.attached if self.backbone is not None else self.network.get("mapping", True)
+        """Whether the network learns to predict residual masks."""
+        path = self.attached if self.backbone is not None else self.network.get("mapping", True)
+        return path and self.residual_weight > 0
 
 
 RELEASED = {"fan_in_scaling": False, "inner_norm": False, "align_corners": True}
@@ -211,6 +212,7 @@ ARMS = {
     # the weight of the residual loss
     "residual_weight_0.3": Arm(residual_weight=0.3),
     "residual_weight_3": Arm(residual_weight=3.0),
+    "no_residual_loss": Arm(residual_weight=0.0),
     "no_image_residual": Arm(image_residual=False),
     "zero_init": Arm(zero_init=True),
     # the slice axis
@@ -226,6 +228,9 @@ ARMS = {
     "dynunet": Arm(backbone=dynunet),
     "dynunet+conres": Arm(backbone=dynunet, attached=True),
     "dynunet+conres_half": Arm(backbone=dynunet, attached=True, width=0.5),
+    "dynunet+conres_no_residual_loss": Arm(backbone=dynunet, attached=True, residual_weight=0.0),
+    "dynunet+conres_boundary_targets": Arm(backbone=dynunet, attached=True, loss=BoundaryTargetLoss),
+    "dynunet+wider": Arm(backbone=dynunet, channels=lambda channels: round(channels * 1.125)),
     # at the usual learning rate three of four runs with SegResNet did not find the second class
     "segresnet": Arm(backbone=segresnet, rate=1 / 3),
     "segresnet+conres": Arm(backbone=segresnet, attached=True, rate=1 / 3),
@@ -303,7 +308,7 @@ def train(
         if arm.derived:
             residuals = (derived_residuals(segmentation, arm.spatial_axis),)
         loss = segmentation_loss(segmentation, label)
-        if residuals:
+        if residuals and arm.residual_weight:
             loss = loss + arm.residual_weight * residual_loss(residuals, label)
         optimizer.zero_grad()
         loss.backward()

@@ -2,11 +2,11 @@
 
     python examples/benchmarks/ablation_report.py RUNS --out docs/tables
 
-The reference of NAME+conres is NAME, that of any other arm baseline_NAME where there is one, and else the baseline;
-other people's networks have none. The difference is paired by case, fold and seed, averaged over classes. Its 95 %
-interval is a bootstrap (10,000 draws) over folds, and in each over cases and over seeds at once, so with one fold and
-one seed it says nothing of another training. The p value is Wilcoxon's signed rank test over cases (means over seeds),
-corrected by Holm for the number of arms.
+The reference of NAME+anything is NAME, that of any other arm baseline_NAME where there is one, and else the baseline;
+other people's networks have none; ``--reference ARM`` compares all arms with that one. The difference is paired by
+case, fold and seed, averaged over classes. Its 95 % interval is a bootstrap (10,000 draws) over folds, and in each
+over cases and over seeds at once, so with one fold and one seed it says nothing of another training. The p value is
+Wilcoxon's signed rank test over cases (means over seeds), corrected by Holm for the number of arms.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,8 @@ class Results:
         return float(self.values[column].mean())
 
 
-def read_runs(folder: Path) -> dict[str, Results]:
-    """The results of each arm, in the order of ablation.py."""
+def read_runs(folder: Path, arms: Sequence[str] | None = None) -> dict[str, Results]:
+    """The results of each arm, or of ``arms`` alone."""
     rows: dict[str, dict[int, dict[tuple[str, str, int], dict[str, str]]]] = defaultdict(lambda: defaultdict(dict))
     for file in sorted(folder.glob("*.csv")):
         with file.open() as opened:
@@ -49,6 +50,9 @@ def read_runs(folder: Path) -> dict[str, Results]:
                 rows[row["arm"]][int(row["seed"])][row["fold"], row["case"], int(row["class"])] = row
     if not rows:
         raise SystemExit(f"error: expected the runs of ablation.py in {folder}, found none.")
+    if unknown := [arm for arm in arms or () if arm not in rows]:
+        raise SystemExit(f"error: expected arms that {folder} has, {', '.join(rows)}, got {', '.join(unknown)}.")
+    rows = {arm: rows[arm] for arm in rows if arms is None or arm in arms}
     runs = [run for seeds in rows.values() for run in seeds.values()]
     keys = sorted(set.intersection(*(set(run) for run in runs)))
     if any(len(run) != len(keys) for run in runs):
@@ -76,12 +80,14 @@ def read_runs(folder: Path) -> dict[str, Results]:
     return results
 
 
-def reference_of(arm: str, results: dict[str, Results]) -> str | None:
-    """The arm that another one is compared with."""
+def reference_of(arm: str, results: dict[str, Results], every: str | None = None) -> str | None:
+    """The arm that another one is compared with: ``every``, or its own."""
     name = arm.partition("+")[0]
     plain = arm in OTHER_NETWORKS
     own = f"baseline_{arm}" if f"baseline_{arm}" in results else "baseline"
     reference = name if name != arm else None if plain or arm == "baseline" else own
+    if every is not None:
+        reference = every if every != arm else None
     return reference if reference in results and set(results[arm].seeds) & set(results[reference].seeds) else None
 
 
@@ -126,11 +132,16 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected.tolist()
 
 
-def report(results: dict[str, Results]) -> tuple[str, list[tuple[str, float, float, float]]]:
-    """The table in Markdown, and what the figure shows: arm, mean difference and its interval."""
-    references = {arm: reference_of(arm, results) for arm in results}
+def report(
+    results: dict[str, Results], reference: str | None = None
+) -> tuple[str, list[tuple[str, float, float, float]]]:
+    """The table in Markdown, and what the figure shows: arm, mean difference and its interval.
+
+    All arms are compared with ``reference``; ``None`` compares each with its own.
+    """
+    references = {arm: reference_of(arm, results, reference) for arm in results}
     differences = {
-        arm: difference(results, arm, reference) for arm, reference in references.items() if reference is not None
+        arm: difference(results, arm, other) for arm, other in references.items() if other is not None
     }
     p_values = [wilcoxon(values.mean(0)).pvalue for values in differences.values()]
     corrected = dict(zip(differences, holm(p_values), strict=True))
@@ -195,8 +206,13 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder for NAME.md and NAME.png")
     parser.add_argument("--name", default="ablation")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="these alone (default: all)")
+    parser.add_argument("--reference", metavar="ARM", help="one of them, to compare the others with")
     options = parser.parse_args()
-    table, bars = report(read_runs(options.runs))
+    results = read_runs(options.runs, options.arms)
+    if options.reference is not None and options.reference not in results:
+        parser.error(f"expected a --reference among {', '.join(results)}, got {options.reference}.")
+    table, bars = report(results, options.reference)
     print(table)
     with atomic_path(options.out / f"{options.name}.md") as temporary:
         temporary.write_text(table)
