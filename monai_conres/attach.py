@@ -162,7 +162,12 @@ class ConResWrapper(nn.Module):
                 return self.backbone(image, *args, **kwargs)
             return self._run(image, *args, **kwargs)[0]
         segmentation, residuals = self.heads(image, *args, **kwargs)
-        if isinstance(segmentation, (list, tuple)):  # BasicUNetPlusPlus gives a list in eval() mode, too
+        if isinstance(segmentation, (list, tuple)):  # BasicUNetPlusPlus gives a list of one in eval() mode, too
+            if len(segmentation) != 1:
+                raise ValueError(
+                    f"expected one segmentation together with eval_residual=True, got {len(segmentation)} of "
+                    f"{type(self.backbone).__name__}; switch its deep supervision off for inference."
+                )
             segmentation = segmentation[0]
         return segmentation, resize_features(residuals[0], image.shape[2:])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,7 @@ class ConResNet(nn.Module):
         slice_dim(5, spatial_axis)
         self.in_channels = in_channels
         self.strides = _check_levels(channels, strides, blocks)
+        self.least_size = tuple(map(math.prod, zip(*self.strides, strict=True)))
         self.attention = attention
         self.align_corners = align_corners
         self.eval_residual = eval_residual
@@ -218,12 +220,9 @@ class ConResNet(nn.Module):
                 f"expected an image of shape (b, {self.in_channels}, d, h, w), got {tuple(image.shape)}; "
                 "add the batch dimension with image[None], or build the network with the image's in_channels."
             )
-        total = [1, 1, 1]
-        for stride in self.strides:
-            total = [a * b for a, b in zip(total, stride, strict=True)]
-        if any(size < least for size, least in zip(image.shape[2:], total, strict=True)):
+        if any(size < least for size, least in zip(image.shape[2:], self.least_size, strict=True)):
             raise ValueError(
-                f"expected a spatial size of at least {tuple(total)}, the product of the strides, got "
+                f"expected a spatial size of at least {self.least_size}, the product of the strides, got "
                 f"{tuple(image.shape[2:])}; pad the image (SpatialPadd) or give smaller strides along that axis."
             )
 

@@ -34,9 +34,9 @@ class WeightStandardizedConv3d(nn.Conv3d):
         kernel_size: odd edge length of the kernel, in voxels.
         stride: step of the kernel, one number or one per axis.
         dilation: spacing of the kernel's taps, in voxels.
-        fan_in_scaling: scales the filters by ``1 / sqrt(fan_in)``, which gives an output of variance one for an input
-            of mean square one. False is the released configuration of the paper's authors: filters of variance one,
-            and so outputs whose scale grows with the number of input channels.
+        fan_in_scaling: scales the filters by ``1 / sqrt(fan_in)``, which gives an output of variance one for inputs of
+            variance one that do not depend on each other. False is the released configuration of the paper's authors:
+            filters of variance one, and so outputs whose scale grows with the number of input channels.
 
     Shape:
         ``(b, in_channels, d, h, w)`` to ``(b, out_channels, ceil(d / stride), ceil(h / stride), ceil(w / stride))``.
@@ -110,6 +110,7 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
         and input.shape[0] == 1
         and math.prod(input.shape[:4]) <= 20480
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -83,7 +83,7 @@ def decoder_stages(
 ) -> DecoderStages:
     """Find the features of a network's decoder, one for each resolution on the way up.
 
-    Networks of MONAI whose structure asks for it are known by name. Of any other the graph decides: the finest stage
+    Networks of MONAI and nnU-Net are known by their names. Of any other the graph decides: the finest stage
     is the last feature that everything from coarser scales passes through and that a layer with parameters follows;
     each coarser one is the last feature, before that, of a smaller size. The coarsest of all is the encoder's.
 
@@ -213,6 +213,7 @@ def _nested(stage: str) -> Callable[[nn.Module], list[str]]:
 
 
 _PUBLISHERS = ("monai.networks.nets", "dynamic_network_architectures")
+# Names hold for any strides; the graph tells stages apart by their sizes.
 # The last level of MONAI's UNet gives the logits themselves, so its features end one level below
 _FAMILIES: dict[str, Callable[[nn.Module], list[str]]] = {
     "UNet": lambda network: _nested("{level}.2")(network)[:-1],

@@ -161,6 +161,9 @@ def test_sliding_window_over_a_network_that_gives_a_list_in_eval_mode():
     want = network.heads(image)
     torch.testing.assert_close(segmentation, want.segmentation[0])
     torch.testing.assert_close(residual, want.residuals[0])
+    backbone.deep_supervision = True  # four outputs, the final one at the end
+    with pytest.raises(ValueError, match=r"expected one segmentation .* got 4 of BasicUNetPlusPlus; switch"):
+        network(image)
 
 
 def test_training_with_the_network_s_own_deep_supervision_loss(image):

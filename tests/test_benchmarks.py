@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_conres import ContextResidualLoss
+from monai_conres import ContextResidualLoss, residual_mask
 from monai_conres.datasets import training_plan
 from monai_conres.phantom import write_phantom_dataset
 from tests import reference
@@ -80,19 +80,20 @@ def test_the_released_loss_is_finite_in_bfloat16(loss):
     assert logits.grad.isfinite().all()
 
 
-def test_even_odds_are_where_the_weights_of_the_loss_put_them():
-    masks = torch.zeros(1, 2, 4, 5, 6)
-    masks[0, 0, :3, 0, 0] = 1  # 3 of 120 voxels
-    masks[0, 1, :4, :5, 0] = 1  # 20
-    for name in ("conres", "paper_w0", "clamped_loss"):
-        arm = ablation.ARMS[name]
-        even = ablation.even_odds(arm, masks)
-        for channel, number in enumerate((3, 20)):
-            weight_1, weight_0 = np.log(120 / number), np.log(120 / (120 - number)) if name == "paper_w0" else 1
-            # of two equally likely outcomes, the loss is least here
-            logit = np.log(weight_1 / weight_0)
-            expected = 1 / (1 + np.exp(-logit)) if name == "clamped_loss" else logit
-            assert even[0, channel, 0, 0, 0].item() == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("name", ["conres", "paper_w0", "clamped_loss"])
+def test_even_odds_are_where_the_loss_of_a_voxel_that_may_have_changed_is_least(name):
+    arm = ablation.ARMS[name]
+    label = torch.zeros(1, 2, 4, 5, 6)
+    label[0, 0, :3, 0, 3:] = 1  # 3 of 120 voxels change
+    label[0, 1, :, :, 3:] = 1  # 20
+    masks = residual_mask(label)
+    logits = ablation.even_odds(arm, masks).expand_as(masks).clone().requires_grad_()
+    arm.loss(**arm.loss_arguments)([logits], label).backward()
+    for channel in range(2):
+        changed = masks[0, channel] == 1
+        up, down = (logits.grad[0, channel][voxels].mean().item() for voxels in (~changed, changed))
+        assert up == pytest.approx(-down, rel=1e-4)
+        assert up > 1e-4
 
 
 def test_the_boundary_control_learns_the_surface_of_the_object():
@@ -193,10 +194,22 @@ def test_statistics():
     shifted = np.concatenate([values, values + 1])
     low, high = report.interval(shifted, one_fold)
     assert high - low > 0.9
-    # and so does a shift of a fold: of four draws of two folds one has the low one alone, one the high one
+    # and so does a shift of a fold: a draw has one of the two
     shifted = values + (np.arange(400) >= 200)
     low, high = report.interval(shifted, (np.arange(400) >= 200).astype(int))
     assert (low, high) == pytest.approx((values.mean(), values.mean() + 1), abs=4 * error)
+
+
+@pytest.mark.parametrize(("seeds", "folds", "least", "most"), [(10, 1, 0.9, 1.0), (3, 4, 0.85, 0.98)])
+def test_an_interval_holds_the_true_difference(seeds, folds, least, most):
+    rng = np.random.default_rng(0)
+    fold = np.repeat(np.arange(folds), 52)
+    held = 0
+    for _ in range(200):
+        of_seeds, of_cases = rng.normal(0, 0.004, (seeds, 1)), rng.normal(0, 0.008, (1, fold.size))
+        low, high = report.interval(of_seeds + of_cases + rng.normal(0, 0.012, (seeds, fold.size)), fold, draws=200)
+        held += low <= 0 <= high
+    assert least <= held / 200 <= most
 
 
 def test_what_is_compared_with_what():

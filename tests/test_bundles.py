@@ -130,7 +130,8 @@ def _constraints() -> list[str]:
 
 
 @pytest.mark.parametrize("bundle", NAMES)
-def test_networks_export(bundle, tmp_path):
+def test_networks_export(bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # inference has its output folder there
     channels, outputs = CHANNELS[bundle]
     meta_file = str(BUNDLES / bundle / "configs" / "metadata.json")
     config_file = files(bundle, "train", "inference")
@@ -382,12 +383,32 @@ def test_a_broken_scan_is_an_error_before_inference(brats, tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_another_fold_does_not_go_on_from_the_first(brats, tmp_path):
-    options = {"dataset_dir": str(brats), "run_dir": str(tmp_path), "iterations": 1, "val_interval": 9}
-    run("brats_conresnet", "train", **options, split="$@data.split(0, folds=3)")
+@pytest.fixture(scope="module")
+def first_run(brats, tmp_path_factory) -> dict[str, Any]:
+    """Options of a run that is there."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    options = {"dataset_dir": str(brats), "run_dir": str(folder), "hold_out": 2, "iterations": 1, "val_interval": 9}
+    run("brats_conresnet", "train", **options)
+    return options
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("training_cases", {"split": "$@data.split(1, folds=3)"}),
+        ("spatial_axis", {"spatial_axis": 0}),
+        ("attention", {"network_def#attention": False}),
+        ("learning_rate", {"learning_rate": 0.1}),
+        ("deep_supervision_weight", {"joint_loss#deep_supervision_weight": 1}),
+        ("loss", {"loss": "@boundary_loss"}),
+        ("modalities", {"modalities": ["t1", "flair", "t1ce", "t2"]}),
+    ],
+)
+def test_another_configuration_does_not_go_on_from_the_first(first_run, name, override):
+    """Its weights would load: the run would be taken for finished."""
     with pytest.raises(RuntimeError) as caught:
-        run("brats_conresnet", "train", **options, split="$@data.split(1, folds=3)")
-    assert "not the same training_cases" in str(caught.value.__cause__)
+        run("brats_conresnet", "train", **first_run, **override)
+    assert f"not the same {name})" in str(caught.value.__cause__)
 
 
 def test_crops_of_the_whole_volume():

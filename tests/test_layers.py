@@ -173,3 +173,5 @@ def test_the_slow_convolution_is_avoided_where_torch_would_take_it():
         with torch.profiler.profile() as profile:
             WeightStandardizedConv3d(8, 8)(image)
         assert not any("slow_conv3d" in event.key for event in profile.key_averages())
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not torch_convolves_slowly(torch.randn(1, 8, 8, 40, 4))

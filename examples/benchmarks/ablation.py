@@ -332,13 +332,18 @@ def multiply_adds(network: nn.Module, channels: int, patch: tuple) -> int:
 
 
 def even_odds(arm: Arm, masks: torch.Tensor) -> torch.Tensor:
-    """The output at which a voxel has changed as likely as not: the weights of the loss decide where that is."""
+    """The output at which a voxel has changed as likely as not: the weights of the loss decide where that is.
+
+    They depend on how many voxels of ``masks``, the residual masks of the label, have changed.
+    """
+    if issubclass(arm.loss, ClampedLoss):  # one weight for all masks
+        weight_1 = (masks.numel() / (masks.sum() + 1.0)).log()
+        return weight_1 / (weight_1 + 1)
     voxels = masks[0, 0].numel()
     changed = masks.flatten(2).sum(-1)[..., None, None, None].clamp(min=1)
     weight_1 = (voxels / changed).log()
     weight_0 = (voxels / (voxels - changed)).log() if "background_weight" in arm.loss_arguments else 1.0
-    probability = weight_1 / (weight_1 + weight_0)
-    return probability if issubclass(arm.loss, ClampedLoss) else probability.logit()
+    return (weight_1 / (weight_1 + weight_0)).logit()
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

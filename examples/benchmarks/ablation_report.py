@@ -4,9 +4,13 @@
 
 The reference of NAME+anything is NAME, that of any other arm baseline_NAME where there is one, and else the baseline;
 other people's networks have none; ``--reference ARM`` compares all arms with that one. The difference is paired by
-case, fold and seed, averaged over classes. Its 95 % interval is a bootstrap (10,000 draws) over folds, and in each
-over cases and over seeds at once, so with one fold and one seed it says nothing of another training. The p value is
-Wilcoxon's signed rank test over cases (means over seeds), corrected by Holm for the number of arms.
+case, fold and seed, averaged over classes, on the seeds that both have.
+
+Its 95 % interval is a bootstrap (10,000 draws) over seeds, over folds, and in each fold over cases. A seed is the
+same draw in all folds. With two seeds it holds the true difference in some 85 % of simulated cases, with three in 92
+%, with ten in 95 % (seeds, cases and the rest with standard deviations of 0.004, 0.008 and 0.012); with one it says
+nothing of another training. The p value is Wilcoxon's signed rank test over cases (means over seeds), corrected by
+Holm for the number of arms: of these trained networks, not of others.
 """
 
 from __future__ import annotations
@@ -35,10 +39,10 @@ class Results:
     seeds: list[int]
     folds: np.ndarray  # of each case
     values: dict[str, np.ndarray]  # of each column, (seeds, cases, classes)
-    about: dict[str, float]  # parameters, multiply-adds, seconds, memory
+    about: dict[str, float]  # parameters, multiply-adds, seconds, bytes of a GPU
 
-    def mean(self, column: str) -> float:
-        return float(self.values[column].mean())
+    def mean(self, column: str, seeds: Sequence[int] | None = None) -> float:
+        return float(self.values[column][[self.seeds.index(seed) for seed in seeds or self.seeds]].mean())
 
 
 def read_runs(folder: Path, arms: Sequence[str] | None = None) -> dict[str, Results]:
@@ -55,8 +59,8 @@ def read_runs(folder: Path, arms: Sequence[str] | None = None) -> dict[str, Resu
     rows = {arm: rows[arm] for arm in rows if arms is None or arm in arms}
     runs = [run for seeds in rows.values() for run in seeds.values()]
     keys = sorted(set.intersection(*(set(run) for run in runs)))
-    if any(len(run) != len(keys) for run in runs):
-        print(f"{len(keys)} cases and classes that all runs have; others are left out")
+    if not keys:
+        raise SystemExit(f"error: expected a fold that all runs in {folder} have; give --arms that share one.")
     classes = len({number for _, _, number in keys})
     results = {}
     for arm, seeds in rows.items():
@@ -88,12 +92,16 @@ def reference_of(arm: str, results: dict[str, Results], every: str | None = None
     reference = name if name != arm else None if plain or arm == "baseline" else own
     if every is not None:
         reference = every if every != arm else None
-    return reference if reference in results and set(results[arm].seeds) & set(results[reference].seeds) else None
+    return reference if reference in results and shared_seeds(results, arm, reference) else None
+
+
+def shared_seeds(results: dict[str, Results], arm: str, reference: str) -> list[int]:
+    return sorted(set(results[arm].seeds) & set(results[reference].seeds))
 
 
 def difference(results: dict[str, Results], arm: str, reference: str, column: str = "dice") -> np.ndarray:
     """Paired differences, ``(seeds, cases)``, of the seeds that both have."""
-    seeds = sorted(set(results[arm].seeds) & set(results[reference].seeds))
+    seeds = shared_seeds(results, arm, reference)
     own, other = (
         results[name].values[column][[results[name].seeds.index(seed) for seed in seeds]].mean(-1)
         for name in (arm, reference)
@@ -102,7 +110,7 @@ def difference(results: dict[str, Results], arm: str, reference: str, column: st
 
 
 def interval(values: np.ndarray, folds: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean: folds are drawn, and of each its seeds and its cases.
+    """95 % bootstrap interval of the mean: seeds and folds are drawn, and of each fold its cases.
 
     Args:
         values: ``(seeds, cases)``.
@@ -110,14 +118,17 @@ def interval(values: np.ndarray, folds: np.ndarray, draws: int = 10_000) -> tupl
     """
     random = np.random.default_rng(0)
     parts = [values[:, folds == fold] for fold in np.unique(folds)]
-    sums, counts = np.zeros(draws), np.zeros(draws)
+
+    def drawn(number: int) -> np.ndarray:
+        # one fewer than there are: else the mean of three would vary by a third less than it does
+        return random.integers(0, number, max(1, number - 1))
+
+    means = np.empty(draws)
     for draw in range(draws):
-        for part in random.integers(0, len(parts), len(parts)):
-            seeds, cases = (random.integers(0, size, size) for size in parts[part].shape)
-            drawn = parts[part][np.ix_(seeds, cases)]
-            sums[draw] += drawn.sum()
-            counts[draw] += drawn.size
-    low, high = np.percentile(sums / counts, (2.5, 97.5))
+        seeds = drawn(len(values))
+        chosen = [parts[number][np.ix_(seeds, drawn(parts[number].shape[1]))] for number in drawn(len(parts))]
+        means[draw] = np.concatenate(chosen, axis=1).mean()
+    low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -140,37 +151,41 @@ def report(
     All arms are compared with ``reference``; ``None`` compares each with its own.
     """
     references = {arm: reference_of(arm, results, reference) for arm in results}
-    differences = {
-        arm: difference(results, arm, other) for arm, other in references.items() if other is not None
-    }
+    differences = {arm: difference(results, arm, other) for arm, other in references.items() if other is not None}
     p_values = [wilcoxon(values.mean(0)).pvalue for values in differences.values()]
     corrected = dict(zip(differences, holm(p_values), strict=True))
     lines = [
-        "| arm | seeds | Dice (each class) | Dice | difference [95 %] | p (Holm) | cases improved | HD95 (mm) | NSD "
-        "| residual Dice: of segmentation / predicted | parameters (M) | multiply-adds (1e9) | training (s) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| arm | seeds | Dice (each class) | Dice | reference's Dice, same seeds | difference [95 %] "
+        "| improved: seeds, cases | p of cases (Holm) | HD95 (mm) | NSD | residual Dice: of segmentation / predicted "
+        "| parameters (M) | multiply-adds (1e9) | training (s, peak GiB of a GPU) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     bars = []
     for arm in _ordered(references):
         own = results[arm]
-        paired = improved = p = "-"
+        other = paired = improved = p = "-"
         if arm in differences:
             values = differences[arm]
             low, high = interval(values, own.folds)
             bars.append((arm, float(values.mean()), low, high))
             paired = f"{values.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
-            improved = f"{100 * (values.mean(0) > 0).mean():.0f} %"
+            improved = f"{(values.mean(1) > 0).sum()} of {len(values)}, {100 * (values.mean(0) > 0).mean():.0f} %"
+            seeds = shared_seeds(results, arm, references[arm])
+            other = f"{results[references[arm]].mean('dice', seeds):.4f}"
             p = f"{corrected[arm]:.3f}"
         classes = " / ".join(f"{value:.4f}" for value in own.values["dice"].mean((0, 1)))
+        memory = f", {own.about['memory'] / 2**30:.1f}" if own.about["memory"] > 0 else ""
         predicted = f"{own.mean('residual_dice_predicted'):.3f}" if "residual_dice_predicted" in own.values else "-"
         lines.append(
-            f"| {arm} | {len(own.seeds)} | {classes} | {own.mean('dice'):.4f} | {paired} | {p} | {improved} "
-            f"| {own.mean('hd95'):.3f} | {own.mean('nsd'):.4f} "
+            f"| {arm} | {len(own.seeds)} | {classes} | {own.mean('dice'):.4f} | {other} | {paired} "
+            f"| {improved} | {p} | {own.mean('hd95'):.3f} | {own.mean('nsd'):.4f} "
             f"| {own.mean('residual_dice_of_segmentation'):.3f} / {predicted} "
             f"| {own.about['parameters'] / 1e6:.3f} | {own.about['multiply_adds'] / 1e9:.2f} "
-            f"| {own.about['seconds']:.0f} |"
+            f"| {own.about['seconds']:.0f}{memory} |"
         )
-    return "\n".join(lines) + "\n", bars
+    any_arm = next(iter(results.values()))
+    numbers = ", ".join(map(str, np.unique(any_arm.folds)))
+    return "\n".join([*lines, "", f"{len(any_arm.folds)} cases, folds {numbers}."]) + "\n", bars
 
 
 def _ordered(references: dict[str, str | None]) -> list[str]:

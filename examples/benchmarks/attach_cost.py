@@ -142,7 +142,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, str]:
         "multiply-adds (1e9)": f"{plain[1] / 1e9:.0f}",
         "multiply-adds, added": f"{100 * (attached[1] / plain[1] - 1):+.1f} %",
     }
-    if options.times and not name.startswith("UNETR"):  # which takes images of one size only
+    # UNETR takes images of one size only; the seconds of MedNeXt double from one run to the next
+    if options.times and not name.startswith(("UNETR", "MedNeXt")):
         networks = [network.to(options.device) for network in (build(), attach(build(), options.width))]
         for title, run in (("forward", forward), ("training step", step)):
             without, with_it = seconds(networks, run, options.repeats, options.device)

@@ -79,11 +79,12 @@ class LoadPancreasCTd(MapTransform):
     are those of the series: column, row, and slice by instance number.
 
     Args:
-        keys: ``"image"`` and ``"label"``, or one of them.
+        keys: ``"image"`` and ``"label"``, or ``"image"`` alone: the label's geometry is that of the image.
         allow_missing_keys: True passes over keys that are not there.
 
     Raises:
-        ValueError: when a file cannot be read, or image and label have different sizes. It names the file.
+        ValueError: when ``"image"`` is not among the keys, a file cannot be read, or image and label have different
+            sizes. It names the file.
 
     Note:
         That the labels are stored in this order is what two public preprocessing codes for the collection agree on. It
@@ -92,6 +93,8 @@ class LoadPancreasCTd(MapTransform):
 
     def __init__(self, keys: KeysCollection, *, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
+        if "image" not in self.keys:
+            raise ValueError(f"expected the key 'image', with or without 'label', got {self.keys}.")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """``data`` with the files replaced by what they hold, ``(1, *spatial)``."""
