@@ -62,8 +62,8 @@ def attach_conres(
         ``eval()`` mode what the network returns.
 
     Raises:
-        ValueError: when the network has a context residual decoder already, its stages cannot be told (the error lists
-            the candidates), or its output has not ``out_channels`` channels.
+        ValueError: when the network has a context residual decoder already or is compiled, its stages cannot be told
+            (the error lists the candidates), or its output has not ``out_channels`` channels.
 
     Note:
         The last level of MONAI's ``UNet`` is its logits, not features: the finest stage is the one below, and the
@@ -86,6 +86,13 @@ def attach_conres(
             f"expected a plain network, got a {type(network).__name__} that has a context residual decoder already; "
             "call unwrap() of the wrapper it belongs to first, or build a new network."
         )
+    if type(network).__module__.startswith(f"{__package__}."):
+        raise ValueError(
+            f"expected another network than this package's own, got a {type(network).__name__}, which has its context "
+            "residual decoder inside (mapping=True, attention=True)."
+        )
+    if hasattr(network, "_orig_mod"):
+        raise ValueError("expected a network, got what torch.compile made of one; attach first, then compile.")
     found = decoder_stages(network, in_channels, stages=stages, spatial_size=spatial_size)
     if found.out_channels != out_channels:
         raise ValueError(

@@ -67,7 +67,7 @@ class ConResDecoder(nn.Module):
         align_corners: how features are resampled from scale to scale; True in the released code of the authors.
 
     Raises:
-        ValueError: when ``channels`` is empty, a number of channels is not positive, or ``norm`` does not fit them.
+        ValueError: when ``channels`` is empty, a number of channels is too small, or ``norm`` does not fit them.
 
     Example:
         >>> decoder = ConResDecoder(1, (16, 8), 2)
@@ -95,10 +95,15 @@ class ConResDecoder(nn.Module):
         align_corners: bool = False,
     ) -> None:
         super().__init__()
-        if not channels or min(in_channels, out_channels, *channels, 1 if width is None else width) < 1:
+        if (
+            not channels
+            or min(in_channels, out_channels) < 1
+            or min(*channels, *(() if width is None else (width,))) < 2  # one weight cannot be standardized
+        ):
             raise ValueError(
-                "expected positive numbers of channels and at least one scale, got in_channels="
-                f"{in_channels}, channels={tuple(channels)}, out_channels={out_channels}, width={width}."
+                "expected at least one scale, each of 2 or more channels, a width of 2 or more, and 1 or more image "
+                f"channels and masks, got in_channels={in_channels}, channels={tuple(channels)}, "
+                f"out_channels={out_channels}, width={width}."
             )
         self.spatial_axis = spatial_axis
         self.attention = attention

@@ -25,6 +25,7 @@ from monai.utils import ensure_tuple, optional_import
 from monai_conres.datasets.datalist import load_volume
 from monai_conres.files import atomic_path
 from monai_conres.metrics import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
+from monai_conres.residual import slice_dim
 from monai_conres.structures import structure_masks
 
 if TYPE_CHECKING:
@@ -46,10 +47,13 @@ class MeanProbability(nn.Module):
         networks: networks that return logits, one tensor, in ``eval()`` mode.
         softmax: True for a softmax over the channels, False for a sigmoid each.
         flip_axes: sets of spatial axes to mirror the image along, such as ``[[0], [0, 1]]``; the image as it is always
-            counts, too.
+            counts, too. Negative ones count from the end.
 
     Shape:
         ``(b, c, *spatial)``; the result is between 0 and 1.
+
+    Raises:
+        ValueError: when there is no network, or a flip axis is no axis of the image.
 
     Example:
         >>> predictor = MeanProbability([nn.Identity(), nn.Identity()], flip_axes=[[2]])
@@ -61,6 +65,8 @@ class MeanProbability(nn.Module):
         self, networks: Sequence[nn.Module], *, softmax: bool = False, flip_axes: Sequence[Sequence[int]] = ()
     ) -> None:
         super().__init__()
+        if not networks:
+            raise ValueError("expected one network or more to average, got none.")
         self.networks = nn.ModuleList(networks)
         self.softmax = softmax
         self.flip_axes = [(), *(tuple(axes) for axes in flip_axes)]
@@ -69,7 +75,7 @@ class MeanProbability(nn.Module):
         """Probabilities of ``image``."""
         total = torch.zeros((), device=image.device)
         for axes in self.flip_axes:
-            dims = [axis + 2 for axis in axes]
+            dims = [slice_dim(image.ndim, axis) for axis in axes]
             flipped = image.flip(dims) if dims else image
             for network in self.networks:
                 logits = network(flipped)

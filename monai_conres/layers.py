@@ -110,7 +110,7 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
         and input.shape[0] == 1
         and math.prod(input.shape[:4]) <= 20480
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
 

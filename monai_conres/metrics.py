@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.metrics import (
     CumulativeIterationMetric,
@@ -26,6 +27,7 @@ from monai.metrics import (
     compute_surface_dice,
     do_metric_reduction,
 )
+from monai.utils import convert_to_numpy
 
 __all__ = ["BratsDiceMetric", "BratsHausdorffDistanceMetric", "BratsSurfaceDiceMetric"]
 
@@ -210,7 +212,7 @@ class BratsSurfaceDiceMetric(_BratsMetric):
 
 def _spacing(shape: tuple[int, int], spacing: float | Sequence | None) -> list[list[float]]:
     """Voxel size of each case, ``(cases, axes)``, as floats: MONAI refuses a mixture of integers and floats."""
-    sizes = torch.as_tensor(1 if spacing is None else spacing, dtype=torch.float64)
+    sizes = torch.as_tensor(np.asarray(convert_to_numpy(1 if spacing is None else spacing), dtype=np.float64))
     try:
         return sizes.expand(shape).tolist()
     except RuntimeError:

@@ -40,8 +40,8 @@ def slice_dim(ndim: int, spatial_axis: int) -> int:
 
 
 def is_traced() -> bool:
-    """Whether a tracer or a compiler notes the operations: then layouts and what is kept are its own to choose."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    """Whether a tracer, a compiler or torch.func is at work: layouts and what is kept are theirs to choose."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def foreground_masks(
@@ -96,7 +96,8 @@ def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> tor
     sigmoid, and Eq. 1 where ``volume`` is a binary mask. Differentiable.
 
     Args:
-        volume: ``(b, c, *spatial)`` of any real or boolean dtype. Unsigned integers do not wrap around.
+        volume: ``(b, c, *spatial)`` of any real or boolean dtype. Unsigned integers do not wrap around; the difference
+            of signed ones has to fit their dtype.
         spatial_axis: index of the slice axis among the spatial axes.
 
     Returns:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from monai.utils import ensure_tuple
 
 __all__ = ["DecoderStages", "Feature", "decoder_stages"]
 
@@ -64,7 +65,7 @@ class DecoderStages:
     out_channels: int
 
     def __str__(self) -> str:
-        width = max(len(feature.name) for feature in self.features)
+        width = max((len(feature.name) for feature in self.features), default=6)
         lines = [f"  {'module':{width}}  channels  size (of an image of {_format_size(self.image_size)})"]
         for feature in self.features:
             mark = "*" if feature in self.stages else " "
@@ -106,8 +107,8 @@ def decoder_stages(
         >>> [(stage.name, stage.channels, stage.size) for stage in found.stages][-2:]
         [('upcat_2', 8, (16, 16, 16)), ('upcat_1', 8, (32, 32, 32))]
     """
-    if spatial_size is not None and len(spatial_size) != 3:
-        raise ValueError(f"expected a spatial_size of three numbers, for a 3D network, got {tuple(spatial_size)}.")
+    if spatial_size is not None and len(ensure_tuple(spatial_size)) != 3:
+        raise ValueError(f"expected a spatial_size of three numbers, for a 3D network, got {spatial_size}.")
     table, output = _trace(network, in_channels, spatial_size)
     features = table.features
     if stages == "auto":

@@ -10,9 +10,8 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.utils import convert_to_dst_type
+from monai.utils import convert_to_dst_type, convert_to_tensor
 
 __all__ = ["LabelToTargetd", "ProbabilityToLabeld", "label_values", "paint_structures", "structure_masks"]
 
@@ -103,7 +102,7 @@ class LabelToTargetd(MapTransform):
         """``data`` with the labels replaced."""
         result = dict(data)
         for key in self.key_iterator(result):
-            label = _plain(data[key])
+            label = convert_to_tensor(data[key], track_meta=False)  # metadata cost time at each step
             if self.softmax:
                 target = torch.zeros_like(label, dtype=torch.uint8)
                 for index, value in enumerate(label_values(self.structures), start=1):
@@ -141,7 +140,7 @@ class ProbabilityToLabeld(MapTransform):
         """``data`` with the probabilities replaced."""
         result = dict(data)
         for key in self.key_iterator(result):
-            probabilities = _plain(data[key])
+            probabilities = convert_to_tensor(data[key], track_meta=False)
             if self.softmax:
                 values = torch.tensor([0, *label_values(self.structures)], dtype=torch.uint8)
                 label = values.to(probabilities.device)[probabilities.argmax(0, keepdim=True)]
@@ -149,8 +148,3 @@ class ProbabilityToLabeld(MapTransform):
                 label = paint_structures(probabilities >= 0.5, self.structures)
             result[key] = convert_to_dst_type(label, data[key], dtype=label.dtype)[0]
         return result
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Without the metadata, which costs time at each step."""
-    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor

@@ -7,6 +7,7 @@ on the same batches as one.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -67,13 +68,18 @@ class SeededDataset(CacheDataset):
         num_workers: int | None = 1,
     ) -> None:
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it, too
         transform = transform if isinstance(transform, Compose) else Compose(transform)
         super().__init__(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that the random transforms draw for."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """Draw anew for another epoch. Call it before the loader's iterator is made, as :class:`EpochSeeds` does."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def _transform(self, index: int) -> Any:
         self.transform.set_random_state(seed=_seed(self.seed, self.epoch, index))
@@ -159,10 +165,10 @@ class TrainingCheckpoint:
         final_path: name of the file of the network's weights.
         interval: number of epochs between checkpoints.
         settings: what must not change when a run goes on, such as the names of its cases, so that no network is
-            trained on what it is validated with, and its seed: plain values, by name.
+            trained on what it is validated with, and its seed: plain values (numbers, text, lists), by name.
 
     Raises:
-        ValueError: when the checkpoint that is there is of another configuration.
+        ValueError: when a setting is no plain value, or the checkpoint that is there is of another configuration.
         OSError: when a file cannot be written; the one before is still there.
     """
 
@@ -180,6 +186,13 @@ class TrainingCheckpoint:
         self.final_path = Path(final_path)
         self.interval = interval
         self.settings = dict(settings or {})
+        try:
+            json.dumps(self.settings, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected settings that are plain values, such as int(...), str(...) or lists of these, got "
+                f"{self.settings} ({error}); a checkpoint with others could not be loaded."
+            ) from error
 
     def attach(self, engine: Engine) -> None:
         """Load at the start of ``engine``'s run, and save as it goes on; the last of its handlers."""

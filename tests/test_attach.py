@@ -421,8 +421,14 @@ def test_refused():
         attach_conres(dynunet(), 1, 3, spatial_size=SIZE, width=0)
     with pytest.raises(ValueError, match="expected attention=True together with zero_init=True"):
         attach_conres(dynunet(), 1, 3, spatial_size=SIZE, attention=False, zero_init=True)
-    with pytest.raises(ValueError, match="filters of 2 or more weights"):
-        attach_conres(dynunet(), 1, 3, spatial_size=SIZE, width=1)
+    with pytest.raises(ValueError, match="expected a spatial_size of three numbers, for a 3D network, got 32"):
+        attach_conres(dynunet(), 1, 3, spatial_size=32)
+    with pytest.raises(ValueError, match="no decoder stage in Conv3d"):
+        attach_conres(nn.Conv3d(1, 3, 3, padding=1), 1, 3)
+    with pytest.raises(ValueError, match="another network than this package's own, got a ConResNet"):
+        attach_conres(ConResNet(1, 3, mapping=False, attention=False), 1, 3)
+    with pytest.raises(ValueError, match="attach first, then compile"):
+        attach_conres(torch.compile(dynunet(), backend="eager"), 1, 3)
     with pytest.raises(ValueError, match="found no decoder stage"):
         attach_conres(nn.Sequential(nn.Conv3d(1, 3, 3, padding=1)), 1, 3)
 

@@ -82,6 +82,14 @@ def test_task01_has_other_values(tmp_path):
         read_brats(tmp_path / "data", ["flair"])
 
 
+def test_two_challenges_in_one_folder(tmp_path):
+    for kind, name in NAMES_2023.items():
+        save(tmp_path / "old" / f"old_{kind}.nii.gz")
+        save(tmp_path / "new" / f"new-{name}.nii.gz")
+    with pytest.raises(ValueError, match="the cases of one challenge"):
+        read_brats(tmp_path)
+
+
 def test_errors_name_case_and_file(folder, tmp_path):
     case = folder / "LGG" / "phantom_001"
     t1 = case / "phantom_001_t1.nii.gz"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from monai.transforms import Compose, LoadImage, Orientation
 
-from monai_conres.datasets import check_voxels, read_decathlon, training_plan
+from monai_conres.datasets import check_voxels, read_decathlon, read_scans, training_plan
 from monai_conres.phantom import write_phantom_dataset
 
 
@@ -61,6 +61,15 @@ def test_two_images_of_one_name(folder):
     (folder / "dataset.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=r"file name of its own .* got 'phantom_000' more than once"):
         read_decathlon(folder)
+
+
+def test_two_scans_of_one_name(folder):
+    scans = folder / "imagesTr"
+    assert len(read_scans(scans, {"tumor": (1,)}).cases) == len(list(scans.glob("*.nii.gz")))
+    image = nib.load(scans / "phantom_000.nii.gz")
+    nib.save(image, scans / "phantom_000.nii")
+    with pytest.raises(ValueError, match=r"each scan once in .*, got phantom_000\.nii and phantom_000\.nii\.gz"):
+        read_scans(scans, {"tumor": (1,)})
 
 
 def test_seeded_folds_are_disjoint_and_complete(folder):
@@ -132,6 +141,7 @@ def test_errors_name_the_file(folder):
         ({"labels": {"background": 0}}, "a name for each of the classes"),
         ({"labels": {"0": "background", "2": "tumor"}}, "the keys of 'labels' are"),
         ({"training": [{"image": "imagesTr/phantom_000.nii.gz"}]}, "an image and a label for each case"),
+        ({"training": [{"image": ["a.nii", "b.nii"], "label": "c.nii"}]}, "without one file as 'image'"),
     ]:
         (folder / "dataset.json").write_text(json.dumps(description | change))
         with pytest.raises(ValueError, match=message):

@@ -52,8 +52,9 @@ def test_heads_are_fine_to_coarse_and_linear():
 
 
 @pytest.mark.parametrize(
-    ("in_channels", "channels", "out_channels"), [(1, (), 1), (0, (8,), 1), (1, (8, 0), 1), (1, (8,), 0)]
+    ("in_channels", "channels", "out_channels", "width"),
+    [(1, (), 1, None), (0, (8,), 1, None), (1, (8, 1), 1, None), (1, (8,), 0, None), (1, (8,), 1, 1)],
 )
-def test_channels_must_be_positive(in_channels, channels, out_channels):
-    with pytest.raises(ValueError, match="expected positive numbers of channels and at least one scale"):
-        ConResDecoder(in_channels, channels, out_channels)
+def test_too_few_channels(in_channels, channels, out_channels, width):
+    with pytest.raises(ValueError, match=rf"expected at least one scale.*width of 2.*out_channels=.*, width={width}"):
+        ConResDecoder(in_channels, channels, out_channels, width=width)

@@ -79,6 +79,24 @@ def test_inductor_gives_the_same_logits(network, image):
         torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-4)
 
 
+def test_torch_func(image):
+    network = small_network(dropout=None).double()  # in training mode, with what is computed again in the backward pass
+    image = image.double()
+    parameters = dict(network.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(network, parameters, (image,)).segmentation.square().sum()
+
+    expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()), allow_unused=True)
+    got = torch.func.grad(loss)(parameters, image)
+    for gradient, (name, value) in zip(expected, got.items(), strict=True):
+        torch.testing.assert_close(value, torch.zeros_like(value) if gradient is None else gradient, msg=name)
+    images = torch.stack([image, 2 * image])
+    with torch.no_grad():
+        each = torch.func.vmap(lambda image: network(image).segmentation)(images)
+        torch.testing.assert_close(each, torch.stack([network(one).segmentation for one in images]))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
 def test_copies_are_equal_and_independent(network, image, duplicate):
     twin = duplicate(network)

@@ -28,6 +28,12 @@ def test_mean_probability_against_each_network_by_hand():
             activation(network(image.flip(dims))).flip(dims) for network in networks for dims in ((), (2,), (3, 4))
         )
         torch.testing.assert_close(predictor(image), expected / 6)
+        from_the_end = MeanProbability(networks, softmax=softmax, flip_axes=[[-3], [-2, -1]])
+        torch.testing.assert_close(from_the_end(image), predictor(image), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="spatial_axis between -3 and 2"):
+        MeanProbability(networks, flip_axes=[[3]])(image)
+    with pytest.raises(ValueError, match="one network or more"):
+        MeanProbability([])
 
 
 def test_load_networks(tmp_path):

@@ -107,6 +107,8 @@ def test_spacing_of_each_case_and_of_integers():
     alone = metric(prediction[:1], reference[:1])
     diagonal = ((6 * 1.25) ** 2 + (7 * 1.25) ** 2 + (9 * 7.7) ** 2) ** 0.5
     torch.testing.assert_close(got, torch.tensor([[alone.item()], [diagonal]]))
+    tensors = [torch.ones(3), torch.tensor(THICK)]  # as the pixdim of MONAI's images
+    torch.testing.assert_close(metric(prediction, reference, spacing=tensors), got)
     mixed = metric(prediction[:1], reference[:1], spacing=(1, 1, 2.5))
     torch.testing.assert_close(mixed, metric(prediction[:1], reference[:1], spacing=(1.0, 1.0, 2.5)))
     with pytest.raises(ValueError, match="spacing of 3 numbers"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -43,6 +44,17 @@ def test_target_to_probability_to_label(structures, softmax):
     result = ProbabilityToLabeld("pred", structures, softmax=softmax)({"pred": probability})["pred"]
     assert result.dtype == torch.uint8
     assert torch.equal(result.as_tensor(), LABEL.to(torch.uint8))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_arrays(softmax):
+    target = LabelToTargetd("label", BRATS, softmax=softmax)({"label": LABEL.numpy()})["label"]
+    assert isinstance(target, np.ndarray)
+    expected = LabelToTargetd("label", BRATS, softmax=softmax)({"label": LABEL})["label"]
+    np.testing.assert_array_equal(target, expected)
+    probability = np.eye(4)[target[0]].transpose(3, 0, 1, 2) if softmax else target.astype(float)
+    label = ProbabilityToLabeld("pred", BRATS, softmax=softmax)({"pred": probability})["pred"]
+    np.testing.assert_array_equal(label, LABEL)
 
 
 def test_errors():

@@ -45,6 +45,11 @@ def test_a_draw_depends_on_seed_epoch_and_case_alone():
     for workers in (0, 2):
         batches = list(DataLoader(first, batch_size=2, num_workers=workers))
         torch.testing.assert_close(torch.cat(batches), torch.stack(expected), rtol=0, atol=0)
+    lasting = DataLoader(first, batch_size=2, num_workers=2, persistent_workers=True)
+    first.set_epoch(1)
+    _ = list(lasting)
+    first.set_epoch(2)
+    torch.testing.assert_close(torch.cat(list(lasting)), torch.stack(expected), rtol=0, atol=0)
 
     again.set_epoch(3)
     assert not torch.equal(again[0], expected[0])
@@ -160,6 +165,9 @@ def test_a_checkpoint_of_other_cases_is_an_error(tmp_path):
         ):
             trainer(tmp_path, epochs=2, settings=settings | changed)[0].run()
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    for value in (tmp_path, float("nan"), torch.zeros(1)):  # could not be loaded, or is not equal to itself
+        with pytest.raises(ValueError, match="expected settings that are plain values"):
+            trainer(tmp_path, epochs=1, settings={"seed": value})
 
 
 def test_a_full_disk_costs_no_checkpoint(tmp_path):

@@ -65,17 +65,23 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
         return _read_task01(folder, modalities)
 
     files: dict[Path, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    newer = False
+    newer: set[bool] = set()
     for file in sorted(folder.rglob("*.nii*")):
         match = _FILE.match(file.name)
         if match and not file.name.startswith("."):
             kind = match[1].lower()
-            newer |= kind in ("t2f", "t1n", "t1c", "t2w")
+            if kind != "seg":
+                newer.add(kind in ("t2f", "t1n", "t1c", "t2w"))
             files[file.parent][_ALIASES.get(kind, kind)].append(str(file))
     if not files:
         raise ValueError(
             f"expected a folder for each case with files such as CASE_flair.nii.gz or CASE-t2f.nii.gz in {folder}, "
             "found none; give the folder that the challenge's archive unpacks to."
+        )
+    if len(newer) > 1:
+        raise ValueError(
+            f"expected the cases of one challenge in {folder}, got files of 2018's names (_t1ce) and of 2023's (-t1c), "
+            "whose labels have other values; read each in a folder of its own."
         )
     kinds = [*modalities, "seg"] if labels else list(modalities)
     cases = for_each(lambda parent: _case(parent, files[parent], kinds), files)
@@ -83,7 +89,7 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"expected each case once in {folder}, got {twice} in two folders; keep one of them.")
-    necrosis, edema, enhancing = (1, 2, 3) if newer else (1, 2, 4)
+    necrosis, edema, enhancing = (1, 2, 3) if newer == {True} else (1, 2, 4)
     return Datalist(cases, _structures(necrosis, edema, enhancing))
 
 

@@ -115,13 +115,17 @@ def read_scans(folder: str | os.PathLike, structures: Mapping[str, Sequence[int]
         structures: what is to be segmented, as in :class:`Datalist`.
 
     Raises:
-        ValueError: when there are none, or a file is no NIfTI file.
+        ValueError: when there are none, two have one name, or a file is no NIfTI file.
     """
     files = sorted(file for file in Path(folder).glob("*.nii*") if not file.name.startswith("."))
     if not files:
         raise ValueError(f"expected NIfTI files (*.nii.gz) in {folder}, found none.")
     for file in files:
         read_header(file)
+    names = [_stem(file) for file in files]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"expected each scan once in {folder}, got {twice}.nii and {twice}.nii.gz; keep one of them.")
     return Datalist(
         [{"name": _stem(file), "image": str(file)} for file in files],
         {name: tuple(values) for name, values in structures.items()},

@@ -68,8 +68,8 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         description = json.loads(file.read_text())
         labels = description["labels"]
         cases = load_decathlon_datalist(str(file), data_list_key="training")
-        if not all(case["image"] and case["label"] for case in cases):
-            raise ValueError("an entry of 'training' without 'image' or 'label'")
+        if not all(case[key] and isinstance(case[key], str) for case in cases for key in ("image", "label")):
+            raise ValueError("an entry of 'training' without one file as 'image' and one as 'label'")
         if sorted(map(int, labels)) != list(range(len(labels))):
             raise ValueError(f"the keys of 'labels' are {sorted(labels)}")
     except (KeyError, TypeError, ValueError) as error:
