@@ -229,7 +229,6 @@ ARMS = {
     "dynunet+conres": Arm(backbone=dynunet, attached=True),
     "dynunet+conres_half": Arm(backbone=dynunet, attached=True, width=0.5),
     "dynunet+conres_no_residual_loss": Arm(backbone=dynunet, attached=True, residual_weight=0.0),
-    "dynunet+conres_boundary_targets": Arm(backbone=dynunet, attached=True, loss=BoundaryTargetLoss),
     "dynunet+wider": Arm(backbone=dynunet, channels=lambda channels: round(channels * 1.125)),
     # at the usual learning rate three of four runs with SegResNet did not find the second class
     "segresnet": Arm(backbone=segresnet, rate=1 / 3),
