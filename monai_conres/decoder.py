@@ -98,7 +98,7 @@ class ConResDecoder(nn.Module):
         if (
             not channels
             or min(in_channels, out_channels) < 1
-            or min(*channels, *(() if width is None else (width,))) < 2  # one weight cannot be standardized
+            or min((*channels, *(() if width is None else (width,)))) < 2  # one weight cannot be standardized
         ):
             raise ValueError(
                 "expected at least one scale, each of 2 or more channels, a width of 2 or more, and 1 or more image "
