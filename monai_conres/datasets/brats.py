@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_conres.datasets.datalist import Datalist, check_same_grid, for_each
+from monai_conres.datasets.datalist import Datalist, check_same_grid, for_each, repeated
 from monai_conres.datasets.decathlon import read_decathlon
 
 __all__ = ["read_brats"]
@@ -43,8 +43,9 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
         labels: False for scans without a label.
 
     Raises:
-        ValueError: when there are no cases, a sequence or label is missing or there twice, a header cannot be read, or
-            the files of a case are on different grids. It names case and file, a line for each case.
+        ValueError: when there are no cases, or those of two challenges, a sequence or label is missing or there twice,
+            a header cannot be read, or the files of a case are on different grids. It names case and file, a line for
+            each case.
 
     Example:
         >>> import tempfile
@@ -85,9 +86,7 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
         )
     kinds = [*modalities, "seg"] if labels else list(modalities)
     cases = for_each(lambda parent: _case(parent, files[parent], kinds), files)
-    names = [case["name"] for case in cases]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := repeated([case["name"] for case in cases])) is not None:
         raise ValueError(f"expected each case once in {folder}, got {twice} in two folders; keep one of them.")
     necrosis, edema, enhancing = (1, 2, 3) if newer == {True} else (1, 2, 4)
     return Datalist(cases, _structures(necrosis, edema, enhancing))

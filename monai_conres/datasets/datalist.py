@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -122,9 +123,7 @@ def read_scans(folder: str | os.PathLike, structures: Mapping[str, Sequence[int]
         raise ValueError(f"expected NIfTI files (*.nii.gz) in {folder}, found none.")
     for file in files:
         read_header(file)
-    names = [_stem(file) for file in files]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := repeated([_stem(file) for file in files])) is not None:
         raise ValueError(f"expected each scan once in {folder}, got {twice}.nii and {twice}.nii.gz; keep one of them.")
     return Datalist(
         [{"name": _stem(file), "image": str(file)} for file in files],
@@ -234,6 +233,16 @@ def for_each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     if errors:
         raise ValueError("\n".join(errors[:20] + [f"... and {len(errors) - 20} more."] * (len(errors) > 20)))
     return results
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that is there more than once, if there is one.
+
+    Example:
+        >>> repeated(["a", "b", "c", "b"])
+        'b'
+    """
+    return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
 def _stem(file: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from monai.data import load_decathlon_datalist
 
-from monai_conres.datasets.datalist import Datalist, read_header, stored_axes
+from monai_conres.datasets.datalist import Datalist, read_header, repeated, stored_axes
 
 __all__ = ["DecathlonDatalist", "read_decathlon", "training_plan"]
 
@@ -106,8 +106,7 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         spacings.append(voxel[axes])
         channels.add(image.get_data_shape()[3] if len(image.get_data_shape()) > 3 else 1)
     names = [case["name"] for case in cases]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := repeated(names)) is not None:
         raise ValueError(
             f"expected a file name of its own for the image of each case in {file}, got {twice!r} more than once; "
             "rename the files."
