@@ -13,9 +13,10 @@ from ignite.engine import Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.networks.nets import DynUNet
 from monai.utils import set_determinism
 
-from monai_conres import ConResLoss, ConResNet, ConResOutput
+from monai_conres import ConResLoss, ConResNet, ConResOutput, attach_conres
 
 SIZE = (20, 13, 17)
 
@@ -120,6 +121,26 @@ def test_state_dict_round_trip_by_value(network, image):
     torch.testing.assert_close(twin.eval()(image), network(image), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: small_network(),
+        lambda: small_network(use_checkpoint=True),
+        lambda: small_network(norm="batch", align_corners=True),
+        lambda: attach_conres(DynUNet(3, 2, 3, [3] * 3, [1, 2, 2], [2, 2], filters=[8, 16, 32]), 2, 3),
+    ],
+    ids=["default", "checkpoint", "batch norm", "attached"],
+)
+def test_training_step_stays_on_its_device_and_never_waits_for_it(make):
+    """Torch's meta device has no values: one that is asked for raises, and so does a tensor of another device."""
+    network = make().to("meta")
+    image, label = torch.empty(2, 2, 20, 24, 16, device="meta"), torch.empty(2, 3, 20, 24, 16, device="meta")
+    loss = ConResLoss(sigmoid=True)(network(image), label)
+    loss.backward()
+    assert loss.is_meta
+    assert all(parameter.grad.is_meta for parameter in network.parameters())
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
@@ -128,9 +149,10 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
     [
         ("cpu", torch.float32, 1e-5, 0.01),
         ("cpu", torch.bfloat16, 0.05, 0.5),  # 8 bits of mantissa
+        ("cpu", torch.float16, 1e-2, 0.3),
         pytest.param("cuda", torch.float32, 5e-3, 0.1, marks=gpu),  # TF32
         pytest.param("cuda", torch.bfloat16, 0.05, 0.5, marks=gpu),
-        pytest.param("cuda", torch.float16, 1e-2, 0.2, marks=gpu),
+        pytest.param("cuda", torch.float16, 1e-2, 0.3, marks=gpu),
     ],
 )
 def test_every_precision_is_close_to_float64(image, device, dtype, tolerance, of_gradients, monkeypatch):
