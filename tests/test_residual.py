@@ -34,11 +34,19 @@ def test_inter_slice_residual_of_integers_does_not_wrap_around(dtype):
     assert got.tolist() == [[[0, 100, 97, 124, 1]]]
 
 
+def test_inter_slice_residual_of_booleans():
+    volume = torch.tensor([[[True, True, False, False, True]]])
+    assert inter_slice_residual(volume).tolist() == [[[False, False, True, False, True]]]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-def test_inter_slice_residual_gradient(memory_format):
+def test_inter_slice_residual_gradient(memory_format, axis):
     volume = torch.randn(1, 2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: inter_slice_residual(v, spatial_axis=1), volume)
-    residual = inter_slice_residual(volume.sigmoid(), spatial_axis=1)
+    assert torch.autograd.gradcheck(lambda v: inter_slice_residual(v, spatial_axis=axis), volume)
+    residual = inter_slice_residual(volume.sigmoid(), spatial_axis=axis)
+    expected = reference.residual_mask(volume.detach().sigmoid().numpy(), 2 + axis)
+    np.testing.assert_allclose(residual.detach().numpy(), expected)
     (gradient,) = torch.autograd.grad(residual.sum(), volume)
     for tensor in (residual, gradient):
         assert tensor.is_contiguous(memory_format=memory_format)
