@@ -249,18 +249,18 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
     for name, case in cases.items():
         multiply_adds = multiply_adds_of(name, case)
         forward, step = (statistics.median(seconds[name][run]) for run in ("forward", "step"))
-        # the ratio of runs that were made side by side, then the median
-        faster = {
-            run: statistics.median(a / b for a, b in zip(seconds[first][run], seconds[name][run], strict=True))
-            for run in ("forward", "step")
-        }
+        faster = {"forward": "-", "step": "-"}
+        if case.size == cases[first].size:
+            for run in faster:  # the ratio of runs that were made side by side, then the median
+                ratios = [a / b for a, b in zip(seconds[first][run], seconds[name][run], strict=True)]
+                faster[run] = f"{statistics.median(ratios):.2f}"
         row = {
             "network": name,
             "multiply-adds (1e9)": f"{multiply_adds / 1e9:.1f}",
             "forward (s)": f"{forward:.3f}",
-            f"forward, times as fast as {first}": f"{faster['forward']:.2f}",
+            f"forward, times as fast as {first}": faster["forward"],
             "training step (s)": f"{step:.3f}",
-            f"step, times as fast as {first}": f"{faster['step']:.2f}",
+            f"step, times as fast as {first}": faster["step"],
             "1e9 multiply-adds / s, forward": f"{multiply_adds / forward / 1e9:.0f}",
         }
         # the released structure does not call its convolutions as modules, so they cannot be listed
