@@ -7,9 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
-__all__ = ["atomic_path", "check_writable"]
+__all__ = ["atomic_path", "check_writable", "find_files"]
 
 
 @contextmanager
@@ -60,3 +61,24 @@ def check_writable(folder: str | os.PathLike) -> None:
             file.write(b"1")
     except OSError as error:
         raise ValueError(f"expected a folder to write to, cannot write to {folder} ({error}).") from error
+
+
+def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
+    """Files at any depth whose names match, sorted. Folders that are links are looked into, too, each folder once.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "case").mkdir()
+        >>> (folder / "case" / "scan.nii").touch()
+        >>> [file.name for file in find_files(folder, "*.nii*")]
+        ['scan.nii']
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for here, folders, names in os.walk(Path(folder), followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(here, name) for name in names if fnmatch(name, pattern)]
+    return sorted(found)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from monai_conres.files import atomic_path
+from monai_conres.files import atomic_path, find_files
 
 
 def test_a_file_is_replaced_when_complete(tmp_path):
@@ -36,3 +36,16 @@ def test_nothing_is_left_of_what_was_interrupted(tmp_path, error):
     with pytest.raises(error):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_linked_folders_are_looked_into_once(tmp_path):
+    """A data set may be links to cases that are kept elsewhere."""
+    for folder in ("elsewhere/case1", "elsewhere/case2", "data/case3"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "scan.nii.gz").touch()
+        (tmp_path / folder / "notes.txt").touch()
+    (tmp_path / "data" / "case1").symlink_to(tmp_path / "elsewhere" / "case1")
+    (tmp_path / "data" / "case2").symlink_to(tmp_path / "elsewhere" / "case2")
+    (tmp_path / "data" / "case2" / "back").symlink_to(tmp_path / "data")
+    expected = [tmp_path / "data" / case / "scan.nii.gz" for case in ("case1", "case2", "case3")]
+    assert find_files(tmp_path / "data", "*.nii*") == expected

@@ -11,6 +11,7 @@ from typing import Any
 
 from monai_conres.datasets.datalist import Datalist, check_same_grid, for_each, repeated
 from monai_conres.datasets.decathlon import read_decathlon
+from monai_conres.files import find_files
 
 __all__ = ["read_brats"]
 
@@ -67,7 +68,7 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
 
     files: dict[Path, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     newer: set[bool] = set()
-    for file in sorted(folder.rglob("*.nii*")):
+    for file in find_files(folder, "*.nii*"):
         match = _FILE.match(file.name)
         if match and not file.name.startswith("."):
             kind = match[1].lower()

@@ -14,6 +14,7 @@ from monai.utils import optional_import
 
 from monai_conres.datasets.datalist import Datalist, for_each, load_volume, read_header, read_scans
 from monai_conres.datasets.decathlon import read_decathlon
+from monai_conres.files import find_files
 
 pydicom, _ = optional_import("pydicom", descriptor="{}; install it with: pip install 'monai-conres[dicom]'")
 
@@ -50,7 +51,7 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
         data = read_decathlon(folder)
         return Datalist(data.cases, {"pancreas": tuple(range(1, len(data.classes)))}, data.folds)
     series: dict[int, Path] = {}
-    for file in folder.rglob("*.dcm"):
+    for file in find_files(folder, "*.dcm"):
         found = re.search(r"PANCREAS_(\d{4})", str(file.relative_to(folder)))
         number = int(found[1]) if found else None
         if number is None or number in exclude:
@@ -66,7 +67,7 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
             f"expected DICOM series such as PANCREAS_0001/.../*.dcm of the collection Pancreas-CT, or the dataset.json "
             f"of the Decathlon's Task07, in {folder}, found neither."
         )
-    files = {file.name: file for file in folder.rglob("label*.nii.gz")} if labels else None
+    files = {file.name: file for file in find_files(folder, "label*.nii.gz")} if labels else None
     cases = for_each(lambda number: _case(number, series[number], files), sorted(series))
     present = {case["name"] for case in cases}
     return Datalist(cases, {"pancreas": (1,)}, [present & {_name(number) for number in fold} for fold in _FOLDS])
