@@ -22,7 +22,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, SaveImage
 from monai.utils import ensure_tuple, optional_import
 
-from monai_conres.datasets.datalist import load_volume
+from monai_conres.datasets.datalist import load_volume, repeated
 from monai_conres.files import atomic_path
 from monai_conres.metrics import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.residual import slice_dim
@@ -282,10 +282,8 @@ def join_reports(tables: Sequence[str | os.PathLike], folder: str | os.PathLike)
         if not found or (rows and list(found[0]) != list(rows[0])) or "case" not in found[0]:
             raise ValueError(f"expected a cases.csv with cases, and the columns of {tables[0]}, got others in {table}.")
         rows += found
-    names = [row["case"] for row in rows]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"expected each case in one table, got {twice[:5]} more than once; join runs of unlike folds.")
+    if (twice := repeated([row["case"] for row in rows])) is not None:
+        raise ValueError(f"expected each case in one table, got {twice!r} more than once; join runs of unlike folds.")
     summary = summarize(rows)
     write_report(Path(folder), rows, summary)
     lines = ["| | mean | 95 % interval | min | max |", "|---|---:|---:|---:|---:|"]

@@ -7,8 +7,8 @@ other people's networks have none; ``--reference ARM`` compares all arms with th
 case, fold and seed, averaged over classes, on the seeds that both have.
 
 Its 95 % interval is a bootstrap (10,000 draws) over seeds, over folds, and in each fold over cases. A seed is the
-same draw in all folds. With two or three seeds it is a little too narrow (tests/test_benchmarks.py simulates how
-often it holds the true difference); with one it says nothing of another training. The p value is Wilcoxon's signed
+same draw in all folds. With few seeds it is too narrow (tests/test_benchmarks.py simulates how often it holds the
+true difference); with one it says nothing of another training. The p value is Wilcoxon's signed
 rank test over cases (means over seeds), corrected by Holm for the number of arms: of these trained networks, not of
 others.
 """

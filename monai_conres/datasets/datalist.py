@@ -123,10 +123,10 @@ def read_scans(folder: str | os.PathLike, structures: Mapping[str, Sequence[int]
         raise ValueError(f"expected NIfTI files (*.nii.gz) in {folder}, found none.")
     for file in files:
         read_header(file)
-    if (twice := repeated([_stem(file) for file in files])) is not None:
+    if (twice := repeated([stem(file) for file in files])) is not None:
         raise ValueError(f"expected each scan once in {folder}, got {twice}.nii and {twice}.nii.gz; keep one of them.")
     return Datalist(
-        [{"name": _stem(file), "image": str(file)} for file in files],
+        [{"name": stem(file), "image": str(file)} for file in files],
         {name: tuple(values) for name, values in structures.items()},
     )
 
@@ -245,7 +245,8 @@ def repeated(names: Sequence[str]) -> str | None:
     return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
-def _stem(file: Path) -> str:
+def stem(file: Path) -> str:
+    """The name of a NIfTI file without its ending."""
     return file.name.removesuffix(".gz").removesuffix(".nii")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from monai.data import load_decathlon_datalist
 
-from monai_conres.datasets.datalist import Datalist, read_header, repeated, stored_axes
+from monai_conres.datasets.datalist import Datalist, read_header, repeated, stem, stored_axes
 
 __all__ = ["DecathlonDatalist", "read_decathlon", "training_plan"]
 
@@ -100,7 +100,7 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
                 f"expected voxels of the same size in image and label, got {voxel} mm in {case['image']} and {other} "
                 f"mm in {case['label']}; mend the header that is wrong."
             )
-        case["name"] = Path(case["image"]).name.removesuffix(".gz").removesuffix(".nii")
+        case["name"] = stem(Path(case["image"]))
         axes = order[:, 0].argsort()  # of RAS
         shapes.append(np.asarray(image.get_data_shape())[axes])
         spacings.append(voxel[axes])
