@@ -130,6 +130,7 @@ class ConResWrapper(nn.Module):
         backbone: the network itself, its ``state_dict`` as it was. Called by itself it gives what it always gave.
         decoder: the :class:`~monai_conres.ConResDecoder`.
         stages: names of the backbone's modules whose outputs are gated, coarse to fine.
+        settings: those of the arguments of :func:`attach_conres` that the weights do not tell.
         eval_residual: True makes ``eval()`` return ``(segmentation, residual)``, both at the image's resolution, so
             that sliding-window inference stitches both.
 
@@ -150,6 +151,7 @@ class ConResWrapper(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.stages = tuple(stages)
+        self.settings = {"stages": self.stages, **decoder.settings}
         self.eval_residual = False
         self._attached = True
         self._passes: dict[int, _Pass] = {}  # by thread, empty between forward passes

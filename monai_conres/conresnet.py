@@ -58,6 +58,9 @@ class ConResNet(nn.Module):
             takes less memory and more time. An attribute, too. Without effect where ``norm`` has running statistics,
             which would count a batch twice, and under ``torch.compile``, which decides on its own what to keep.
 
+    Attributes:
+        settings: those of its arguments that its weights do not tell, such as the slice axis.
+
     Shape:
         ``(b, in_channels, d, h, w)`` with any size of at least one coarsest voxel, that is the product of the strides
         along each axis. Logits of the segmentation and of the finest residual have the same ``d, h, w``.
@@ -107,12 +110,20 @@ class ConResNet(nn.Module):
             raise ValueError(
                 f"expected 1 or more channels, got in_channels={in_channels}, out_channels={out_channels}."
             )
-        slice_dim(5, spatial_axis)
         self.in_channels = in_channels
         self.strides = _check_levels(channels, strides, blocks)
         self.least_size = tuple(map(math.prod, zip(*self.strides, strict=True)))
         self.attention = attention
         self.align_corners = align_corners
+        self.settings = {
+            "strides": self.strides,
+            "spatial_axis": slice_dim(5, spatial_axis) - 2,
+            "attention": attention,
+            "align_corners": align_corners,
+            "fan_in_scaling": fan_in_scaling,
+            "norm": norm,
+            "act": act,
+        }
         self.eval_residual = eval_residual
         self.use_checkpoint = use_checkpoint
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}

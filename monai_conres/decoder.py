@@ -20,7 +20,7 @@ from monai_conres.layers import (
     NormActConv,
     WeightStandardizedConv3d,
 )
-from monai_conres.residual import inter_slice_residual
+from monai_conres.residual import inter_slice_residual, slice_dim
 
 __all__ = ["ConResDecoder", "ConResOutput"]
 
@@ -66,6 +66,9 @@ class ConResDecoder(nn.Module):
         inner_norm: see :class:`ContextResidualModule`.
         align_corners: how features are resampled from scale to scale; True in the released code of the authors.
 
+    Attributes:
+        settings: those of its arguments that its weights do not tell.
+
     Raises:
         ValueError: when ``channels`` is empty, a number of channels is too small, or ``norm`` does not fit them.
 
@@ -107,6 +110,14 @@ class ConResDecoder(nn.Module):
             )
         self.spatial_axis = spatial_axis
         self.attention = attention
+        self.settings = {
+            "spatial_axis": slice_dim(5, spatial_axis) - 2,
+            "attention": attention,
+            "align_corners": align_corners,
+            "fan_in_scaling": fan_in_scaling,
+            "norm": norm,
+            "act": act,
+        }
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
         module: dict[str, Any] = {
             "attention": attention,

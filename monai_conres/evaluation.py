@@ -19,20 +19,21 @@ import numpy as np
 import torch
 import torch.nn as nn
 from monai.data import MetaTensor
-from monai.transforms import Orientation, SaveImage
-from monai.utils import ensure_tuple, optional_import
+from monai.transforms import Orientation
+from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
 from monai_conres.datasets.datalist import load_volume, repeated
 from monai_conres.files import atomic_path
 from monai_conres.metrics import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.residual import slice_dim
 from monai_conres.structures import structure_masks
+from monai_conres.training import network_settings, plain, settings_file
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
 Events, _ = optional_import("ignite.engine", name="Events")
 idist, _ = optional_import("ignite.distributed")
-tqdm, _ = optional_import("tqdm", name="tqdm")
+nib, _ = optional_import("nibabel")
 
 __all__ = ["CaseReport", "MeanProbability", "join_reports", "load_networks", "summarize"]
 
@@ -84,11 +85,29 @@ class MeanProbability(nn.Module):
         return total / (len(self.flip_axes) * len(self.networks))
 
 
-def load_networks(network: nn.Module, paths: Sequence[str | os.PathLike]) -> list[nn.Module]:
+def load_networks(
+    network: nn.Module,
+    paths: Sequence[str | os.PathLike],
+    *,
+    held_out: Sequence[Mapping[str, Any]] = (),
+    **settings: Any,
+) -> list[nn.Module]:
     """Copies of a network with the weights of several files.
 
+    The weights of a network often fit one of other settings, another slice axis for example. Where
+    :class:`~monai_conres.training.TrainingCheckpoint` has written the settings of the training beside the weights,
+    they are compared.
+
+    Args:
+        network: the network; its ``settings``, where it has any, have to be those that it was trained with.
+        paths: files of weights.
+        held_out: cases, as in a :class:`~monai_conres.datasets.Datalist`, that are to be scored: the networks must not
+            have seen them in training.
+        settings: others that have to be those of the training, such as the order of the image's channels.
+
     Raises:
-        ValueError: when a file is missing, cannot be read, or has the weights of another network.
+        ValueError: when a file is missing, cannot be read, or has the weights of another network, or of one that was
+            trained in another way.
     """
     networks = []
     for path in paths:
@@ -96,6 +115,7 @@ def load_networks(network: nn.Module, paths: Sequence[str | os.PathLike]) -> lis
             raise ValueError(
                 f"expected a network's weights in {path}, found no file; train first, or give checkpoints."
             )
+        check_settings(path, {**settings, **network_settings(network)}, held_out)
         network = copy.deepcopy(network)
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -107,6 +127,31 @@ def load_networks(network: nn.Module, paths: Sequence[str | os.PathLike]) -> lis
             ) from error
         networks.append(network)
     return networks
+
+
+def check_settings(
+    weights: str | os.PathLike, settings: Mapping[str, Any], held_out: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise unless the settings of a training, where they are known, are these and it left these cases out."""
+    file = settings_file(weights)
+    if not file.is_file():
+        return
+    try:
+        trained = json.loads(file.read_text())
+        seen = set(trained.get("training_cases", ()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"expected the settings of a training in {file}, cannot read it ({error}).") from error
+    for name, value in plain(settings).items():
+        if name in trained and trained[name] != value:
+            raise ValueError(
+                f"expected {name} {trained[name]}, with which {weights} was trained, got {value}; give the overrides "
+                "of the training."
+            )
+    if shared := [case["name"] for case in held_out if case["name"] in seen]:
+        raise ValueError(
+            f"expected cases that {weights} was not trained with, got {shared[:5]}, {len(shared)} of {len(held_out)} "
+            "in all; give the overrides of the training that split the cases, such as --fold."
+        )
 
 
 class CaseReport:
@@ -196,25 +241,24 @@ class CaseReport:
 
     def _measure(self, prediction: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
         spacing = prediction.pixdim.tolist() if isinstance(prediction, MetaTensor) else None
-        masks = [
-            structure_masks(volume.as_tensor() if isinstance(volume, MetaTensor) else volume, self.structures)[None]
-            for volume in (prediction.cpu(), label)
-        ]
-        values: dict[str, float] = {}
-        for name, metric in self.metrics.items():
-            result = metric(*masks) if name == "Dice" else metric(*masks, spacing=spacing)
-            metric.reset()
-            values |= {f"{name} {structure}": v.item() for structure, v in zip(self.structures, result[0], strict=True)}
-        return values
+        volumes = [convert_to_tensor(volume, track_meta=False) for volume in (prediction.cpu(), label)]
+        found = {f"{name} {structure}": 0.0 for name in self.metrics for structure in self.structures}
+        for structure, values in self.structures.items():  # one at a time: whole volumes in float32
+            masks = [structure_masks(volume, {structure: values})[None] for volume in volumes]
+            for name, metric in self.metrics.items():
+                result = metric(*masks) if name == "Dice" else metric(*masks, spacing=spacing)
+                metric.reset()
+                found[f"{name} {structure}"] = result.item()
+        return found
 
     def _write(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
         from monai_conres.visualize import plot_slices, save_figure  # matplotlib, which training does without
 
-        with atomic_path(self.output_dir / f"{case['name']}.nii.gz") as temporary:
-            writer = SaveImage(output_ext=".nii.gz", output_dtype=np.uint8, resample=False, print_log=False)
-            writer(prediction.cpu(), filename=str(temporary).removesuffix(".nii.gz"))
-        ras = Orientation("RAS", labels=None)
         affine = prediction.affine.cpu()
+        volume = prediction.cpu().numpy()[0].astype(np.uint8)
+        with atomic_path(self.output_dir / f"{case['name']}.nii.gz") as temporary:
+            nib.save(nib.Nifti1Image(volume, affine.numpy()), temporary)
+        ras = Orientation("RAS", labels=None)
         image = load_volume(ensure_tuple(case["image"])[0])[:1]
         volumes = {"image": image, "label": label, "prediction": prediction.cpu()}
         drawn = {  # one geometry for all: that of a label may differ from the scan's in the header

@@ -64,7 +64,9 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
-    """Files at any depth whose names match, sorted. Folders that are links are looked into, too, each folder once.
+    """Files at any depth whose names match, sorted; hidden ones, as some systems leave beside others, are not taken.
+
+    Folders that are links are looked into, too, each folder once.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
@@ -80,5 +82,5 @@ def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        found += [Path(here, name) for name in names if fnmatch(name, pattern)]
+        found += [Path(here, name) for name in names if fnmatch(name, pattern) and not name.startswith(".")]
     return sorted(found)

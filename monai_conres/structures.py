@@ -7,6 +7,7 @@ A network has either a channel with a sigmoid for each structure, or one softmax
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from numbers import Integral
 
 import torch
 from monai.config import KeysCollection
@@ -31,6 +32,20 @@ def label_values(structures: Structures) -> list[int]:
         [3, 2, 1]
     """
     return list(dict.fromkeys(value for values in structures.values() for value in values))
+
+
+def check_structures(structures: Structures) -> None:
+    """Raise unless all values are whole numbers from 1 to 255: label maps are kept in 8 bits, and 0 is the background.
+
+    Raises:
+        ValueError: with the values that are not.
+    """
+    values = [value for values in structures.values() for value in values]
+    if others := [value for value in values if not (isinstance(value, Integral) and 1 <= value <= 255)]:
+        raise ValueError(
+            f"expected values of structures from 1 to 255, got {others[:5]}; map the labels' values first "
+            "(MapLabelValued), and give the structures in the new ones."
+        )
 
 
 def structure_masks(label: torch.Tensor, structures: Structures) -> torch.Tensor:
@@ -85,6 +100,9 @@ class LabelToTargetd(MapTransform):
             the background and then the values in the order of :func:`label_values`.
         allow_missing_keys: True passes over keys that are not there.
 
+    Raises:
+        ValueError: when a value of a structure is not from 1 to 255.
+
     Example:
         >>> label = {"label": torch.tensor([[0, 1, 2, 4]])}
         >>> LabelToTargetd("label", {"ET": (4,), "WT": (1, 2, 4)}, softmax=True)(label)["label"]
@@ -95,6 +113,7 @@ class LabelToTargetd(MapTransform):
         self, keys: KeysCollection, structures: Structures, *, softmax: bool = False, allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        check_structures(structures)
         self.structures = structures
         self.softmax = softmax
 
@@ -123,6 +142,9 @@ class ProbabilityToLabeld(MapTransform):
             background and each value, of which the likeliest is taken.
         allow_missing_keys: True passes over keys that are not there.
 
+    Raises:
+        ValueError: when a value of a structure is not from 1 to 255.
+
     Example:
         >>> probabilities = {"pred": torch.tensor([[0.1, 0.2, 0.9], [0.4, 0.8, 0.7]])}
         >>> ProbabilityToLabeld("pred", {"ET": (4,), "WT": (2, 4)})(probabilities)["pred"]
@@ -133,6 +155,7 @@ class ProbabilityToLabeld(MapTransform):
         self, keys: KeysCollection, structures: Structures, *, softmax: bool = False, allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        check_structures(structures)
         self.structures = structures
         self.softmax = softmax
 

@@ -6,6 +6,7 @@ on the same batches as one.
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -82,8 +83,10 @@ class SeededDataset(CacheDataset):
         self._epoch.fill_(epoch)
 
     def _transform(self, index: int) -> Any:
-        self.transform.set_random_state(seed=_seed(self.seed, self.epoch, index))
-        return super()._transform(index)
+        own = copy.copy(self)  # threads that share the random state of one transform would draw by turns
+        own.transform = copy.deepcopy(self.transform)
+        own.transform.set_random_state(seed=_seed(self.seed, self.epoch, index % len(self)))
+        return super(SeededDataset, own)._transform(index)
 
 
 class EpochSeeds:
@@ -157,7 +160,8 @@ class TrainingCheckpoint:
 
     The file is replaced when the new one is complete, so that neither a killed process nor a full disk costs the last
     one. (MONAI's ``CheckpointSaver`` removes the old file first.) The trainer's own state is part of it. At the end,
-    the first object's weights, the network's, are written alone, for evaluation.
+    the first object's weights, the network's, are written alone, for evaluation, and the settings beside them
+    (``model.json`` beside ``model.pt``), for :func:`~monai_conres.evaluation.load_networks` to compare.
 
     Args:
         path: name of the checkpoint.
@@ -165,7 +169,8 @@ class TrainingCheckpoint:
         final_path: name of the file of the network's weights.
         interval: number of epochs between checkpoints.
         settings: what must not change when a run goes on, such as the names of its cases, so that no network is
-            trained on what it is validated with, and its seed: plain values (numbers, text, lists), by name.
+            trained on what it is validated with, and its seed: plain values (numbers, text, lists), by name. The
+            ``settings`` of the network, where it has any, are added.
 
     Raises:
         ValueError: when a setting is no plain value, or the checkpoint that is there is of another configuration.
@@ -185,9 +190,10 @@ class TrainingCheckpoint:
         self.objects = dict(objects)
         self.final_path = Path(final_path)
         self.interval = interval
-        self.settings = dict(settings or {})
+        network = next(iter(self.objects.values()))
+        self.settings = {**(settings or {}), **network_settings(network)}
         try:
-            json.dumps(self.settings, allow_nan=False)
+            self.settings = plain(self.settings)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"expected settings that are plain values, such as int(...), str(...) or lists of these, got "
@@ -205,7 +211,8 @@ class TrainingCheckpoint:
         if idist.get_rank() == 0:
             for path in (self.path, self.final_path):
                 for left_over in path.parent.glob(f".{path.name}.*"):  # of a process killed while it wrote
-                    shutil.rmtree(left_over)
+                    if left_over.is_dir():
+                        shutil.rmtree(left_over)
         if not self.path.is_file():
             return
         max_epochs = engine.state.max_epochs
@@ -214,7 +221,7 @@ class TrainingCheckpoint:
             for name, value in self.settings.items():
                 if state["settings"][name] != value:
                     raise ValueError(f"not the same {name}")
-            for name, thing in {**self.objects, "trainer": engine}.items():
+            for name, thing in self._parts(engine).items():
                 thing.load_state_dict(state[name])
         except Exception as error:
             raise ValueError(
@@ -226,14 +233,42 @@ class TrainingCheckpoint:
 
     def save(self, engine: Engine) -> None:
         """Write the checkpoint."""
-        state = {name: thing.state_dict() for name, thing in {**self.objects, "trainer": engine}.items()}
+        state = {name: thing.state_dict() for name, thing in self._parts(engine).items()}
         _save({**state, "settings": self.settings}, self.path)
 
     def finish(self, engine: Engine) -> None:
-        """Write the checkpoint and the network's weights."""
+        """Write the checkpoint, the network's weights and the settings."""
         self.save(engine)
+        if idist.get_rank() == 0:
+            with atomic_path(settings_file(self.final_path)) as temporary:
+                temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
         network = next(iter(self.objects.values()))
         _save(network.state_dict(), self.final_path)
+
+    def _parts(self, engine: Engine) -> dict[str, Any]:
+        """All that has a state: in mixed precision the scale of the loss, too."""
+        scaler = getattr(engine, "scaler", None)
+        return {**self.objects, "trainer": engine, **({} if scaler is None else {"scaler": scaler})}
+
+
+def settings_file(weights: str | os.PathLike) -> Path:
+    """The file beside a network's weights that says how it was trained."""
+    return Path(weights).with_suffix(".json")
+
+
+def network_settings(network: Any) -> dict[str, Any]:
+    """What a network of this package says of itself that its weights do not tell."""
+    return {f"network's {name}": value for name, value in getattr(network, "settings", {}).items()}
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a file gives them back, tuples as lists.
+
+    Raises:
+        TypeError: when one of them is no plain value.
+        ValueError: when one of them is no number.
+    """
+    return json.loads(json.dumps(settings, allow_nan=False))
 
 
 def number_of_epochs(iterations: int, loader: Sized) -> int:

@@ -56,6 +56,20 @@ def test_every_arm_trains(name):
         assert network.backbone.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_constant_gates_are_those_of_an_attached_decoder_that_predicts_nothing():
+    data = SimpleNamespace(channels=1, classes=("background", "inner"))
+    size, strides = {"channels": (8, 16, 32), "blocks": (1,) * 4}, ((2, 2, 2),) * 2
+    torch.manual_seed(0)
+    attached = ablation.build(ablation.ARMS["dynunet+conres"], data, size, strides).eval()
+    torch.manual_seed(0)
+    control = ablation.build(ablation.ARMS["dynunet+constant_gates"], data, size, strides).eval()
+    for stage in attached.decoder.stages:  # sigmoid(0) is one half everywhere
+        stage.outer.register_forward_hook(lambda module, args, output: output * 0)
+    image = torch.randn(1, 1, 16, 16, 24)
+    torch.testing.assert_close(control(image), attached(image))
+    assert not torch.allclose(control(image), attached.backbone(image), atol=1e-3)
+
+
 def test_multiply_adds_are_counted_by_hand():
     network = torch.nn.Conv3d(2, 3, kernel_size=3, padding=1)
     assert ablation.multiply_adds(network, 2, (4, 5, 6)) == 3 * 2 * 27 * 4 * 5 * 6

@@ -295,12 +295,17 @@ def test_hippocampus(tmp_path):
     np.testing.assert_array_equal(voxels(tmp_path / "new" / name), voxels(tmp_path / "run" / "evaluation" / name))
 
 
-def test_monai_downloads_the_hippocampus(tmp_path, monkeypatch):
+def test_monai_downloads_the_hippocampus_in_one_process(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("monai.apps.DecathlonDataset", lambda *args, **kwargs: calls.append((args, kwargs)))
-    workflow = ConfigWorkflow(files("hippocampus_conresnet", "train"), logging_file=False, download=True)
-    workflow.parser["dataset_dir"] = str(tmp_path / "Task04_Hippocampus")
-    workflow.parser.get_parsed_content("fetch")
+    monkeypatch.setattr("ignite.distributed.initialize", lambda *args: None)
+    for names, rank in ((["train"], 0), (["train", "multi_gpu_train"], 1), (["train", "multi_gpu_train"], 0)):
+        calls.clear()
+        options = {"download": True, "rank": rank, "dataset_dir": str(tmp_path / "Task04_Hippocampus")}
+        options |= {"run_dir": str(tmp_path / "run"), "check": "nothing"}
+        workflow = ConfigWorkflow(files("hippocampus_conresnet", *names), logging_file=False, **options)
+        workflow.parser.get_parsed_content("initialize")
+        assert len(calls) == (rank == 0)
     ((args, kwargs),) = calls
     assert args == (str(tmp_path), "Task04_Hippocampus", "training")
     assert kwargs["download"]
@@ -397,7 +402,9 @@ def first_run(brats, tmp_path_factory) -> dict[str, Any]:
     [
         ("training_cases", {"split": "$@data.split(1, folds=3)"}),
         ("spatial_axis", {"spatial_axis": 0}),
-        ("attention", {"network_def#attention": False}),
+        ("network's attention", {"network_def#attention": False}),
+        ("network's strides", {"network_def#strides": [2, [2, 2, 1]]}),
+        ("amp", {"amp": True}),
         ("learning_rate", {"learning_rate": 0.1}),
         ("deep_supervision_weight", {"joint_loss#deep_supervision_weight": 1}),
         ("loss", {"loss": "@boundary_loss"}),
@@ -409,6 +416,26 @@ def test_another_configuration_does_not_go_on_from_the_first(first_run, name, ov
     with pytest.raises(RuntimeError) as caught:
         run("brats_conresnet", "train", **first_run, **override)
     assert f"not the same {name})" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"split_seed": 1}, r"not trained with, got \['phantom_.* give the overrides"),
+        ({"spatial_axis": 0}, "expected network's spatial_axis 2, with which .*, got 0; give the overrides"),
+        ({"network_def#attention": False}, "expected network's attention True, with which .*, got False"),
+        ({"network_def#align_corners": True}, "expected network's align_corners False"),
+        ({"modalities": ["t1", "flair", "t1ce", "t2"]}, r"expected modalities \['flair', .*, got \['t1', 'flair'"),
+    ],
+)
+def test_the_overrides_of_the_training_cannot_be_forgotten(first_run, tmp_path, override, message):
+    """The weights would load, and the scores or the masks be wrong without a word."""
+    options = {**first_run, **override, "output_dir": str(tmp_path / "out")}
+    for name in ["evaluate"] if "split_seed" in override else ["evaluate", "inference"]:
+        with pytest.raises(RuntimeError) as caught:
+            run("brats_conresnet", "train", name, **options)
+        assert re.search(message, str(caught.value.__cause__))
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_crops_of_the_whole_volume():

@@ -10,6 +10,7 @@ from monai.transforms import Compose, LoadImage, Orientation
 
 from monai_conres.datasets import check_voxels, read_decathlon, read_scans, training_plan
 from monai_conres.phantom import write_phantom_dataset
+from monai_conres.structures import LabelToTargetd, ProbabilityToLabeld
 
 
 @pytest.fixture
@@ -53,6 +54,39 @@ def test_image_and_label_of_other_headers(folder, edges, message):
     nib.save(nib.Nifti1Image(np.asarray(label.dataobj), np.diag([*edges, 1])), file)
     with pytest.raises(ValueError, match=f"{message}.*{file.name}"):
         read_decathlon(folder)
+
+
+def test_a_header_that_contradicts_itself(folder):
+    """Some tools change the voxel size in one place of a header and not in the other."""
+    file = folder / "imagesTr" / "phantom_001.nii.gz"
+    volume = nib.load(file)
+    array = np.asarray(volume.dataobj)
+    header = volume.header.copy()
+    header["pixdim"][3] = 5
+    nib.save(nib.Nifti1Image(array, None, header), file)  # the affine is that of the sform still
+    with pytest.raises(
+        ValueError, match=r"phantom_001\.nii\.gz, got \[1\.0, 1\.0, 2\.5\] mm in its affine and .*5\.0\]"
+    ):
+        read_decathlon(folder)
+
+
+@pytest.mark.parametrize(("shape", "depth"), [((12, 14), 1), ((12, 14, 10), 0)], ids=["2D", "flat"])
+def test_a_file_that_is_no_volume(tmp_path, shape, depth):
+    array = np.zeros(shape, np.float32)
+    header = nib.Nifti1Image(array, np.eye(4)).header
+    header["srow_z"][2] = depth
+    nib.save(nib.Nifti1Image(array, None, header), tmp_path / "scan.nii.gz")
+    with pytest.raises(ValueError, match=r"expected a volume with three axes in .*scan\.nii\.gz"):
+        read_scans(tmp_path, {"tumor": (1,)})
+
+
+def test_label_values_that_eight_bits_do_not_hold(folder):
+    for values in ((0,), (1, 256), (1.5,), (-1,)):
+        with pytest.raises(ValueError, match=r"values of structures from 1 to 255, got .*MapLabelValued"):
+            read_scans(folder / "imagesTr", {"tumor": values})
+        for transform in (LabelToTargetd, ProbabilityToLabeld):
+            with pytest.raises(ValueError, match="values of structures from 1 to 255"):
+                transform("label", {"tumor": values})
 
 
 def test_two_images_of_one_name(folder):

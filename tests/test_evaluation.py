@@ -10,9 +10,17 @@ import torch
 from matplotlib.image import imread
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
+from monai.networks.nets import BasicUNet
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd, SelectItemsd
 
-from monai_conres import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric, ConResNet, evaluation
+from monai_conres import (
+    BratsDiceMetric,
+    BratsHausdorffDistanceMetric,
+    BratsSurfaceDiceMetric,
+    ConResNet,
+    attach_conres,
+    evaluation,
+)
 from monai_conres.evaluation import CaseReport, MeanProbability, join_reports, load_networks, summarize
 from monai_conres.files import check_writable
 from monai_conres.structures import ProbabilityToLabeld
@@ -47,6 +55,50 @@ def test_load_networks(tmp_path):
         load_networks(network, [tmp_path / "none.pt"])
     with pytest.raises(ValueError, match=r"(?s)weights of this network in .*1\.0\.pt.*overrides"):
         load_networks(torch.nn.Conv3d(1, 2, 1), paths)
+
+
+def test_load_networks_compares_with_the_training(tmp_path):
+    """``net.json`` as the training writes it; weights without one load as they are."""
+    small = {"channels": (8, 16), "strides": (2,), "blocks": (1, 1, 1)}
+    network = ConResNet(1, 2, **small)
+    path = tmp_path / "net.pt"
+    torch.save(network.state_dict(), path)
+    others = [ConResNet(1, 2, **(small | {name: value})) for name, value in SWITCHES.items()]
+    for other in others:
+        load_networks(other, [path])  # nothing in the weights tells
+    settings = {"training_cases": ["a", "b"], "modalities": ["t1", "t2"]}
+    settings |= {f"network's {name}": value for name, value in network.settings.items()}
+    (tmp_path / "net.json").write_text(json.dumps(settings))
+    load_networks(ConResNet(1, 2, **small, spatial_axis=2), [path], held_out=[{"name": "c"}], modalities=("t1", "t2"))
+    for other, name in zip(others, SWITCHES, strict=True):
+        with pytest.raises(ValueError, match=rf"network's {name} .*net\.pt was trained, got"):
+            load_networks(other, [path])
+    with pytest.raises(ValueError, match=r"modalities \['t1', 't2'\], with which .*, got \['t2', 't1'\]"):
+        load_networks(network, [path], modalities=["t2", "t1"])
+    with pytest.raises(ValueError, match=r"net\.pt was not trained with, got \['b'\], 1 of 2 in all; .*--fold"):
+        load_networks(network, [path], held_out=[{"name": "b"}, {"name": "c"}])
+    for broken in ("{", "[]", '{"training_cases": 1}'):
+        (tmp_path / "net.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"settings of a training in .*net\.json, cannot read it"):
+            load_networks(network, [path])
+
+
+SWITCHES = {
+    "strides": ((2, 2, 1),),
+    "spatial_axis": 0,
+    "attention": False,
+    "align_corners": True,
+    "fan_in_scaling": False,
+    "norm": ("group", {"num_groups": 4}),
+    "act": "leakyrelu",
+}
+
+
+def test_attached_decoders_have_settings():
+    backbone = BasicUNet(out_channels=2, features=(8, 8, 16, 32, 64, 8))
+    settings = attach_conres(backbone, 1, 2, spatial_axis=0, spatial_size=(32,) * 3).settings
+    assert settings["spatial_axis"] == 0
+    assert settings["stages"] == ("upcat_4", "upcat_3", "upcat_2", "upcat_1")
 
 
 class Threshold(torch.nn.Module):
@@ -121,6 +173,33 @@ def test_case_report(tmp_path, cases):
         assert float(row[f"{name} lesion"]) == pytest.approx(metric(predicted, label, spacing=spacing).item())
     assert evaluator.state.metrics["mean_dice"] == pytest.approx(BratsDiceMetric()(predicted, label).item())
     assert json.loads((out / "summary.json").read_text())["Dice lesion"]["cases"] == 1
+
+
+@pytest.mark.parametrize("shape", [(9, 8, 7, 2), (9, 8, 1)], ids=["two channels", "one slice"])
+def test_a_report_of_unusual_scans(tmp_path, shape):
+    affine = np.diag([-1.0, -1.0, 2.5, 1.0])
+    image = np.random.default_rng(0).uniform(0, 9, shape).astype(np.float32)
+    image[2:6, 3:7] = 20
+    nib.save(nib.Nifti1Image(image, affine), tmp_path / "image.nii.gz")
+    cases = [{"name": "case", "image": str(tmp_path / "image.nii.gz")}]
+    structures = {"lesion": (3,)}
+    SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=DataLoader(Dataset(cases, LoadImaged("image", ensure_channel_first=True)), batch_size=1),
+        network=FirstChannel(),
+        postprocessing=ProbabilityToLabeld("pred", structures),
+        val_handlers=[CaseReport(tmp_path / "out", cases, structures)],
+    ).run()
+    prediction = nib.load(tmp_path / "out" / "case.nii.gz")
+    expected = np.zeros(shape[:3])
+    expected[2:6, 3:7] = 3
+    np.testing.assert_array_equal(np.asarray(prediction.dataobj), expected)
+    np.testing.assert_allclose(prediction.affine, affine)
+
+
+class FirstChannel(Threshold):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image[:, :1])
 
 
 def test_a_report_that_is_not_full_has_the_dice_alone(tmp_path, cases):

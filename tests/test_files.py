@@ -16,6 +16,12 @@ def test_a_file_is_replaced_when_complete(tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_hidden_files_are_not_found(tmp_path):
+    for name in ("scan.nii", "._scan.nii", ".scan.nii"):  # as macOS leaves them on other file systems
+        (tmp_path / name).touch()
+    assert find_files(tmp_path, "*.nii") == [tmp_path / "scan.nii"]
+
+
 def test_a_folder_appears_when_complete(tmp_path):
     with atomic_path(tmp_path / "data") as temporary:
         temporary.mkdir()

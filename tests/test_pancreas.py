@@ -5,8 +5,9 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
-from monai_conres.datasets import LoadPancreasCTd, check_voxels, read_pancreas_ct
+from monai_conres.datasets import LoadPancreasCTd, check_voxels, load_volume, read_pancreas_ct
 from monai_conres.phantom import write_phantom_dataset
 from tests.nih import ORIGIN, SPACING, write_pancreas_ct
 
@@ -46,6 +47,17 @@ def test_image_and_label_lie_on_each_other_in_the_geometry_of_the_series(folder)
     x, y, z = ORIGIN + voxel * SPACING  # LPS
     np.testing.assert_allclose((image.affine.numpy() @ [*voxel, 1])[:3], [-x, -y, z], rtol=1e-5)
     check_voxels(case, {0, 1})
+
+
+def test_hidden_files_beside_the_slices(folder):
+    """As macOS leaves them; neither counted nor read."""
+    series = folder / "PANCREAS_0001" / "study" / "series"
+    file = next(series.glob("*.dcm"))
+    expected = load_volume(series)
+    (series / f"._{file.name}").write_bytes(b"no DICOM")
+    case = read_pancreas_ct(folder).cases[0]
+    assert case["image"] == str(series)
+    torch.testing.assert_close(load_volume(case["image"]), expected)
 
 
 def test_task07_has_one_structure(tmp_path):

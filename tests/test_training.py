@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import ignite.distributed as idist
 import pytest
@@ -14,6 +18,7 @@ from monai.transforms import Lambda, RandFlip, RandGaussianNoise
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DistributedSampler
 
+from monai_conres import ConResNet
 from monai_conres.training import (
     EpochSeeds,
     LossCurve,
@@ -56,6 +61,23 @@ def test_a_draw_depends_on_seed_epoch_and_case_alone():
     other = dataset(seed=2)
     other.set_epoch(2)
     assert not torch.equal(other[0], expected[0])
+
+
+def test_threads_draw_as_one_does():
+    """Their items are computed at the same time, with the transforms of one data set."""
+
+    class Slow(RandGaussianNoise):
+        def randomize(self, *args, **kwargs):
+            time.sleep(0.002)  # between the seed and the draw
+            super().randomize(*args, **kwargs)
+
+    data = SeededDataset(VOLUMES, [Slow(prob=1.0)], seed=1)
+    expected = [data[index] for index in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        got = list(threads.map(data.__getitem__, range(6)))
+    for volume, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(volume, other, rtol=0, atol=0)
+    torch.testing.assert_close(data[-1], expected[5], rtol=0, atol=0)
 
 
 def trainer(
@@ -113,6 +135,7 @@ def test_interrupted_training_ends_as_undisturbed_training_does(tmp_path, interv
     assert not (tmp_path / "b" / "model.pt").exists()
     for left_over in (".checkpoint.pt.abc", ".model.pt.abc"):  # as a killed process leaves behind
         (tmp_path / "b" / left_over).mkdir()
+    (tmp_path / "b" / ".checkpoint.pt.x1y2").write_text("another program's")  # rsync's, on its way
     second, network = trainer(tmp_path / "b", epochs=4, interval=interval)
     second.run()
     for got, parameter in zip(network.parameters(), expected.parameters(), strict=True):
@@ -120,11 +143,45 @@ def test_interrupted_training_ends_as_undisturbed_training_does(tmp_path, interv
     assert (tmp_path / "a" / "loss.csv").read_text() == (tmp_path / "b" / "loss.csv").read_text()
     weights = torch.load(tmp_path / "b" / "model.pt", weights_only=True)
     assert torch.equal(weights["0.weight"], expected[0].weight)
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["checkpoint.pt", "loss.csv", "model.pt"]
+    names = [".checkpoint.pt.x1y2", "checkpoint.pt", "loss.csv", "model.json", "model.pt"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == names
 
     finished, network = trainer(tmp_path / "b", epochs=4)
     finished.run()  # nothing left to do
     assert torch.equal(network[0].weight, expected[0].weight)
+
+
+def test_the_scale_of_the_loss_goes_on(tmp_path, monkeypatch):
+    """It is part of what mixed precision has learned; a new one begins with iterations that overflow."""
+    scaler = partial(torch.amp.GradScaler, "cpu", init_scale=8.0, growth_interval=2)
+    monkeypatch.setattr("torch.cuda.amp.GradScaler", scaler)  # as MONAI's trainer makes it when it runs
+
+    def scaled(epochs: int) -> SupervisedTrainer:
+        engine, _ = trainer(tmp_path, epochs)
+        engine.amp = True
+        return engine
+
+    first = scaled(2)
+    first.run()
+    assert first.scaler.get_scale() == 8 * 2**3  # after 2, 4 and 6 iterations
+    second = scaled(3)
+    second.run()
+    assert second.scaler.get_scale() == 8 * 2**4
+
+
+def test_the_settings_are_beside_the_weights(tmp_path):
+    network = ConResNet(1, 1, channels=(8, 16), strides=((2, 2, 1),), blocks=(1, 1, 1), spatial_axis=-1)
+    engine, _ = trainer(tmp_path, epochs=1)
+    handler = TrainingCheckpoint(
+        tmp_path / "c.pt", {"network": network}, final_path=tmp_path / "net.pt", settings={"seed": 3, "size": (1, 2)}
+    )
+    handler.finish(engine)
+    settings = json.loads((tmp_path / "net.json").read_text())
+    assert settings["seed"] == 3
+    assert settings["size"] == [1, 2]
+    assert settings["network's strides"] == [[2, 2, 1]]
+    assert settings["network's spatial_axis"] == 2
+    handler.load(engine)  # a tuple in the network's settings is no other setting than a list in the file
 
 
 def test_loss_curve_has_the_mean_of_each_epoch(tmp_path):

@@ -46,6 +46,7 @@ from monai_conres import (
     ConResOutput,
     ContextResidualLoss,
     attach_conres,
+    decoder_stages,
     inter_slice_residual,
     residual_mask,
 )
@@ -177,6 +178,7 @@ class Arm:
     backbone: Callable[..., nn.Module] | None = None  # another network than ConResNet
     attached: bool = False  # the backbone with a context residual decoder
     width: float = 1.0  # of the attached decoder, times the backbone's channels at full resolution
+    gain: float = 1.0  # of the features of the backbone's decoder; 1.5 is what gates of one half everywhere do
     loss: Callable[..., nn.Module] = ContextResidualLoss
     loss_arguments: dict[str, Any] = field(default_factory=dict)
     residual_weight: float = 1.0
@@ -229,6 +231,7 @@ ARMS = {
     "dynunet+conres": Arm(backbone=dynunet, attached=True),
     "dynunet+conres_half": Arm(backbone=dynunet, attached=True, width=0.5),
     "dynunet+conres_no_residual_loss": Arm(backbone=dynunet, attached=True, residual_weight=0.0),
+    "dynunet+constant_gates": Arm(backbone=dynunet, gain=1.5),
     "dynunet+wider": Arm(backbone=dynunet, channels=lambda channels: round(channels * 1.125)),
     # at the usual learning rate three of four runs with SegResNet did not find the second class
     "segresnet": Arm(backbone=segresnet, rate=1 / 3),
@@ -250,6 +253,10 @@ def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tupl
                 residual_channels=len(data.classes) - 1,
                 width=round(arm.width * channels[0]),
             )
+        elif arm.gain != 1:
+            for stage in decoder_stages(network, data.channels).stages:
+                stage_module = network.get_submodule(stage.name)
+                stage_module.register_forward_hook(lambda module, args, output: output * arm.gain)
         return network
     network = ConResNet(
         data.channels,

@@ -69,8 +69,7 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
     files: dict[Path, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     newer: set[bool] = set()
     for file in find_files(folder, "*.nii*"):
-        match = _FILE.match(file.name)
-        if match and not file.name.startswith("."):
+        if match := _FILE.match(file.name):
             kind = match[1].lower()
             if kind != "seg":
                 newer.add(kind in ("t2f", "t1n", "t1c", "t2w"))

@@ -17,6 +17,8 @@ from monai.data import MetaTensor, partition_dataset
 from monai.transforms import LoadImage
 from monai.utils import ensure_tuple, optional_import
 
+from monai_conres.structures import check_structures
+
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 tqdm, _ = optional_import("tqdm", name="tqdm", descriptor="{}; install it with: pip install 'monai-conres[examples]'")
 
@@ -37,11 +39,17 @@ class Datalist:
         structures: the values in a label that make up each structure. Structures may overlap: the core of a tumor is
             part of the whole tumor. See :mod:`monai_conres.structures`.
         folds: names of the validation cases of each fold, where the data set has folds of its own.
+
+    Raises:
+        ValueError: when a value of a structure is not from 1 to 255.
     """
 
     cases: list[dict[str, Any]]
     structures: dict[str, tuple[int, ...]]
     folds: list[set[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_structures(self.structures)
 
     def split(
         self, fold: int = 0, *, folds: int = 5, seed: int = 0
@@ -179,15 +187,28 @@ def check_voxels(case: Mapping[str, Any], values: int | Collection[int]) -> None
 
 
 def read_header(file: str | os.PathLike) -> Any:
-    """The header of a NIfTI file.
+    """The header of a NIfTI file of a volume, which has voxels of one size, whichever part of it is asked.
 
     Raises:
-        ValueError: when it cannot be read. It names the file.
+        ValueError: when it cannot be read, is of no volume, or contradicts itself. It names the file.
     """
     try:
-        return nib.load(file).header
+        header = nib.load(file).header
+        affine, voxel = header.get_best_affine(), np.asarray(header.get_zooms()[:3])
+        edges = nib.affines.voxel_sizes(affine)
     except Exception as error:
         raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
+    if len(header.get_data_shape()) < 3 or not abs(np.linalg.det(affine[:3, :3])) > 1e-9:
+        raise ValueError(
+            f"expected a volume with three axes in {file}, got the shape {header.get_data_shape()} and the affine "
+            f"{affine[:3].tolist()}; mend the file or take it out."
+        )
+    if not np.allclose(edges, voxel, rtol=0.01):
+        raise ValueError(
+            f"expected one size of the voxels in the header of {file}, got {edges.round(4).tolist()} mm in its affine "
+            f"and {voxel.round(4).tolist()} mm in its pixdim; mend the one that is wrong."
+        )
+    return header
 
 
 def stored_axes(header: Any) -> np.ndarray:

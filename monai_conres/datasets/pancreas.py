@@ -12,10 +12,11 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import optional_import
 
-from monai_conres.datasets.datalist import Datalist, for_each, load_volume, read_header, read_scans
+from monai_conres.datasets.datalist import Datalist, for_each, load_volume, read_scans
 from monai_conres.datasets.decathlon import read_decathlon
 from monai_conres.files import find_files
 
+nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 pydicom, _ = optional_import("pydicom", descriptor="{}; install it with: pip install 'monai-conres[dicom]'")
 
 __all__ = ["LoadPancreasCTd", "read_pancreas_ct"]
@@ -130,13 +131,16 @@ def _case(number: int, series: Path, labels: Mapping[str, Path] | None) -> dict[
 
 def _check_size(case: Mapping[str, Any], label: Path) -> None:
     """Raise unless a series has as many columns, rows and slices as its label."""
-    slices = sorted(Path(case["image"]).glob("*.dcm"))
+    slices = find_files(case["image"], "*.dcm")
     try:
         header = pydicom.dcmread(slices[0], stop_before_pixels=True)
         size = (int(header.Columns), int(header.Rows), len(slices))
     except Exception as error:
         raise ValueError(f"expected a DICOM file, cannot read {slices[0]} ({error}); fetch it again.") from error
-    shape = tuple(read_header(label).get_data_shape()[:3])
+    try:
+        shape = tuple(nib.load(label).shape[:3])  # of the header no more: its geometry is not that of the series
+    except Exception as error:
+        raise ValueError(f"expected a NIfTI file, cannot read {label} ({error}); fetch it again.") from error
     if shape != size:
         raise ValueError(
             f"expected a label of size {size}, that of the series in {case['image']}, got {shape} in {label}; fetch "
