@@ -63,7 +63,8 @@ class ConResNet(nn.Module):
 
     Shape:
         ``(b, in_channels, d, h, w)`` with any size of at least one coarsest voxel, that is the product of the strides
-        along each axis. Logits of the segmentation and of the finest residual have the same ``d, h, w``.
+        along each axis, or of two such voxels where a group of ``norm`` has one channel (8 at the coarsest resolution,
+        or instances). Logits of the segmentation and of the finest residual have the same ``d, h, w``.
 
     Raises:
         ValueError: when the arguments do not fit each other, or an image does not fit the network.

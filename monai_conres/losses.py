@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.losses import DiceCELoss, DiceLoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
 from monai.networks import one_hot
 from monai.utils import convert_to_tensor
 
@@ -294,7 +294,8 @@ class CompoundBoundaryLoss(nn.Module):
     Args:
         loss: a loss of ``(output, label)``, such as :class:`ConResLoss`.
         boundary_loss: a loss of ``(logits, label)``, such as ``monai.losses.BoundaryLoss(sigmoid=True)`` with the same
-            flags; it sees the segmentation alone.
+            flags; it sees the segmentation alone. Of deep supervision outputs it sees the first, unless it is a
+            ``monai.losses.DeepSupervisionLoss``.
         max_steps: number of iterations after which ``alpha`` stays at ``final_alpha``.
         final_alpha: weight of ``loss`` at the end.
 
@@ -341,10 +342,12 @@ class CompoundBoundaryLoss(nn.Module):
 
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
         """Compound loss of a network's ``output`` against ``label``."""
-        segmentation = output.segmentation if hasattr(output, "residuals") else output
+        segmentation = _unstacked(output.segmentation if hasattr(output, "residuals") else output, label)
+        if not isinstance(segmentation, torch.Tensor) and not isinstance(self.boundary_loss, DeepSupervisionLoss):
+            segmentation = segmentation[0]
         loss = self.loss(output, label)
         alpha = self.alpha.to(loss.device)
-        return alpha * loss + (1 - alpha) * self.boundary_loss(_unstacked(segmentation, label), label)
+        return alpha * loss + (1 - alpha) * self.boundary_loss(segmentation, label)
 
 
 def _unstacked(segmentation: Any, label: torch.Tensor) -> Any:

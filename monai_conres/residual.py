@@ -40,8 +40,16 @@ def slice_dim(ndim: int, spatial_axis: int) -> int:
 
 
 def is_traced() -> bool:
-    """Whether a tracer, a compiler or torch.func is at work: layouts and what is kept are theirs to choose."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a tracer, a compiler or torch.func is at work, or tensors have no values.
+
+    Layouts and what is kept are theirs to choose, and values not to be looked at.
+    """
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._guards.detect_fake_mode() is not None
+    )
 
 
 def foreground_masks(
@@ -97,7 +105,7 @@ def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> tor
 
     Args:
         volume: ``(b, c, *spatial)`` of any real or boolean dtype. Unsigned integers do not wrap around; the difference
-            of signed ones has to fit their dtype.
+            of signed ones has to fit their dtype, and ``uint64`` the range of ``int64``.
         spatial_axis: index of the slice axis among the spatial axes.
 
     Returns:
@@ -126,7 +134,8 @@ def _residual(volume: torch.Tensor, dim: int) -> torch.Tensor:
     elif volume.dtype == torch.bool:
         difference = current ^ previous
     else:
-        difference = torch.maximum(current, previous) - torch.minimum(current, previous)
+        current, previous = _wide(current), _wide(previous)
+        difference = (torch.maximum(current, previous) - torch.minimum(current, previous)).to(volume.dtype)
     first = torch.zeros_like(volume[_slices(dim, None, 1)])
     return torch.cat([first, difference], dim=dim)
 
@@ -170,7 +179,7 @@ def residual_mask(
     residual = torch.empty_like(label, requires_grad=False)
     residual[_slices(dim, None, 1)] = 0
     changed = residual[_slices(dim, 1, None)]
-    if label.is_floating_point() or torch.compiler.is_compiling():
+    if label.is_floating_point() or is_traced():
         changed.copy_(current != previous)
     else:  # without a temporary
         torch.bitwise_xor(current, previous, out=changed)
@@ -226,7 +235,7 @@ def check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
 
     Only on the CPU, and not while a graph is captured: elsewhere reading a value waits for the device.
     """
-    if label.dtype == torch.bool or label.device.type != "cpu" or torch.compiler.is_compiling() or not label.numel():
+    if label.dtype == torch.bool or label.device.type != "cpu" or is_traced() or not label.numel():
         return
     label = _wide(label)
     low, high = (value.item() for value in torch.aminmax(label))

@@ -15,8 +15,9 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.networks.nets import DynUNet
 from monai.utils import set_determinism
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from monai_conres import ConResLoss, ConResNet, ConResOutput, attach_conres
+from monai_conres import ConResLoss, ConResNet, ConResOutput, ContextResidualLoss, attach_conres
 
 SIZE = (20, 13, 17)
 
@@ -96,6 +97,39 @@ def test_torch_func(image):
     with torch.no_grad():
         each = torch.func.vmap(lambda image: network(image).segmentation)(images)
         torch.testing.assert_close(each, torch.stack([network(one).segmentation for one in images]))
+
+
+def test_gradients_of_each_case(image):
+    """``vmap`` over the gradient of the joint loss, as differentially private training has them."""
+    network = small_network(dropout=None).double()
+    image = image.double()
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    images = torch.cat([image, 2 * image])
+    labels = torch.randint(0, 2, (2, 3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    loss = ConResLoss(sigmoid=True)
+
+    def loss_of_one(parameters, image, label):
+        return loss(torch.func.functional_call(network, parameters, (image[None],)), label[None])
+
+    got = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))(parameters, images, labels)
+    for number in range(2):
+        network.zero_grad()
+        loss(network(images[number : number + 1]), labels[number : number + 1]).backward()
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(got[name][number], parameter.grad, msg=name)
+
+
+def test_tensors_without_values():
+    """As tools have them that find out how much memory a network takes."""
+    with FakeTensorMode():
+        network = small_network()
+        output = network(torch.empty(1, 2, *SIZE))
+        assert output.segmentation.shape == (1, 3, *SIZE)
+        assert output.residuals[0].shape[2:] == SIZE
+        ContextResidualLoss()(output.residuals, torch.empty(1, 3, *SIZE)).backward()
+        assert network.head.weight.grad is None
+        assert network.encoder[0][0].weight.grad.shape == network.encoder[0][0].weight.shape
+        assert network.eval()(torch.empty(1, 2, *SIZE)).shape == (1, 3, *SIZE)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])

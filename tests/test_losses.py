@@ -325,6 +325,17 @@ def test_stacked_deep_supervision_reaches_the_boundary_loss_as_a_list(random):
     torch.testing.assert_close(loss(ConResOutput(stacked, ()), mask), expected)
 
 
+def test_a_plain_boundary_loss_sees_the_final_one_of_deep_supervision(random):
+    mask = torch.from_numpy(smooth_mask(random, 2)).float()
+    stacked = torch.from_numpy(random.normal(size=(2, 3, 2, *SIZE)))
+    joint, boundary = DeepSupervisionLoss(DiceFocalLoss(sigmoid=True)), BoundaryLoss(sigmoid=True)
+    loss = CompoundBoundaryLoss(ConResLoss(joint, sigmoid=True), boundary, max_steps=2)
+    loss.step()
+    expected = 0.505 * joint(list(stacked.unbind(1)), mask) + 0.495 * boundary(stacked[:, 0], mask)
+    for output in (stacked, list(stacked.unbind(1))):
+        torch.testing.assert_close(loss(ConResOutput(output, ()), mask), expected)
+
+
 def test_a_function_is_a_segmentation_loss_too(random):
     mask = torch.from_numpy(smooth_mask(random, 2)).float()
     logits = torch.from_numpy(random.normal(size=(2, 2, *SIZE))).float()

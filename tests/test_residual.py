@@ -26,7 +26,9 @@ def test_inter_slice_residual(size, axis):
     np.testing.assert_allclose(inter_slice_residual(torch.from_numpy(volume), spatial_axis=axis).numpy(), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int64], ids=str
+)
 def test_inter_slice_residual_of_integers_does_not_wrap_around(dtype):
     volume = torch.tensor([[[0, 100, 3, 127, 126]]], dtype=dtype)
     got = inter_slice_residual(volume)

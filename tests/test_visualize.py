@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from monai_conres.visualize import COLORS, plot_residuals, plot_slices, save_figure
+from monai_conres.visualize import COLORS, plot_residuals, plot_slices, plot_surfaces, save_figure
 
 SIZE = (12, 16, 9)
 SPACING = (1.0, 1.5, 4.0)
@@ -117,7 +119,55 @@ def test_labels_of_unsigned_integers(image, label):
             np.testing.assert_array_equal(one, two)
 
 
+def test_volumes_and_numbers_of_any_kind(image, label):
+    expected = pictures(plot_slices(image, {"reference": label}, slices=3))
+    for number in (np.int64(3), np.uint8(3)):
+        for one, two in zip(pictures(plot_slices(image, {"reference": label}, slices=number)), expected, strict=True):
+            np.testing.assert_array_equal(one, two)
+    half = torch.from_numpy(image).bfloat16()  # numpy has none; zeros and small whole numbers are exact
+    figure = plot_slices(half, {"reference": torch.from_numpy(label).bfloat16()})
+    for one, two in zip(pictures(figure), expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+    plot_residuals(half, label, slices=np.int64(2))
+
+
+def test_labels_of_large_values_take_no_more_memory(image, label):
+    """Some anatomical atlases count to some thousands; the channels of all of them would be gigabytes."""
+    large = np.where(label == 2, 2**31 - 2, label)
+    tracemalloc.start()
+    figure = plot_slices(image, {"reference": large}, slices=[3], class_names=["outer"])
+    plot_residuals(image, large)
+    plot_surfaces({"reference": large})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * 2**20
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["outer", f"class {2**31 - 2}"]
+    colors = {tuple(color) for color in pictures(figure)[1].reshape(-1, 3).astype(float).round(4).tolist()}
+    number = 2**31 - 3
+    assert tuple(round(0.55 * part, 4) for part in to_rgb(COLORS[number % len(COLORS)])) in colors
+
+
+def test_the_legend_has_the_named_and_those_that_are_there(image, label):
+    for kind, names, expected in (
+        (label, ["a", "b", "c"], ["a", "b", "c"]),
+        (np.where(label == 1, 3, 0), [], ["class 3"]),
+        (np.stack([label == 1, label == 9]), ["a"], ["a", "class 2"]),
+        (np.zeros(SIZE, int), [], []),
+    ):
+        legends = plot_slices(image, {"reference": kind}, class_names=names).legends
+        assert [text.get_text() for legend in legends for text in legend.get_texts()] == expected
+
+
 def test_errors(image, label):
+    for wrong in (label - 1, label + 0.5, np.where(label == 1, np.nan, label)):
+        with pytest.raises(ValueError, match="expected a label of class indices, got"):
+            plot_slices(image, {"reference": wrong})
+    with pytest.raises(ValueError, match="zeros and ones, or class indices in one channel, got values from 0 to 2"):
+        plot_slices(image, {"reference": np.stack([label, label])})
+    for none in (0, -1):
+        for plot in (plot_slices, plot_residuals):
+            with pytest.raises(ValueError, match="one or more slices"):
+                plot(image, {"reference": label} if plot is plot_slices else label, slices=none)
     with pytest.raises(ValueError, match=r"spatial size \(12, 16, 9\).*got \(1, 12, 16, 8\)"):
         plot_slices(image, {"reference": label[..., :8]})
     with pytest.raises(ValueError, match="slices from 0 to 8, got 9"):

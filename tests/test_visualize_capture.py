@@ -139,6 +139,33 @@ def test_baselines(image):
     torch.testing.assert_close(plain.final_conv(stages[-1].features), logits)
 
 
+class OneUpSampling(torch.nn.Module):
+    """One module for all of its scales, as weight-sharing networks have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv3d(1, 4, 1)
+        self.up = torch.nn.Upsample(scale_factor=2)
+
+    def forward(self, x):
+        return self.up(self.up(self.conv(x)))
+
+
+@torch.no_grad()
+def test_calls_of_one_module():
+    network, image = OneUpSampling(), torch.randn(1, 1, 3, 4, 5)
+    coarse = network.up(network.conv(image))
+    for names, expected in ((["up", "up#1"], [coarse, network.up(coarse)]), (["up#1"], [network.up(coarse)])):
+        with capture_features(network, stages=names) as stages:
+            for given in (torch.zeros_like(image), image):
+                network(given)
+        for stage, features in zip(stages, expected, strict=True):
+            torch.testing.assert_close(stage.features, features, rtol=0, atol=0)
+    assert hooks(network) == 0
+    with pytest.raises(ValueError, match=r"got \['down'\]"), capture_features(network, stages=["down#1"]):
+        pass
+
+
 @torch.no_grad()
 def test_without_attention(image):
     network = small_network(attention=False).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def capture_features(network: nn.Module, *, stages: Sequence[str] = ()) -> Itera
             any other together with ``stages``.
         stages: names of the modules whose outputs are the stages, coarse to fine, for a network without context
             residual modules: ``wrapper.stages`` of the network with them, or those that
-            :func:`~monai_conres.decoder_stages` finds.
+            :func:`~monai_conres.decoder_stages` finds. ``"up#1"`` is the second call of ``"up"`` in a forward pass.
 
     Raises:
         ValueError: when ``stages`` is missing or superfluous, or names no module.
@@ -68,10 +69,12 @@ def capture_features(network: nn.Module, *, stages: Sequence[str] = ()) -> Itera
         True
     """
     captured: list[StageFeatures] = []
+    calls: Counter[int] = Counter()  # of the stages that have a name, in this forward pass
     hooks = [
-        module.register_forward_hook(_note(captured, number))
-        for number, module in enumerate(_stage_modules(network, stages))
+        module.register_forward_hook(_note(captured, number, call, calls))
+        for number, (module, call) in enumerate(_stage_modules(network, stages))
     ]
+    hooks.append(network.register_forward_pre_hook(lambda module, args: calls.clear()))
     try:
         yield captured
     finally:
@@ -84,32 +87,40 @@ def capture_features(network: nn.Module, *, stages: Sequence[str] = ()) -> Itera
         )
 
 
-def _stage_modules(network: nn.Module, stages: Sequence[str]) -> list[nn.Module]:
-    """The modules to listen to, coarse to fine."""
+def _stage_modules(network: nn.Module, stages: Sequence[str]) -> list[tuple[nn.Module, int | None]]:
+    """The modules to listen to, coarse to fine, and to which of their calls; ``None`` is any."""
     modules: list[nn.Module] = [
         module for module in network.modules() if isinstance(module, ContextResidualModule) and module.mapping
     ]
     if modules and stages:
         raise ValueError(f"expected no stages for a network with context residual modules, got {list(stages)}.")
     if not modules and not stages and isinstance(network, ConResNet):
-        return list(network.decoder)
-    if not modules and not stages:
+        modules = list(network.decoder)
+    if modules:
+        return [(module, None) for module in modules]
+    if not stages:
         raise ValueError(
             f"expected stages for {type(network).__name__}, which has no context residual module: the names of the "
             "modules whose outputs to capture, such as [stage.name for stage in decoder_stages(network, c).stages]."
         )
     names = dict(network.named_modules())
-    if unknown := [name for name in stages if name not in names]:
+    parts = [f"{name}#0".split("#")[:2] for name in stages]
+    if unknown := [name for name, call in parts if name not in names or not call.isdigit()]:
         raise ValueError(f"expected names of modules of {type(network).__name__}, got {unknown}; see named_modules().")
-    return modules or [names[name] for name in stages]
+    return [(names[name], int(call)) for name, call in parts]
 
 
-def _note(captured: list[StageFeatures], number: int) -> Callable[[nn.Module, Any, Any], None]:
+def _note(
+    captured: list[StageFeatures], number: int, call: int | None, calls: Counter[int]
+) -> Callable[[nn.Module, Any, Any], None]:
     """A forward hook that notes stage ``number``, and forgets what a pass before has left from there on."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
             return  # in the backward pass, activation checkpointing computes it again
+        calls[number] += 1
+        if call is not None and calls[number] != call + 1:
+            return
         with torch.no_grad():
             captured[number:] = [_stage_features(module, args, output)]
 

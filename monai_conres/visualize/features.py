@@ -21,6 +21,7 @@ from monai_conres.visualize.panels import (
     Window,
     adjacent_slices,
     all_channels,
+    chosen_slices,
     cut,
     first_channel,
     new_figure,
@@ -73,8 +74,7 @@ def plot_feature_residuals(
     axis = slice_axis(spatial_axis)
     mean = _channel_mean(stage.features)
     change = inter_slice_residual(torch.from_numpy(mean)[None, None], spatial_axis=axis)[0, 0].numpy()
-    if isinstance(slices, int):
-        slices = adjacent_slices(mean.shape[axis] // 2, mean.shape[axis], slices)
+    slices = chosen_slices(slices, lambda count: adjacent_slices(mean.shape[axis] // 2, mean.shape[axis], count))
     figure, grid = new_figure(volume.shape, axis, spacing, 3, len(slices), extra=0.3)
     # at the image's size in plane, and slice by slice
     size = tuple(mean.shape[axis] if other == axis else volume.shape[other] for other in range(3))
@@ -138,9 +138,8 @@ def plot_attention(
         title: all_channels(residual, volume.shape).max(axis=0).astype(np.float32)
         for title, residual in (residuals or {}).items()
     }
-    if isinstance(slices, int):
-        first = next(iter(grays.values()), None)
-        slices = spread_slices(None if first is None else first[None] > 0.5, volume.shape, axis, slices)
+    first = [gray > 0.5 for gray in grays.values()][:1]
+    slices = chosen_slices(slices, lambda count: spread_slices(first, volume.shape, axis, count))
     maps = [_magnify(_channel_mean(tensor), volume.shape) for tensor in (stage.features, stage.gate, stage.gated)]
     shared = value_window(cut(array, axis, number) for array in (maps[0], maps[2]) for number in slices)
     attention = value_window(cut(maps[1], axis, number) for number in slices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -12,7 +12,7 @@ from monai.config import NdarrayOrTensor
 from monai.utils import convert_to_numpy, optional_import
 
 from monai_conres.files import atomic_path
-from monai_conres.residual import foreground_masks, slice_dim
+from monai_conres.residual import check_values, slice_dim
 
 INSTALL = "{}; install it with: pip install 'monai-conres[plot]'"
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC
 OPACITY = 0.55
 PANEL = 1.9  # inches, of the longer edge
 Window: TypeAlias = tuple[float, float]
+Masks: TypeAlias = Mapping[int, np.ndarray]
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 150) -> None:
@@ -57,9 +58,16 @@ def slice_axis(spatial_axis: int) -> int:
     return slice_dim(5, spatial_axis) - 2
 
 
+def to_numpy(array: NdarrayOrTensor) -> np.ndarray:
+    """An array of any kind; numpy has no bfloat16."""
+    if isinstance(array, torch.Tensor) and array.dtype == torch.bfloat16:
+        array = array.float()
+    return convert_to_numpy(array)
+
+
 def first_channel(image: NdarrayOrTensor) -> np.ndarray:
     """The first channel of an image, ``(*spatial)``."""
-    volume = convert_to_numpy(image)
+    volume = to_numpy(image)
     volume = volume[0] if volume.ndim == 4 else volume
     if volume.ndim != 3:
         raise ValueError(
@@ -70,7 +78,7 @@ def first_channel(image: NdarrayOrTensor) -> np.ndarray:
 
 def all_channels(array: NdarrayOrTensor, size: tuple[int, ...] | None = None) -> np.ndarray:
     """``(c, *spatial)``."""
-    channels = convert_to_numpy(array)
+    channels = to_numpy(array)
     channels = channels[None] if channels.ndim == 3 else channels
     if channels.ndim != 4:
         raise ValueError(f"expected an array of shape (c, d, h, w) or (d, h, w), got {channels.shape}.")
@@ -81,20 +89,33 @@ def all_channels(array: NdarrayOrTensor, size: tuple[int, ...] | None = None) ->
     return channels
 
 
-def class_masks(mask: NdarrayOrTensor, size: tuple[int, ...] | None = None) -> np.ndarray:
-    """Booleans ``(c, *spatial)``, a channel for each foreground class."""
-    channels = torch.from_numpy(np.ascontiguousarray(all_channels(mask, size)))
-    if len(channels) == 1:
-        num_classes = max(2, int(channels.numpy().max()) + 1)  # torch has no maximum of uint16
-        return foreground_masks(channels[None], num_classes=num_classes)[0].bool().numpy()
-    return foreground_masks(channels[None])[0].bool().numpy()
+def class_masks(mask: NdarrayOrTensor, size: tuple[int, ...] | None = None) -> Masks:
+    """Booleans ``(*spatial)`` by the number of the foreground class, from 0; of class indices those that are there."""
+    channels = np.ascontiguousarray(all_channels(mask, size))
+    if len(channels) > 1:
+        check_values(torch.from_numpy(channels), 2, "zeros and ones, or class indices in one channel")
+        return dict(enumerate(channels.astype(bool)))
+    values = np.unique(channels)
+    check_values(torch.from_numpy(values), 2**31, "class indices")
+    return {int(value) - 1: channels[0] == value for value in values if value > 0}
 
 
-def spread_slices(mask: np.ndarray | None, size: tuple[int, ...], axis: int, count: int) -> list[int]:
-    """Numbers of slices, evenly spread over those where a mask ``(c, *spatial)`` is not empty."""
-    candidates = np.arange(size[axis])
-    if mask is not None and mask.any():
-        candidates = candidates[np.any(mask, axis=(0, *(1 + other for other in range(3) if other != axis)))]
+def chosen_slices(slices: int | Sequence[int], take: Callable[[int], Sequence[int]]) -> Sequence[int]:
+    """The numbers of the slices, or as many as asked for."""
+    if isinstance(slices, (int, np.integer)):
+        slices = take(int(slices)) if slices > 0 else ()
+    if not len(slices):
+        raise ValueError("expected one or more slices to draw, got none.")
+    return slices
+
+
+def spread_slices(masks: Iterable[np.ndarray], size: tuple[int, ...], axis: int, count: int) -> list[int]:
+    """Numbers of slices, evenly spread over those where one of some masks ``(*spatial)`` is not empty."""
+    others = tuple(other for other in range(3) if other != axis)
+    filled = np.zeros(size[axis], dtype=bool)
+    for mask in masks:
+        filled |= mask.any(axis=others)
+    candidates = np.flatnonzero(filled) if filled.any() else np.arange(size[axis])
     count = min(count, len(candidates))
     return [int(candidates[round((2 * i + 1) * len(candidates) / (2 * count) - 0.5)]) for i in range(count)]
 
@@ -112,15 +133,17 @@ def cut(volume: np.ndarray, axis: int, number: int) -> np.ndarray:
     return np.take(volume, number, axis=axis).T
 
 
-def paint_masks(
-    background: np.ndarray, window: Window, masks: Sequence[np.ndarray], opacity: float = OPACITY
-) -> np.ndarray:
+def cut_masks(masks: Masks, axis: int, number: int) -> Masks:
+    """One slice of each mask."""
+    return {key: cut(mask, axis, number) for key, mask in masks.items()}
+
+
+def paint_masks(background: np.ndarray, window: Window, masks: Masks, opacity: float = OPACITY) -> np.ndarray:
     """Masks in their colors over a gray slice, the largest first, so that nested ones all show; ``(h, w, 3)``."""
     low, high = window
     gray = np.clip((background - low) / max(high - low, 1e-6), 0, 1)
     picture = np.repeat(gray[..., None], 3, axis=-1)
-    for number in sorted(range(len(masks)), key=lambda number: -int(masks[number].sum())):
-        inside = masks[number].astype(bool)
+    for number, inside in sorted(masks.items(), key=lambda item: -int(item[1].sum())):
         picture[inside] = (1 - opacity) * gray[inside][:, None] + opacity * np.array(class_color(number))
     return picture
 
@@ -174,9 +197,10 @@ def value_window(pictures: Iterable[np.ndarray]) -> Window:
     return float(low), float(high)
 
 
-def class_legend(figure: Figure, classes: int, names: Sequence[str]) -> None:
-    """Names of the foreground classes below the panels."""
-    if classes:
-        labels = [names[i] if i < len(names) else f"class {i + 1}" for i in range(classes)]
-        handles = [Patch(color=class_color(i), label=label) for i, label in enumerate(labels)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(classes, 4), fontsize=8, frameon=False)
+def class_legend(figure: Figure, masks: Iterable[Masks], names: Sequence[str]) -> None:
+    """Names of the foreground classes below the panels: those that have one, and those that are there."""
+    labels = {number: f"class {number + 1}" for number in sorted({number for mask in masks for number in mask})}
+    labels = dict(sorted((labels | dict(enumerate(names))).items()))
+    if labels:
+        handles = [Patch(color=class_color(number), label=label) for number, label in labels.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(labels), 4), fontsize=8, frameon=False)

@@ -11,11 +11,14 @@ from monai.config import NdarrayOrTensor
 
 from monai_conres.residual import residual_mask
 from monai_conres.visualize.panels import (
+    Masks,
     adjacent_slices,
     all_channels,
+    chosen_slices,
     class_legend,
     class_masks,
     cut,
+    cut_masks,
     first_channel,
     new_figure,
     paint_masks,
@@ -74,16 +77,14 @@ def plot_slices(
         for title, residual in (residuals or {}).items()
     }
     axis = slice_axis(spatial_axis)
-    if isinstance(slices, int):
-        slices = spread_slices(next(iter(colored.values()), None), volume.shape, axis, slices)
-    if not len(slices):
-        raise ValueError("expected one or more slices to draw, got none.")
+    first: Masks = next(iter(colored.values()), {})
+    slices = chosen_slices(slices, lambda count: spread_slices(first.values(), volume.shape, axis, count))
     rows = len(slices) + surfaces
     figure, grid = new_figure(volume.shape, axis, spacing, rows, 1 + len(colored) + len(grays))
     if surfaces:
         bottom = grid.pop()
         spaces = [figure.add_subplot(axes.get_subplotspec(), projection="3d") for axes in bottom[1 : 1 + len(colored)]]
-        draw_surfaces(spaces, list(colored.values()), spacing)
+        draw_surfaces(spaces, list(colored.values()), volume.shape, spacing)
         for axes in bottom:
             axes.remove()
     window = value_window([volume])
@@ -92,18 +93,12 @@ def plot_slices(
         show(row[0], background, window, spacing, axis)
         row[0].set_ylabel(f"slice {number}", fontsize=8)
         for axes, mask in zip(row[1:], colored.values(), strict=False):
-            show(
-                axes,
-                paint_masks(background, window, [cut(channel, axis, number) for channel in mask]),
-                None,
-                spacing,
-                axis,
-            )
+            show(axes, paint_masks(background, window, cut_masks(mask, axis, number)), None, spacing, axis)
         for axes, gray in zip(row[1 + len(colored) :], grays.values(), strict=True):
             show(axes, cut(gray, axis, number), (0, 1), spacing, axis)
     for axes, title in zip(grid[0], ["image", *colored, *grays], strict=True):
         axes.set_title(title, fontsize=9)
-    class_legend(figure, max((len(mask) for mask in colored.values()), default=0), class_names)
+    class_legend(figure, colored.values(), class_names)
     return figure
 
 
@@ -137,25 +132,28 @@ def plot_residuals(
     """
     volume = first_channel(image)
     masks = class_masks(label, volume.shape)
-    residual = residual_mask(torch.from_numpy(masks)[None], spatial_axis=spatial_axis)[0].numpy()
+    residuals = {
+        number: residual_mask(torch.from_numpy(mask)[None, None], spatial_axis=spatial_axis)[0, 0].numpy()
+        for number, mask in masks.items()
+    }
     axis = slice_axis(spatial_axis)
-    if isinstance(slices, int):
-        changed = residual.any(axis=0).sum(axis=tuple(other for other in range(3) if other != axis))
-        slices = adjacent_slices(int(changed.argmax()), volume.shape[axis], slices)
+    changed = np.zeros(volume.shape, dtype=bool)
+    for residual in residuals.values():
+        changed |= residual
+    most = int(changed.sum(axis=tuple(other for other in range(3) if other != axis)).argmax())
+    slices = chosen_slices(slices, lambda count: adjacent_slices(most, volume.shape[axis], count))
     figure, grid = new_figure(volume.shape, axis, spacing, 3, len(slices))
     window = value_window([volume])
     for column, number in enumerate(slices):
         background = cut(volume, axis, number)
         show(grid[0][column], background, window, spacing, axis)
-        painted = paint_masks(background, window, [cut(mask, axis, number) for mask in masks])
+        painted = paint_masks(background, window, cut_masks(masks, axis, number))
         show(grid[1][column], painted, None, spacing, axis)
         # in the colors of the classes, on black
-        changes = paint_masks(
-            np.zeros_like(background), (0, 1), [cut(mask, axis, number) for mask in residual], opacity=1.0
-        )
+        changes = paint_masks(np.zeros_like(background), (0, 1), cut_masks(residuals, axis, number), opacity=1.0)
         show(grid[2][column], changes, None, spacing, axis)
         grid[0][column].set_title(f"slice {number}", fontsize=9)
     for row, name in zip(grid, ("image", "mask", "residual mask"), strict=True):
         row[0].set_ylabel(name, fontsize=9)
-    class_legend(figure, len(masks), class_names)
+    class_legend(figure, [masks], class_names)
     return figure

@@ -9,7 +9,7 @@ import numpy as np
 from monai.config import NdarrayOrTensor
 from monai.utils import optional_import
 
-from monai_conres.visualize.panels import INSTALL, PANEL, class_color, class_legend, class_masks
+from monai_conres.visualize.panels import INSTALL, PANEL, Masks, class_color, class_legend, class_masks
 
 if TYPE_CHECKING:
     from matplotlib.colors import LightSource
@@ -61,22 +61,24 @@ def plot_surfaces(
     """
     if not masks:
         raise ValueError("expected one or more masks to draw, got none.")
-    size = next(iter(masks.values())).shape[-3:]
-    classes = [class_masks(mask, tuple(size)) for mask in masks.values()]
+    size = tuple(next(iter(masks.values())).shape[-3:])
+    classes = [class_masks(mask, size) for mask in masks.values()]
     figure = Figure(figsize=(len(masks) * 1.3 * PANEL + 0.2, 1.3 * PANEL + 0.6), layout="constrained")
     grid = figure.subplots(1, len(masks), squeeze=False, subplot_kw={"projection": "3d"})
-    draw_surfaces(grid[0], classes, spacing)
+    draw_surfaces(grid[0], classes, size, spacing)
     for axes, title in zip(grid[0], masks, strict=True):
         axes.set_title(title, fontsize=9)
-    class_legend(figure, max(map(len, classes)), class_names)
+    class_legend(figure, classes, class_names)
     return figure
 
 
-def draw_surfaces(panels: Sequence[Axes3D], masks: Sequence[np.ndarray], spacing: Sequence[float]) -> None:
-    """Draw booleans ``(c, *spatial)``, one mask for each panel, all with the same limits."""
+def draw_surfaces(
+    panels: Sequence[Axes3D], masks: Sequence[Masks], size: tuple[int, ...], spacing: Sequence[float]
+) -> None:
+    """Draw masks of volumes of some size, those of one panel after those of the other, all with the same limits."""
     light = LightSource(azdeg=225, altdeg=45)
-    meshes = [{n: surface_mesh(channel, spacing) for n, channel in enumerate(mask) if channel.any()} for mask in masks]
-    vertices = [mesh[0] for panel in meshes for mesh in panel.values()] or [np.array([(0, 0, 0), masks[0].shape[1:]])]
+    meshes = [{n: surface_mesh(part, spacing) for n, part in mask.items() if part.any()} for mask in masks]
+    vertices = [mesh[0] for panel in meshes for mesh in panel.values()] or [np.array([(0, 0, 0), size])]
     corners = np.concatenate(vertices)
     low, high = corners.min(axis=0), corners.max(axis=0)
     for axes, panel in zip(panels, meshes, strict=True):
@@ -118,12 +120,12 @@ def surface_mesh(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray
     return (vertices - border + low) * spacing, faces
 
 
-def _enclosed_classes(number: int, masks: np.ndarray) -> int:
+def _enclosed_classes(number: int, masks: Masks) -> int:
     """How many classes have their box in that of one class."""
-    if number >= len(masks) or not masks[number].any():
+    if number not in masks or not masks[number].any():
         return 0
     low, high = _box(masks[number])
-    others = (_box(other) for index, other in enumerate(masks) if index != number and other.any())
+    others = (_box(other) for key, other in masks.items() if key != number and other.any())
     return sum(bool((low <= box[0]).all() and (high >= box[1]).all()) for box in others)
 
 
