@@ -9,7 +9,6 @@ The one difference between the two networks is context residual learning: ``mapp
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 from monai_conres import BratsDiceMetric, BratsHausdorffDistanceMetric, ConResLoss, ConResNet, residual_mask
 from monai_conres.datasets import check_voxels, read_decathlon, training_plan
-from monai_conres.files import atomic_path
+from monai_conres.files import atomic_path, write_csv
 from monai_conres.phantom import write_phantom_dataset
 from monai_conres.visualize import plot_slices, save_figure
 
@@ -149,7 +148,7 @@ def main(options: argparse.Namespace) -> None:
     data = read_decathlon(options.data)
     training, validation = (cases[: options.cases] for cases in data.split(seed=options.seed))
     for case in tqdm(training + validation, desc="check files"):
-        check_voxels(case, len(data.classes))
+        check_voxels(case, range(len(data.classes)))
     patch, strides = training_plan(
         data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(options.channels)
     )
@@ -179,10 +178,7 @@ def main(options: argparse.Namespace) -> None:
         with atomic_path(options.out / f"{title}.pt") as temporary:
             torch.save(network.state_dict(), temporary)
 
-    with atomic_path(options.out / "cases.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out / "cases.csv", rows)
     with atomic_path(options.out / "table.md") as temporary:
         temporary.write_text(table(rows, totals))
     for case in list(validation_set)[:2]:

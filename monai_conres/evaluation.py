@@ -23,7 +23,7 @@ from monai.transforms import Orientation
 from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
 from monai_conres.datasets.datalist import load_volume, repeated
-from monai_conres.files import atomic_path
+from monai_conres.files import atomic_path, write_csv
 from monai_conres.metrics import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.residual import slice_dim
 from monai_conres.structures import structure_masks
@@ -246,9 +246,8 @@ class CaseReport:
         for structure, values in self.structures.items():  # one at a time: whole volumes in float32
             masks = [structure_masks(volume, {structure: values})[None] for volume in volumes]
             for name, metric in self.metrics.items():
-                result = metric(*masks) if name == "Dice" else metric(*masks, spacing=spacing)
+                found[f"{name} {structure}"] = metric(*masks, spacing=spacing).item()
                 metric.reset()
-                found[f"{name} {structure}"] = result.item()
         return found
 
     def _write(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
@@ -299,10 +298,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
 
 def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     """Write ``cases.csv`` and ``summary.json``."""
-    with atomic_path(folder / "cases.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "cases.csv", rows)
     with atomic_path(folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_path", "check_writable", "find_files"]
+__all__ = ["atomic_path", "check_writable", "find_files", "write_csv"]
 
 
 @contextmanager
@@ -41,6 +43,25 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(work)
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows by the names of their columns, which are those of the longest row; what others lack stays empty.
+
+    Args:
+        path: name of the file.
+        rows: one or more.
+
+    Example:
+        >>> file = Path(tempfile.mkdtemp(), "cases.csv")
+        >>> write_csv(file, [{"case": "a", "Dice": 0.5}, {"case": "b", "Dice": 0.75, "HD95": 2.0}])
+        >>> file.read_text().split()
+        ['case,Dice,HD95', 'a,0.5,', 'b,0.75,2.0']
+    """
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=max((list(row) for row in rows), key=len))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def check_writable(folder: str | os.PathLike) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,13 +46,16 @@ class _BratsMetric(CumulativeIterationMetric):
             raise ValueError("expected values to aggregate, got none; call the metric on predictions first.")
         return do_metric_reduction(values, reduction or self.reduction)[0]
 
-    def _compute_list(self, y_pred: Sequence[torch.Tensor], y: Sequence[torch.Tensor], **kwargs: Any) -> torch.Tensor:
+    def _compute_list(
+        self, y_pred: Sequence[torch.Tensor], y: Sequence[torch.Tensor], spacing: float | Sequence | None = None
+    ) -> torch.Tensor:
         """Cases ``(c, *spatial)``, of any sizes, each with its own spacing where there is one for each."""
-        spacings = _spacing((len(y), y[0].ndim - 1), kwargs.pop("spacing", None))
-        pairs = zip(y_pred, y, spacings, strict=True)
-        return torch.cat([self._compute_tensor(p[None], r[None], spacing=s, **kwargs) for p, r, s in pairs])
+        pairs = zip(y_pred, y, _spacing((len(y), y[0].ndim - 1), spacing), strict=True)
+        return torch.cat([self._compute_tensor(p[None], r[None], edges) for p, r, edges in pairs])
 
-    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def _compute_tensor(
+        self, y_pred: torch.Tensor, y: torch.Tensor, spacing: float | Sequence | None = None
+    ) -> torch.Tensor:
         """``(b, c, *spatial)`` of zeros and ones, twice, to values ``(b, c)``."""
         if y_pred.shape != y.shape or y.ndim < 4:
             raise ValueError(
@@ -71,19 +73,21 @@ class _BratsMetric(CumulativeIterationMetric):
                     "indices into channels (AsDiscrete(to_onehot=...))."
                 )
         y_pred, y = y_pred.float(), y.float()
+        edges = _spacing((len(y), y.ndim - 2), spacing)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the (ground truth|prediction) of class")  # that is our business
             warnings.filterwarnings("ignore", message=".*always_return_as_numpy")  # MONAI's own call
-            values = self._values(y_pred, y, **kwargs)
+            values = self._values(y_pred, y, edges)
         empty_pred, empty = y_pred.flatten(2).sum(-1) == 0, y.flatten(2).sum(-1) == 0
-        best, worst = self._empty_values(y, **kwargs)
+        best, worst = self._empty_values(y, edges)
         values = torch.where(empty_pred ^ empty, worst.to(values), values)
         return torch.where(empty_pred & empty, best.to(values), values)
 
-    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, edges: list[list[float]]) -> torch.Tensor:
+        """Values ``(b, c)``; ``edges`` are those of the voxels of each case, in mm."""
         raise NotImplementedError
 
-    def _empty_values(self, y: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _empty_values(self, y: torch.Tensor, edges: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Values where both masks are empty and where one is, for each case ``(b, 1)`` or for all."""
         return torch.tensor(1.0), torch.tensor(0.0)
 
@@ -114,7 +118,7 @@ class BratsDiceMetric(_BratsMetric):
     def __init__(self, *, include_background: bool = True, reduction: str = "mean_batch") -> None:
         super().__init__(include_background=include_background, reduction=reduction)
 
-    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, edges: list[list[float]]) -> torch.Tensor:
         return compute_dice(y_pred, y, include_background=True)
 
 
@@ -161,17 +165,14 @@ class BratsHausdorffDistanceMetric(_BratsMetric):
         self.percentile = percentile
         self.empty_distance = empty_distance
 
-    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        spacing = _spacing((len(y), y.ndim - 2), kwargs.get("spacing"))
-        return compute_hausdorff_distance(
-            y_pred, y, include_background=True, percentile=self.percentile, spacing=spacing
-        )
+    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, edges: list[list[float]]) -> torch.Tensor:
+        return compute_hausdorff_distance(y_pred, y, include_background=True, percentile=self.percentile, spacing=edges)
 
-    def _empty_values(self, y: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _empty_values(self, y: torch.Tensor, edges: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.empty_distance is not None:
             return torch.tensor(0.0), torch.tensor(self.empty_distance)
-        edges = torch.tensor(_spacing((len(y), y.ndim - 2), kwargs.get("spacing"))) * torch.tensor(y.shape[2:])
-        return torch.tensor(0.0), edges.norm(dim=1, keepdim=True)
+        lengths = torch.tensor(edges) * torch.tensor(y.shape[2:])
+        return torch.tensor(0.0), lengths.norm(dim=1, keepdim=True)
 
 
 class BratsSurfaceDiceMetric(_BratsMetric):
@@ -204,10 +205,9 @@ class BratsSurfaceDiceMetric(_BratsMetric):
         super().__init__(include_background=include_background, reduction=reduction)
         self.tolerance = tolerance
 
-    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        spacing = _spacing((len(y), y.ndim - 2), kwargs.get("spacing"))
+    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, edges: list[list[float]]) -> torch.Tensor:
         thresholds = [float(self.tolerance)] * y.shape[1]
-        return compute_surface_dice(y_pred, y, thresholds, include_background=True, spacing=spacing)
+        return compute_surface_dice(y_pred, y, thresholds, include_background=True, spacing=edges)
 
 
 def _spacing(shape: tuple[int, int], spacing: float | Sequence | None) -> list[list[float]]:

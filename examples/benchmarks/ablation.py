@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import sys
 import time
@@ -51,7 +50,7 @@ from monai_conres import (
     residual_mask,
 )
 from monai_conres.datasets import DecathlonDatalist, read_decathlon, training_plan
-from monai_conres.files import atomic_path
+from monai_conres.files import atomic_path, write_csv
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quickstart import KEYS, PREPARE, augmentations
@@ -295,8 +294,8 @@ def train(
     size: dict[str, Any],
     seed: int,
     title: str,
-) -> float:
-    """Seconds of training."""
+) -> dict[str, Any]:
+    """Train, and say how many seconds it took and, on a GPU, how many bytes at most."""
     set_determinism(seed)
     segmentation_loss = ConResLoss(softmax=True, to_onehot_y=True)
     residual_loss = arm.loss(spatial_axis=arm.spatial_axis, to_onehot_y=True, **arm.loss_arguments)
@@ -304,6 +303,8 @@ def train(
     schedule = PolynomialLR(optimizer, total_iters=size["iterations"], power=0.9)
     device = next(network.parameters()).device
     network.train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     progress = tqdm(batches(training, size, seed), total=size["iterations"], desc=title, mininterval=5)
     for image, label in progress:
@@ -320,7 +321,11 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
-    return time.perf_counter() - start
+    memory: int | str = ""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        memory = torch.cuda.max_memory_allocated(device)
+    return {"seconds": round(time.perf_counter() - start, 1), "memory": memory}
 
 
 def derived_residuals(segmentation: torch.Tensor, spatial_axis: int) -> torch.Tensor:
@@ -446,13 +451,12 @@ def main() -> None:
                 source = CacheDataset(
                     training, Compose(prepare + augmentations(patch, len(data.classes))), progress=False
                 )
-            cached[fold] = source, CacheDataset(validation, Compose(prepare), progress=False)
+            # one fold at a time, in the memory of the device
+            cached = {fold: (source, CacheDataset(validation, Compose(prepare), progress=False))}
         training_set, validation_set = cached[fold]
         set_determinism(seed)
-        if options.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
         network = build(ARMS[name], data, size, strides).to(options.device)
-        seconds = train(network, ARMS[name], training_set, size, seed, file.stem)
+        cost = train(network, ARMS[name], training_set, size, seed, file.stem)
         rows = evaluate(network, ARMS[name], validation_set, len(data.classes), patch)
         run = {
             "arm": name,
@@ -460,13 +464,9 @@ def main() -> None:
             "seed": seed,
             "parameters": sum(p.numel() for p in network.parameters()),
             "multiply_adds": multiply_adds(network, data.channels, patch),
-            "seconds": round(seconds, 1),
-            "memory": torch.cuda.max_memory_allocated() if options.device.startswith("cuda") else "",
+            **cost,
         }
-        with atomic_path(file) as temporary, temporary.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, fieldnames=[*run, *rows[0]])
-            writer.writeheader()
-            writer.writerows(run | row for row in rows)
+        write_csv(file, [run | row for row in rows])
         print(f"{file.stem}: mean Dice {sum(row['dice'] for row in rows) / len(rows):.4f}", flush=True)
 
 

@@ -11,7 +11,6 @@ interleaved runs at the smaller size that is stated, forward in eval and a train
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from monai.utils import optional_import
 from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres import ConResLoss, attach_conres
-from monai_conres.files import atomic_path
+from monai_conres.files import atomic_path, write_csv
 
 unet, has_nnunet = optional_import("dynamic_network_architectures.architectures.unet")
 
@@ -125,7 +124,7 @@ def seconds(networks: list[nn.Module], run: Callable, repeats: int, device: str)
             start = time.perf_counter()
             run(network, image, label)
             if device != "cpu":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             if repeat:  # the first one warms up
                 own.append(time.perf_counter() - start)
     return [statistics.median(own) for own in times]
@@ -170,9 +169,7 @@ def main() -> None:
         print("  ".join(rows[-1].values()), flush=True)
         fields = list(max(rows, key=len))
         table = [fields, ["---"] * len(fields)] + [[row.get(field, "-") for field in fields] for row in rows]
-        with atomic_path(options.out / "attach_cost.csv") as temporary, temporary.open("w", newline="") as file:
-            csv.DictWriter(file, fields, restval="-").writeheader()
-            csv.DictWriter(file, fields, restval="-").writerows(rows)
+        write_csv(options.out / "attach_cost.csv", rows)
         with atomic_path(options.out / "attach_cost.md") as temporary:
             temporary.write_text("".join(f"| {' | '.join(row)} |\n" for row in table))
 

@@ -13,7 +13,6 @@ on a GPU what torch allocated.
 from __future__ import annotations
 
 import argparse
-import csv
 import resource
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ from monai.networks import nets
 from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres import ConResLoss, ConResNet, ConResOutput
-from monai_conres.files import atomic_path
+from monai_conres.files import atomic_path, write_csv
 from monai_conres.layers import NormActConv, PreActivationBlock, WeightStandardizedConv3d
 
 CHANNELS, CLASSES = 4, 3
@@ -184,7 +183,7 @@ class Case:
         start = time.perf_counter()
         getattr(self, run)()
         if self.device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
     def convolutions(self) -> float:
@@ -222,7 +221,7 @@ class Case:
                             start = time.perf_counter()
                             way(x)
                             if self.device != "cpu":
-                                torch.cuda.synchronize()
+                                torch.cuda.synchronize(self.device)
                         times.append(time.perf_counter() - start)
                     best = min(best, statistics.median(times[1:]))
             total += number * best
@@ -302,15 +301,15 @@ def child(options: argparse.Namespace) -> None:
     case = Case(options.networks[0], options)
     if case.device != "cpu":
         case.seconds(options.child)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(case.device)
+        before = torch.cuda.memory_allocated(case.device)
     else:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = case.seconds(options.child)
     after = (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if case.device == "cpu"
-        else torch.cuda.max_memory_allocated()
+        else torch.cuda.max_memory_allocated(case.device)
     )
     print(after - before, seconds)
 
@@ -341,10 +340,7 @@ def main() -> None:
     rows = peak_memory(options) if options.memory else times(options)
     name = options.name or f"{'memory' if options.memory else 'speed'}_{options.device}_{options.precision}"
     table = [list(rows[0]), ["---"] + ["---:"] * (len(rows[0]) - 1)] + [list(row.values()) for row in rows]
-    with atomic_path(options.out / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out / f"{name}.csv", rows)
     with atomic_path(options.out / f"{name}.md") as temporary:
         temporary.write_text("".join(f"| {' | '.join(row)} |\n" for row in table))
 

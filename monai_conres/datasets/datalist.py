@@ -160,12 +160,12 @@ def _loader(dicom: bool, thread: int) -> LoadImage:
     return LoadImage(reader="PydicomReader" if dicom else None, ensure_channel_first=True)
 
 
-def check_voxels(case: Mapping[str, Any], values: int | Collection[int]) -> None:
+def check_voxels(case: Mapping[str, Any], values: Collection[int]) -> None:
     """Read the files of one case to their ends: a download that broke off has a good header, too.
 
     Args:
         case: one of the cases of a :class:`Datalist`.
-        values: values that a label may have, or their number, counted from 0.
+        values: values that a label may have, the background's among them.
 
     Raises:
         ValueError: when a file cannot be read, an image has voxels that are not finite, or a label has other values. It
@@ -176,12 +176,10 @@ def check_voxels(case: Mapping[str, Any], values: int | Collection[int]) -> None
             raise ValueError(f"expected finite intensities in {file}, got others; mend the file or take the case out.")
     if "label" not in case:
         return
-    allowed = range(values) if isinstance(values, int) else sorted(values)
     found = np.unique(load_volume(case["label"]).numpy())
-    if not np.isin(found, allowed).all():
-        expected = f"classes from 0 to {values - 1}" if isinstance(values, int) else f"the values {list(allowed)}"
+    if not (allowed := np.isin(found, list(values))).all():
         raise ValueError(
-            f"expected {expected} in {case['label']}, got {found[~np.isin(found, allowed)][:5].tolist()}; mend the "
+            f"expected the values {sorted(values)} in {case['label']}, got {found[~allowed][:5].tolist()}; mend the "
             "file or take the case out."
         )
 
