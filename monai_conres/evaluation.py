@@ -150,7 +150,8 @@ def check_settings(
     if shared := [case["name"] for case in held_out if case["name"] in seen]:
         raise ValueError(
             f"expected cases that {weights} was not trained with, got {shared[:5]}, {len(shared)} of {len(held_out)} "
-            "in all; give the overrides of the training that split the cases, such as --fold."
+            "in all; give the overrides of the training that split the cases, such as --fold. If these are others of "
+            f"the same names, take {file} away."
         )
 
 
