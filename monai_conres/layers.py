@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-from monai_conres.residual import is_traced
+from monai_conres.residual import is_traced, is_watched
 
 __all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "resize_features"]
 
@@ -105,6 +104,7 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
     """Whether torch leaves oneDNN's convolution aside, which is 1.5 to 10 times as fast: for one small volume."""
     return (
         not is_traced()
+        and not is_watched(input)  # it knows torch's usual operations only
         and input.device.type == "cpu"
         and input.dtype == torch.float32
         and input.shape[0] == 1
@@ -113,13 +113,6 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-if torch.ops.aten.mkldnn_convolution not in flop_registry:  # torch counts it under its other name only
-
-    @register_flop_formula(torch.ops.aten.mkldnn_convolution)
-    def _mkldnn_convolution_flops(input: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-        return conv_flop_count(input, weight, out_shape)
 
 
 class NormActConv(nn.Sequential):

@@ -40,16 +40,14 @@ def slice_dim(ndim: int, spatial_axis: int) -> int:
 
 
 def is_traced() -> bool:
-    """Whether a tracer, a compiler or torch.func is at work, or tensors have no values.
+    """Whether a tracer, a compiler or torch.func is at work: layouts and what is kept are theirs to choose."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
-    Layouts and what is kept are theirs to choose, and values not to be looked at.
-    """
-    return (
-        torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._guards.detect_fake_mode() is not None
-    )
+
+def is_watched(tensor: torch.Tensor) -> bool:
+    """Whether something sees to each operation, as tools do that count them or have tensors without values."""
+    own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return own or torch._C._len_torch_dispatch_stack() > 0
 
 
 def foreground_masks(
@@ -235,7 +233,9 @@ def check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
 
     Only on the CPU, and not while a graph is captured: elsewhere reading a value waits for the device.
     """
-    if label.dtype == torch.bool or label.device.type != "cpu" or is_traced() or not label.numel():
+    if label.dtype == torch.bool or label.device.type != "cpu" or not label.numel():
+        return
+    if is_traced() or is_watched(label):
         return
     label = _wide(label)
     low, high = (value.item() for value in torch.aminmax(label))

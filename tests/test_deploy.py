@@ -123,13 +123,14 @@ def test_tensors_without_values():
     """As tools have them that find out how much memory a network takes."""
     with FakeTensorMode():
         network = small_network()
-        output = network(torch.empty(1, 2, *SIZE))
+        image = torch.empty(1, 2, *SIZE)
+        output = network(image)
         assert output.segmentation.shape == (1, 3, *SIZE)
         assert output.residuals[0].shape[2:] == SIZE
         ContextResidualLoss()(output.residuals, torch.empty(1, 3, *SIZE)).backward()
         assert network.head.weight.grad is None
         assert network.encoder[0][0].weight.grad.shape == network.encoder[0][0].weight.shape
-        assert network.eval()(torch.empty(1, 2, *SIZE)).shape == (1, 3, *SIZE)
+    assert network.eval()(image).shape == (1, 3, *SIZE)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])

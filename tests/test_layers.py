@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres.layers import (
@@ -153,6 +154,14 @@ def test_every_way_to_convolve_on_a_cpu_gives_the_same(batch, options, memory_fo
     want.square().sum().backward()
     torch.testing.assert_close(image.grad.double(), exact.grad, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(layer.weight.grad.double(), twin.weight.grad, rtol=1e-3, atol=1e-2)
+
+
+def test_subclasses_that_torch_does_not_know_better_are_convolved_alike():
+    image = torch.randn(1, 8, 9, 10, 11)
+    usual = torch.backends.mkldnn.is_available()
+    assert [torch_convolves_slowly(x) for x in (image, MetaTensor(image), torch.nn.Parameter(image))] == [usual] * 3
+    with FlopCounterMode(display=False):
+        assert not torch_convolves_slowly(image)
 
 
 def test_multiply_adds_of_every_way_to_convolve_are_counted():
