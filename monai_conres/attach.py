@@ -130,7 +130,6 @@ class ConResWrapper(nn.Module):
         backbone: the network itself, its ``state_dict`` as it was. Called by itself it gives what it always gave.
         decoder: the :class:`~monai_conres.ConResDecoder`.
         stages: names of the backbone's modules whose outputs are gated, coarse to fine.
-        settings: those of the arguments of :func:`attach_conres` that the weights do not tell.
         eval_residual: True makes ``eval()`` return ``(segmentation, residual)``, both at the image's resolution, so
             that sliding-window inference stitches both.
 
@@ -151,7 +150,6 @@ class ConResWrapper(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.stages = tuple(stages)
-        self.settings = {"stages": self.stages, **decoder.settings}
         self.eval_residual = False
         self._attached = True
         self._passes: dict[int, _Pass] = {}  # by thread, empty between forward passes
@@ -160,6 +158,11 @@ class ConResWrapper(nn.Module):
             backbone.get_submodule(name).register_forward_hook(partial(self._gate, name)) for name in modules
         ]
         self.training = backbone.training  # not train(): parts of the backbone may be frozen in eval mode
+
+    @property
+    def conres_settings(self) -> dict[str, Any]:
+        """What the weights do not tell of the attached decoder, although it changes what they compute."""
+        return {"stages": list(self.stages), **self.decoder.conres_settings}
 
     def forward(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Segment ``image``; further arguments go to the backbone. See :func:`attach_conres` for what is returned."""

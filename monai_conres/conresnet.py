@@ -18,6 +18,7 @@ from monai_conres.layers import (
     PreActivationBlock,
     WeightStandardizedConv3d,
     fast_layout,
+    layer_settings,
     recompute,
     resize_features,
 )
@@ -57,9 +58,6 @@ class ConResNet(nn.Module):
         use_checkpoint: True computes the encoder's features again in the backward pass instead of keeping them, which
             takes less memory and more time. An attribute, too. Without effect where ``norm`` has running statistics,
             which would count a batch twice, and under ``torch.compile``, which decides on its own what to keep.
-
-    Attributes:
-        settings: those of its arguments that its weights do not tell, such as the slice axis.
 
     Shape:
         ``(b, in_channels, d, h, w)`` with any size of at least one coarsest voxel, that is the product of the strides
@@ -111,19 +109,17 @@ class ConResNet(nn.Module):
             raise ValueError(
                 f"expected 1 or more channels, got in_channels={in_channels}, out_channels={out_channels}."
             )
+        slice_dim(5, spatial_axis)
         self.in_channels = in_channels
         self.strides = _check_levels(channels, strides, blocks)
         self.least_size = tuple(map(math.prod, zip(*self.strides, strict=True)))
         self.attention = attention
         self.align_corners = align_corners
-        self.settings = {
-            "strides": self.strides,
-            "spatial_axis": slice_dim(5, spatial_axis) - 2,
-            "attention": attention,
+        self._settings = {
+            "strides": [[int(step) for step in stride] for stride in self.strides],
             "align_corners": align_corners,
             "fan_in_scaling": fan_in_scaling,
-            "norm": norm,
-            "act": act,
+            **layer_settings(norm, act),
         }
         self.eval_residual = eval_residual
         self.use_checkpoint = use_checkpoint
@@ -177,6 +173,13 @@ class ConResNet(nn.Module):
         """
         released: dict[str, Any] = {"fan_in_scaling": False, "inner_norm": False, "align_corners": True}
         return cls(in_channels, out_channels, spatial_axis=spatial_axis, **released, **kwargs)
+
+    @property
+    def conres_settings(self) -> dict[str, Any]:
+        """What its weights do not tell, although it changes what they compute, such as the slice axis."""
+        if self.residual_decoder is None:
+            return self._settings
+        return {**self._settings, **self.residual_decoder.conres_settings, "attention": self.attention}
 
     def forward(self, image: torch.Tensor) -> ConResOutput | torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Segment ``image``; see the class for what is returned in which mode."""

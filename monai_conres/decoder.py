@@ -19,6 +19,7 @@ from monai_conres.layers import (
     DEFAULT_NORM,
     NormActConv,
     WeightStandardizedConv3d,
+    layer_settings,
 )
 from monai_conres.residual import inter_slice_residual, slice_dim
 
@@ -66,9 +67,6 @@ class ConResDecoder(nn.Module):
         inner_norm: see :class:`ContextResidualModule`.
         align_corners: how features are resampled from scale to scale; True in the released code of the authors.
 
-    Attributes:
-        settings: those of its arguments that its weights do not tell.
-
     Raises:
         ValueError: when ``channels`` is empty, a number of channels is too small, or ``norm`` does not fit them.
 
@@ -110,13 +108,11 @@ class ConResDecoder(nn.Module):
             )
         self.spatial_axis = spatial_axis
         self.attention = attention
-        self.settings = {
-            "spatial_axis": slice_dim(5, spatial_axis) - 2,
-            "attention": attention,
+        self._settings = {
+            "inner_norm": inner_norm,
             "align_corners": align_corners,
             "fan_in_scaling": fan_in_scaling,
-            "norm": norm,
-            "act": act,
+            **layer_settings(norm, act),
         }
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
         module: dict[str, Any] = {
@@ -138,6 +134,12 @@ class ConResDecoder(nn.Module):
             for c, w, entry in zip(channels, widths, entries, strict=True)
         )
         self.heads = nn.ModuleList(nn.Conv3d(w, out_channels, kernel_size=1) for w in widths)
+
+    @property
+    def conres_settings(self) -> dict[str, Any]:
+        """What its weights do not tell, although it changes what they compute."""
+        axis = int(slice_dim(5, self.spatial_axis)) - 2
+        return {"spatial_axis": axis, "attention": self.attention, **self._settings}
 
     def step(self, stage: int, features: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pass one scale.

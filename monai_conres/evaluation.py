@@ -27,13 +27,13 @@ from monai_conres.files import atomic_path, write_csv
 from monai_conres.metrics import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.residual import slice_dim
 from monai_conres.structures import structure_masks
-from monai_conres.training import network_settings, plain, settings_file
+from monai_conres.training import network_settings, plain_values, settings_file
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
 Events, _ = optional_import("ignite.engine", name="Events")
 idist, _ = optional_import("ignite.distributed")
-nib, _ = optional_import("nibabel")
+nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
 __all__ = ["CaseReport", "MeanProbability", "join_reports", "load_networks", "summarize"]
 
@@ -95,14 +95,14 @@ def load_networks(
     """Copies of a network with the weights of several files.
 
     The weights of a network often fit one of other settings, another slice axis for example. Where
-    :class:`~monai_conres.training.TrainingCheckpoint` has written the settings of the training beside the weights,
-    they are compared.
+    :class:`~monai_conres.training.TrainingCheckpoint` has written the settings of the training beside the weights
+    (``model.pt.json``), they are compared. They know of one training, and not of one that it went on from.
 
     Args:
-        network: the network; its ``settings``, where it has any, have to be those that it was trained with.
+        network: the network; of one of this package the settings have to be those that it was trained with.
         paths: files of weights.
         held_out: cases, as in a :class:`~monai_conres.datasets.Datalist`, that are to be scored: the networks must not
-            have seen them in training.
+            have seen them in training, by their names.
         settings: others that have to be those of the training, such as the order of the image's channels.
 
     Raises:
@@ -115,7 +115,7 @@ def load_networks(
             raise ValueError(
                 f"expected a network's weights in {path}, found no file; train first, or give checkpoints."
             )
-        check_settings(path, {**settings, **network_settings(network)}, held_out)
+        check_training(path, {**plain_values(settings), **network_settings(network)}, held_out)
         network = copy.deepcopy(network)
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -129,7 +129,7 @@ def load_networks(
     return networks
 
 
-def check_settings(
+def check_training(
     weights: str | os.PathLike, settings: Mapping[str, Any], held_out: Sequence[Mapping[str, Any]]
 ) -> None:
     """Raise unless the settings of a training, where they are known, are these and it left these cases out."""
@@ -138,10 +138,11 @@ def check_settings(
         return
     try:
         trained = json.loads(file.read_text())
+        trained |= trained.get("network", {})
         seen = set(trained.get("training_cases", ()))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"expected the settings of a training in {file}, cannot read it ({error}).") from error
-    for name, value in plain(settings).items():
+    for name, value in settings.items():
         if name in trained and trained[name] != value:
             raise ValueError(
                 f"expected {name} {trained[name]}, with which {weights} was trained, got {value}; give the overrides "
@@ -150,8 +151,8 @@ def check_settings(
     if shared := [case["name"] for case in held_out if case["name"] in seen]:
         raise ValueError(
             f"expected cases that {weights} was not trained with, got {shared[:5]}, {len(shared)} of {len(held_out)} "
-            "in all; give the overrides of the training that split the cases, such as --fold. If these are others of "
-            f"the same names, take {file} away."
+            "in all; give the overrides of the training that split the cases (fold, hold_out, split_seed), or an empty "
+            "held_out, if these are others of the same names or are to be scored all the same."
         )
 
 
@@ -243,6 +244,7 @@ class CaseReport:
     def _measure(self, prediction: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
         spacing = prediction.pixdim.tolist() if isinstance(prediction, MetaTensor) else None
         volumes = [convert_to_tensor(volume, track_meta=False) for volume in (prediction.cpu(), label)]
+        # the columns in the order of the metrics
         found = {f"{name} {structure}": 0.0 for name in self.metrics for structure in self.structures}
         for structure, values in self.structures.items():  # one at a time: whole volumes in float32
             masks = [structure_masks(volume, {structure: values})[None] for volume in volumes]
@@ -254,10 +256,18 @@ class CaseReport:
     def _write(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
         from monai_conres.visualize import plot_slices, save_figure  # matplotlib, which training does without
 
+        if not isinstance(prediction, MetaTensor):
+            raise TypeError(
+                f"expected a prediction with the scan's geometry, a MetaTensor, got a {type(prediction).__name__}; "
+                "invert the preprocessing with Invertd."
+            )
         affine = prediction.affine.cpu()
-        volume = prediction.cpu().numpy()[0].astype(np.uint8)
+        written = nib.Nifti1Image(prediction.cpu().numpy()[0].astype(np.uint8), affine.numpy())
+        written.set_qform(affine.numpy(), code=1)
+        written.set_sform(affine.numpy(), code=1)
+        written.header.set_xyzt_units("mm")
         with atomic_path(self.output_dir / f"{case['name']}.nii.gz") as temporary:
-            nib.save(nib.Nifti1Image(volume, affine.numpy()), temporary)
+            nib.save(written, temporary)
         ras = Orientation("RAS", labels=None)
         image = load_volume(ensure_tuple(case["image"])[0])[:1]
         volumes = {"image": image, "label": label, "prediction": prediction.cpu()}

@@ -46,11 +46,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows by the names of their columns, which are those of the longest row; what others lack stays empty.
+    """Write rows by the names of their columns, in the order in which they come; what a row lacks stays empty.
 
     Args:
         path: name of the file.
-        rows: one or more.
+        rows: values by column.
 
     Example:
         >>> file = Path(tempfile.mkdtemp(), "cases.csv")
@@ -59,7 +59,7 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> Non
         ['case,Dice,HD95', 'a,0.5,', 'b,0.75,2.0']
     """
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=max((list(row) for row in rows), key=len))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -85,9 +85,10 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
-    """Files at any depth whose names match, sorted; hidden ones, as some systems leave beside others, are not taken.
+    """Files at any depth whose names match, sorted.
 
-    Folders that are links are looked into, too, each folder once.
+    Hidden files and folders, as some systems leave beside others, are passed over. Folders that are links are looked
+    into, too, each folder once.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
@@ -103,5 +104,6 @@ def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(here, name) for name in names if fnmatch(name, pattern) and not name.startswith(".")]
     return sorted(found)

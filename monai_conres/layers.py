@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.networks.layers.factories import split_args
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
@@ -204,6 +205,15 @@ def recompute(module: nn.Module, function: Callable[..., torch.Tensor], *argumen
     if not torch.is_grad_enabled() or running or is_traced():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False)
+
+
+def layer_settings(norm: str | tuple | None, act: str | tuple | None) -> dict[str, Any]:
+    """Norm and activation in one spelling, whatever MONAI takes: ``"relu"`` and ``("RELU", {"inplace": True})``."""
+    settings = {}
+    for kind, layer in (("norm", norm), ("act", act)):
+        name, arguments = split_args(layer) if layer else ("", {})
+        settings[kind] = [str(name).lower(), {key: value for key, value in arguments.items() if key != "inplace"}]
+    return settings
 
 
 def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:

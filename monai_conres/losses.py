@@ -343,7 +343,7 @@ class CompoundBoundaryLoss(nn.Module):
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
         """Compound loss of a network's ``output`` against ``label``."""
         segmentation = _unstacked(output.segmentation if hasattr(output, "residuals") else output, label)
-        if not isinstance(segmentation, torch.Tensor) and not isinstance(self.boundary_loss, DeepSupervisionLoss):
+        if isinstance(segmentation, (list, tuple)) and not isinstance(self.boundary_loss, DeepSupervisionLoss):
             segmentation = segmentation[0]
         loss = self.loss(output, label)
         alpha = self.alpha.to(loss.device)

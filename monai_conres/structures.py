@@ -6,7 +6,7 @@ A network has either a channel with a sigmoid for each structure, or one softmax
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from numbers import Integral
 
 import torch
@@ -35,17 +35,19 @@ def label_values(structures: Structures) -> list[int]:
 
 
 def check_structures(structures: Structures) -> None:
-    """Raise unless all values are whole numbers from 1 to 255: label maps are kept in 8 bits, and 0 is the background.
+    """Raise unless each structure is a list of whole numbers from 1 to 255.
+
+    Label maps are kept in 8 bits, and 0 is the background.
 
     Raises:
-        ValueError: with the values that are not.
+        ValueError: with the first structure that is not.
     """
-    values = [value for values in structures.values() for value in values]
-    if others := [value for value in values if not (isinstance(value, Integral) and 1 <= value <= 255)]:
-        raise ValueError(
-            f"expected values of structures from 1 to 255, got {others[:5]}; map the labels' values first "
-            "(MapLabelValued), and give the structures in the new ones."
-        )
+    for name, values in structures.items():
+        if not isinstance(values, Collection) or not all(isinstance(v, Integral) and 1 <= v <= 255 for v in values):
+            raise ValueError(
+                f"expected a list of values, whole numbers from 1 to 255, for each structure, got {values!r} for "
+                f"{name}; map other values of the labels first (MapLabelValued)."
+            )
 
 
 def structure_masks(label: torch.Tensor, structures: Structures) -> torch.Tensor:

@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ class SeededDataset(CacheDataset):
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it, too
         transform = transform if isinstance(transform, Compose) else Compose(transform)
+        self._transforms = {threading.get_ident(): transform}
         super().__init__(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
 
     @property
@@ -83,8 +85,11 @@ class SeededDataset(CacheDataset):
         self._epoch.fill_(epoch)
 
     def _transform(self, index: int) -> Any:
-        own = copy.copy(self)  # threads that share the random state of one transform would draw by turns
-        own.transform = copy.deepcopy(self.transform)
+        thread = threading.get_ident()
+        if thread not in self._transforms:  # a random state of its own, or threads would disturb each other's draws
+            self._transforms[thread] = copy.deepcopy(self.transform)
+        own = copy.copy(self)
+        own.transform = self._transforms[thread]
         own.transform.set_random_state(seed=_seed(self.seed, self.epoch, index % len(self)))
         return super(SeededDataset, own)._transform(index)
 
@@ -161,16 +166,16 @@ class TrainingCheckpoint:
     The file is replaced when the new one is complete, so that neither a killed process nor a full disk costs the last
     one. (MONAI's ``CheckpointSaver`` removes the old file first.) The trainer's own state is part of it. At the end,
     the first object's weights, the network's, are written alone, for evaluation, and the settings beside them
-    (``model.json`` beside ``model.pt``), for :func:`~monai_conres.evaluation.load_networks` to compare.
+    (``model.pt.json``), for :func:`~monai_conres.evaluation.load_networks` to compare.
 
     Args:
         path: name of the checkpoint.
         objects: what to keep, by name, each with ``state_dict`` and ``load_state_dict``; the network first.
         final_path: name of the file of the network's weights.
         interval: number of epochs between checkpoints.
-        settings: what must not change when a run goes on, such as the names of its cases, so that no network is
-            trained on what it is validated with, and its seed: plain values (numbers, text, lists), by name. The
-            ``settings`` of the network, where it has any, are added.
+        settings: what must not change when a run goes on, such as its seed: plain values (numbers, text, lists), by
+            name. ``"training_cases"`` are the names of the cases that the network is not to be scored with. Of a
+            network of this package, what its weights do not tell is added as ``"network"``.
 
     Raises:
         ValueError: when a setting is no plain value, or the checkpoint that is there is of another configuration.
@@ -190,15 +195,7 @@ class TrainingCheckpoint:
         self.objects = dict(objects)
         self.final_path = Path(final_path)
         self.interval = interval
-        network = next(iter(self.objects.values()))
-        self.settings = {**(settings or {}), **network_settings(network)}
-        try:
-            self.settings = plain(self.settings)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"expected settings that are plain values, such as int(...), str(...) or lists of these, got "
-                f"{self.settings} ({error}); a checkpoint with others could not be loaded."
-            ) from error
+        self.settings = plain_values({**(settings or {}), "network": network_settings(self._network)})
 
     def attach(self, engine: Engine) -> None:
         """Load at the start of ``engine``'s run, and save as it goes on; the last of its handlers."""
@@ -209,7 +206,7 @@ class TrainingCheckpoint:
     def load(self, engine: Engine) -> None:
         """Go on from the checkpoint, if there is one."""
         if idist.get_rank() == 0:
-            for path in (self.path, self.final_path):
+            for path in (self.path, self.final_path, settings_file(self.final_path)):
                 for left_over in path.parent.glob(f".{path.name}.*"):  # of a process killed while it wrote
                     if left_over.is_dir():
                         shutil.rmtree(left_over)
@@ -219,10 +216,13 @@ class TrainingCheckpoint:
         try:
             state = torch.load(self.path, map_location=engine.state.device, weights_only=True)
             for name, value in self.settings.items():
-                if state["settings"][name] != value:
-                    raise ValueError(f"not the same {name}")
+                if name not in state["settings"]:
+                    raise ValueError(f"it says nothing of {name}")
+                if (earlier := state["settings"][name]) != value:
+                    raise ValueError(f"not the same {name}: {_shortened(earlier)}, now {_shortened(value)}")
             for name, thing in self._parts(engine).items():
-                thing.load_state_dict(state[name])
+                if name != "scaler" or state.get(name):  # that of a device without one is empty
+                    thing.load_state_dict(state[name])
         except Exception as error:
             raise ValueError(
                 f"expected a checkpoint of this configuration, cannot go on from {self.path} ({error}); give another "
@@ -239,11 +239,16 @@ class TrainingCheckpoint:
     def finish(self, engine: Engine) -> None:
         """Write the checkpoint, the network's weights and the settings."""
         self.save(engine)
+        beside = settings_file(self.final_path)
         if idist.get_rank() == 0:
-            with atomic_path(settings_file(self.final_path)) as temporary:
-                temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
+            beside.unlink(missing_ok=True)  # those of other weights
+        _save(self._network.state_dict(), self.final_path)
+        _save(self.settings, beside)
+
+    @property
+    def _network(self) -> Any:
         network = next(iter(self.objects.values()))
-        _save(network.state_dict(), self.final_path)
+        return network.module if isinstance(network, DistributedDataParallel) else network
 
     def _parts(self, engine: Engine) -> dict[str, Any]:
         """All that has a state: in mixed precision the scale of the loss, too."""
@@ -253,22 +258,27 @@ class TrainingCheckpoint:
 
 def settings_file(weights: str | os.PathLike) -> Path:
     """The file beside a network's weights that says how it was trained."""
-    return Path(weights).with_suffix(".json")
+    return Path(weights).with_name(f"{Path(weights).name}.json")
 
 
-def network_settings(network: Any) -> dict[str, Any]:
-    """What a network of this package says of itself that its weights do not tell."""
-    return {f"network's {name}": value for name, value in getattr(network, "settings", {}).items()}
+def network_settings(network: nn.Module) -> dict[str, Any]:
+    """What the weights of a network of this package do not tell; of any other nothing is known."""
+    return json.loads(json.dumps(getattr(network, "conres_settings", {}), default=str))
 
 
-def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as a file gives them back, tuples as lists.
 
     Raises:
-        TypeError: when one of them is no plain value.
-        ValueError: when one of them is no number.
+        ValueError: when one of them is no plain value.
     """
-    return json.loads(json.dumps(settings, allow_nan=False))
+    try:
+        return {name: json.loads(json.dumps(value, allow_nan=False)) for name, value in settings.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected settings that are plain values, such as int(...), str(...) or lists of these, got others among "
+            f"{list(settings)} ({error}); a checkpoint with others could not be loaded."
+        ) from error
 
 
 def number_of_epochs(iterations: int, loader: Sized) -> int:
@@ -319,13 +329,21 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 100 else f"{text[:90]} ..."
+
+
 def _save(state: Mapping[str, Any], path: Path) -> None:
     """Write a file in the first process."""
     if idist.get_rank() > 0:
         return
     try:
         with atomic_path(path) as temporary:
-            torch.save(state, temporary)
+            if path.suffix == ".json":
+                temporary.write_text(json.dumps(state, indent=1) + "\n")
+            else:
+                torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a full disk
         kept = "; the one before is still there" if path.is_file() else ""
         raise OSError(f"cannot write {path} ({error}): is the disk full?{kept}.") from error

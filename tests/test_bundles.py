@@ -402,8 +402,8 @@ def first_run(brats, tmp_path_factory) -> dict[str, Any]:
     [
         ("training_cases", {"split": "$@data.split(1, folds=3)"}),
         ("spatial_axis", {"spatial_axis": 0}),
-        ("network's attention", {"network_def#attention": False}),
-        ("network's strides", {"network_def#strides": [2, [2, 2, 1]]}),
+        ("network", {"network_def#attention": False}),
+        ("network", {"network_def#strides": [2, [2, 2, 1]]}),
         ("amp", {"amp": True}),
         ("learning_rate", {"learning_rate": 0.1}),
         ("deep_supervision_weight", {"joint_loss#deep_supervision_weight": 1}),
@@ -415,16 +415,16 @@ def test_another_configuration_does_not_go_on_from_the_first(first_run, name, ov
     """Its weights would load: the run would be taken for finished."""
     with pytest.raises(RuntimeError) as caught:
         run("brats_conresnet", "train", **first_run, **override)
-    assert f"not the same {name})" in str(caught.value.__cause__)
+    assert f"not the same {name}: " in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ({"split_seed": 1}, r"not trained with, got \['phantom_.* give the overrides"),
-        ({"spatial_axis": 0}, "expected network's spatial_axis 2, with which .*, got 0; give the overrides"),
-        ({"network_def#attention": False}, "expected network's attention True, with which .*, got False"),
-        ({"network_def#align_corners": True}, "expected network's align_corners False"),
+        ({"spatial_axis": 0}, "expected spatial_axis 2, with which .*, got 0; give the overrides"),
+        ({"network_def#attention": False}, "expected attention True, with which .*, got False"),
+        ({"network_def#align_corners": True}, "expected align_corners False"),
         ({"modalities": ["t1", "flair", "t1ce", "t2"]}, r"expected modalities \['flair', .*, got \['t1', 'flair'"),
     ],
 )
@@ -436,6 +436,14 @@ def test_the_overrides_of_the_training_cannot_be_forgotten(first_run, tmp_path, 
             run("brats_conresnet", "train", name, **options)
         assert re.search(message, str(caught.value.__cause__))
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_cases_of_the_training_are_scored_where_that_is_asked_for(first_run, tmp_path):
+    """And the same axis by another number is no other setting."""
+    options = {**first_run, "split_seed": 1, "spatial_axis": 2, "held_out": [], "output_dir": str(tmp_path)}
+    run("brats_conresnet", "train", "evaluate", **options, **{"validate#report#full": False})
+    assert len(table(tmp_path / "cases.csv")) == 2
+    run("brats_conresnet", "train", **first_run, spatial_axis=2)  # nothing left to do
 
 
 def test_crops_of_the_whole_volume():

@@ -57,48 +57,51 @@ def test_load_networks(tmp_path):
         load_networks(torch.nn.Conv3d(1, 2, 1), paths)
 
 
-def test_load_networks_compares_with_the_training(tmp_path):
-    """``net.json`` as the training writes it; weights without one load as they are."""
-    small = {"channels": (8, 16), "strides": (2,), "blocks": (1, 1, 1)}
-    network = ConResNet(1, 2, **small)
-    path = tmp_path / "net.pt"
-    torch.save(network.state_dict(), path)
-    others = [ConResNet(1, 2, **(small | {name: value})) for name, value in SWITCHES.items()]
-    for other in others:
-        load_networks(other, [path])  # nothing in the weights tells
-    settings = {"training_cases": ["a", "b"], "modalities": ["t1", "t2"]}
-    settings |= {f"network's {name}": value for name, value in network.settings.items()}
-    (tmp_path / "net.json").write_text(json.dumps(settings))
-    load_networks(ConResNet(1, 2, **small, spatial_axis=2), [path], held_out=[{"name": "c"}], modalities=("t1", "t2"))
-    for other, name in zip(others, SWITCHES, strict=True):
-        with pytest.raises(ValueError, match=rf"network's {name} .*net\.pt was trained, got"):
-            load_networks(other, [path])
-    with pytest.raises(ValueError, match=r"modalities \['t1', 't2'\], with which .*, got \['t2', 't1'\]"):
-        load_networks(network, [path], modalities=["t2", "t1"])
-    with pytest.raises(ValueError, match=r"net\.pt was not trained with, got \['b'\], 1 of 2 in all; .*--fold"):
-        load_networks(network, [path], held_out=[{"name": "b"}, {"name": "c"}])
-    for broken in ("{", "[]", '{"training_cases": 1}'):
-        (tmp_path / "net.json").write_text(broken)
-        with pytest.raises(ValueError, match=r"settings of a training in .*net\.json, cannot read it"):
-            load_networks(network, [path])
-
-
 SWITCHES = {
     "strides": ((2, 2, 1),),
     "spatial_axis": 0,
     "attention": False,
     "align_corners": True,
     "fan_in_scaling": False,
-    "norm": ("group", {"num_groups": 4}),
+    "norm": ("instance", {"eps": 1e-3}),
     "act": "leakyrelu",
+    "inner_norm": False,
 }
 
 
-def test_attached_decoders_have_settings():
+def test_load_networks_compares_with_the_training(tmp_path):
+    """``net.pt.json`` as the training writes it; weights without one load as they are."""
+    small = {"channels": (8, 16), "strides": (2,), "blocks": (1, 1, 1), "norm": "instance"}
+    network = ConResNet(1, 2, **small)
+    path, settings = tmp_path / "net.pt", tmp_path / "net.pt.json"
+    torch.save(network.state_dict(), path)
+    others = [ConResNet(1, 2, **(small | {name: value})) for name, value in SWITCHES.items()]
+    for other in others:
+        load_networks(other, [path])  # nothing in the weights tells
+    trained = {"training_cases": ["a", "b"], "modalities": ["t1", "t2"], "network": network.conres_settings}
+    settings.write_text(json.dumps(trained))
+    alike = {"spatial_axis": 2, "norm": ("INSTANCE", {}), "act": "relu"}
+    load_networks(ConResNet(1, 2, **small | alike), [path], held_out=[{"name": "c"}], modalities=("t1", "t2"))
+    for other, name in zip(others, SWITCHES, strict=True):
+        with pytest.raises(ValueError, match=rf"expected {name} .*net\.pt was trained, got"):
+            load_networks(other, [path])
+    with pytest.raises(ValueError, match=r"modalities \['t1', 't2'\], with which .*, got \['t2', 't1'\]"):
+        load_networks(network, [path], modalities=["t2", "t1"])
+    with pytest.raises(ValueError, match=r"net\.pt was not trained with, got \['b'\], 1 of 2 in all; .*fold"):
+        load_networks(network, [path], held_out=[{"name": "b"}, {"name": "c"}])
+    for broken in ("{", "[]", '{"training_cases": 1}'):
+        settings.write_text(broken)
+        with pytest.raises(ValueError, match=r"settings of a training in .*net\.pt\.json, cannot read it"):
+            load_networks(network, [path])
+
+
+def test_settings_of_other_kinds_of_network():
+    baseline = [ConResNet(1, 2, mapping=False, attention=False, spatial_axis=axis) for axis in (0, 1)]
+    assert baseline[0].conres_settings == baseline[1].conres_settings  # it has none
     backbone = BasicUNet(out_channels=2, features=(8, 8, 16, 32, 64, 8))
-    settings = attach_conres(backbone, 1, 2, spatial_axis=0, spatial_size=(32,) * 3).settings
+    settings = attach_conres(backbone, 1, 2, spatial_axis=0, spatial_size=(32,) * 3).conres_settings
     assert settings["spatial_axis"] == 0
-    assert settings["stages"] == ("upcat_4", "upcat_3", "upcat_2", "upcat_1")
+    assert settings["stages"] == ["upcat_4", "upcat_3", "upcat_2", "upcat_1"]
 
 
 class Threshold(torch.nn.Module):
@@ -195,6 +198,9 @@ def test_a_report_of_unusual_scans(tmp_path, shape):
     expected[2:6, 3:7] = 3
     np.testing.assert_array_equal(np.asarray(prediction.dataobj), expected)
     np.testing.assert_allclose(prediction.affine, affine)
+    assert [int(prediction.header[code]) for code in ("qform_code", "sform_code")] == [1, 1]
+    np.testing.assert_allclose(prediction.get_qform(), affine, atol=1e-6)
+    assert prediction.header.get_xyzt_units()[0] == "mm"
 
 
 class FirstChannel(Threshold):

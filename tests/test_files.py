@@ -19,6 +19,8 @@ def test_a_file_is_replaced_when_complete(tmp_path):
 def test_hidden_files_are_not_found(tmp_path):
     for name in ("scan.nii", "._scan.nii", ".scan.nii"):  # as macOS leaves them on other file systems
         (tmp_path / name).touch()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "scan.nii").touch()
     assert find_files(tmp_path, "*.nii") == [tmp_path / "scan.nii"]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres import inter_slice_residual, residual_mask, restore_mask
 from tests import reference
@@ -52,6 +53,11 @@ def test_inter_slice_residual_gradient(memory_format, axis):
     (gradient,) = torch.autograd.grad(residual.sum(), volume)
     for tensor in (residual, gradient):
         assert tensor.is_contiguous(memory_format=memory_format)
+
+
+def test_values_are_checked_while_operations_are_counted():
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match="zeros and ones"):
+        residual_mask(torch.full((1, 1, 4), 7))
 
 
 def test_infinite_values_have_an_infinite_residual_and_the_first_slice_none():

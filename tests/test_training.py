@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import ignite.distributed as idist
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
@@ -133,7 +134,7 @@ def test_interrupted_training_ends_as_undisturbed_training_does(tmp_path, interv
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert not (tmp_path / "b" / "model.pt").exists()
-    for left_over in (".checkpoint.pt.abc", ".model.pt.abc"):  # as a killed process leaves behind
+    for left_over in (".checkpoint.pt.abc", ".model.pt.abc", ".model.pt.json.abc"):  # as a killed process leaves behind
         (tmp_path / "b" / left_over).mkdir()
     (tmp_path / "b" / ".checkpoint.pt.x1y2").write_text("another program's")  # rsync's, on its way
     second, network = trainer(tmp_path / "b", epochs=4, interval=interval)
@@ -143,7 +144,7 @@ def test_interrupted_training_ends_as_undisturbed_training_does(tmp_path, interv
     assert (tmp_path / "a" / "loss.csv").read_text() == (tmp_path / "b" / "loss.csv").read_text()
     weights = torch.load(tmp_path / "b" / "model.pt", weights_only=True)
     assert torch.equal(weights["0.weight"], expected[0].weight)
-    names = [".checkpoint.pt.x1y2", "checkpoint.pt", "loss.csv", "model.json", "model.pt"]
+    names = [".checkpoint.pt.x1y2", "checkpoint.pt", "loss.csv", "model.pt", "model.pt.json"]
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == names
 
     finished, network = trainer(tmp_path / "b", epochs=4)
@@ -167,21 +168,73 @@ def test_the_scale_of_the_loss_goes_on(tmp_path, monkeypatch):
     second = scaled(3)
     second.run()
     assert second.scaler.get_scale() == 8 * 2**4
+    # begun on a device that has none
+    without, _ = trainer(tmp_path / "cpu", epochs=1)
+    without.run()
+    third, _ = trainer(tmp_path / "cpu", epochs=2)
+    third.amp = True
+    third.run()
+    assert third.scaler.get_scale() == 8 * 2
+
+
+def finish(folder, network, settings: dict | None = None, name: str = "net.pt") -> TrainingCheckpoint:
+    handler = TrainingCheckpoint(
+        folder / "c.pt", {"network": network}, final_path=folder / name, settings={"seed": 3, **(settings or {})}
+    )
+    handler.finish(trainer(folder, epochs=1)[0])
+    return handler
+
+
+def network(**kwargs) -> ConResNet:
+    return ConResNet(1, 1, **({"channels": (8, 16), "strides": ((2, 2, 1),), "blocks": (1, 1, 1)} | kwargs))
 
 
 def test_the_settings_are_beside_the_weights(tmp_path):
-    network = ConResNet(1, 1, channels=(8, 16), strides=((2, 2, 1),), blocks=(1, 1, 1), spatial_axis=-1)
-    engine, _ = trainer(tmp_path, epochs=1)
-    handler = TrainingCheckpoint(
-        tmp_path / "c.pt", {"network": network}, final_path=tmp_path / "net.pt", settings={"seed": 3, "size": (1, 2)}
-    )
-    handler.finish(engine)
-    settings = json.loads((tmp_path / "net.json").read_text())
+    handler = finish(tmp_path, network(), {"size": (1, 2)})
+    settings = json.loads((tmp_path / "net.pt.json").read_text())
     assert settings["seed"] == 3
     assert settings["size"] == [1, 2]
-    assert settings["network's strides"] == [[2, 2, 1]]
-    assert settings["network's spatial_axis"] == 2
-    handler.load(engine)  # a tuple in the network's settings is no other setting than a list in the file
+    assert settings["network"]["strides"] == [[2, 2, 1]]
+    assert settings["network"]["spatial_axis"] == 2
+    handler.load(trainer(tmp_path, epochs=1)[0])  # a tuple is no other setting than the list in the file
+    finish(tmp_path, network(), name="net.fold1")
+    assert (tmp_path / "net.fold1.json").is_file()
+    finish(tmp_path, torch.nn.Conv3d(1, 1, 1))
+    assert json.loads((tmp_path / "net.pt.json").read_text()) == {"seed": 3, "network": {}}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"spatial_axis": np.int64(1), "strides": ((np.int64(2), 2, 1),)},
+        {"norm": ("group", {"num_groups": 4, "dtype": torch.float32})},
+    ],
+)
+def test_numbers_of_any_kind_are_settings_of_a_network(tmp_path, kwargs):
+    finish(tmp_path, network(**kwargs))
+    assert json.loads((tmp_path / "net.pt.json").read_text())["network"]["strides"] == [[2, 2, 1]]
+
+
+def test_settings_are_not_those_of_other_weights(tmp_path, monkeypatch):
+    """When writing the weights fails, those that are there have no settings rather than wrong ones."""
+    finish(tmp_path, network(), {"training_cases": ["a"]})
+    monkeypatch.setattr(torch, "save", lambda state, path: (_ for _ in ()).throw(RuntimeError("no space")))
+    handler = TrainingCheckpoint(
+        tmp_path / "c.pt", {"network": network()}, final_path=tmp_path / "net.pt", settings={"training_cases": ["b"]}
+    )
+    monkeypatch.setattr(handler, "save", lambda engine: None)
+    with pytest.raises(OSError, match=r"cannot write .*net\.pt"):
+        handler.finish(trainer(tmp_path, epochs=1)[0])
+    assert (tmp_path / "net.pt").is_file()
+    assert not (tmp_path / "net.pt.json").exists()
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path):
+    trainer(tmp_path, epochs=1, settings={"seed": 1})[0].run()
+    with pytest.raises(ValueError, match="says nothing of rate"):
+        trainer(tmp_path, epochs=2, settings={"seed": 1, "rate": 2})[0].run()
+    with pytest.raises(ValueError, match="not the same seed: 1, now 2"):
+        trainer(tmp_path, epochs=2, settings={"seed": 2})[0].run()
 
 
 def test_loss_curve_has_the_mean_of_each_epoch(tmp_path):

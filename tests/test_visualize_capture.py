@@ -162,8 +162,22 @@ def test_calls_of_one_module():
         for stage, features in zip(stages, expected, strict=True):
             torch.testing.assert_close(stage.features, features, rtol=0, atol=0)
     assert hooks(network) == 0
-    with pytest.raises(ValueError, match=r"got \['down'\]"), capture_features(network, stages=["down#1"]):
-        pass
+    for name in ("down#1", "up#", "up#-1", "up#1#2", "up#²"):
+        with pytest.raises(ValueError, match=rf"got \['{name}'\]"), capture_features(network, stages=[name]):
+            pass
+    with pytest.raises(RuntimeError, match="got 1 of them"), capture_features(network, stages=["up", "up#7"]):
+        network(image)
+
+
+@torch.no_grad()
+def test_heads_begin_a_pass_too(image):
+    network = small_network(mapping=False, attention=False).eval()
+    with capture_features(network, stages=["decoder.0"]) as stages:
+        network.heads(torch.zeros_like(image))
+        network.heads(image)
+    with capture_features(network) as expected:
+        network(image)
+    torch.testing.assert_close(stages[0].features, expected[0].features, rtol=0, atol=0)
 
 
 @torch.no_grad()

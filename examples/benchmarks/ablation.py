@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import sys
 import time
@@ -303,8 +304,12 @@ def train(
     schedule = PolynomialLR(optimizer, total_iters=size["iterations"], power=0.9)
     device = next(network.parameters()).device
     network.train()
+    before = 0
     if device.type == "cuda":
+        gc.collect()  # an attached decoder and its network refer to each other
         torch.cuda.reset_peak_memory_stats(device)
+        # of the patches that are there; the network's own weights count
+        before = torch.cuda.memory_allocated(device) - sum(p.nbytes for p in network.parameters())
     start = time.perf_counter()
     progress = tqdm(batches(training, size, seed), total=size["iterations"], desc=title, mininterval=5)
     for image, label in progress:
@@ -324,7 +329,7 @@ def train(
     memory: int | str = ""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        memory = torch.cuda.max_memory_allocated(device)
+        memory = torch.cuda.max_memory_allocated(device) - before
     return {"seconds": round(time.perf_counter() - start, 1), "memory": memory}
 
 
@@ -437,23 +442,23 @@ def main() -> None:
         prepare = [*PREPARE[:2], Spacingd(KEYS, pixdim=spacing, mode=("bilinear", "nearest")), *PREPARE[2:]]
     patch, strides = training_plan(shape, spacing, max_voxels=options.max_voxels, levels=len(size["channels"]))
     runs = [(fold, seed, name) for fold in options.folds for seed in options.seeds for name in options.arms]
-    cached: dict[int, tuple[CacheDataset | ResidentPatches, CacheDataset]] = {}
+    prepared_fold = None  # one at a time: its patches may take the memory of the device
     for fold, seed, name in runs:
         file = options.out / f"{name}_fold{fold}_seed{seed}.csv"
         if file.exists():
             continue
-        if fold not in cached:
+        if fold != prepared_fold:
+            training_set = validation_set = None
             training, validation = (cases[: options.cases] for cases in data.split(fold))
             if size.get("resident"):
                 prepared = Dataset(training, Compose(prepare))
-                source = ResidentPatches(prepared, patch, spacing, options.device)
+                training_set = ResidentPatches(prepared, patch, spacing, options.device)
             else:
-                source = CacheDataset(
+                training_set = CacheDataset(
                     training, Compose(prepare + augmentations(patch, len(data.classes))), progress=False
                 )
-            # one fold at a time, in the memory of the device
-            cached = {fold: (source, CacheDataset(validation, Compose(prepare), progress=False))}
-        training_set, validation_set = cached[fold]
+            validation_set = CacheDataset(validation, Compose(prepare), progress=False)
+            prepared_fold = fold
         set_determinism(seed)
         network = build(ARMS[name], data, size, strides).to(options.device)
         cost = train(network, ARMS[name], training_set, size, seed, file.stem)

@@ -1,4 +1,4 @@
-"""nnU-Net's trainer with a context residual decoder attached to the network that it plans.
+"""nnU-Net's trainer with a context residual decoder attached to the network that it plans, for nnU-Net 2.8.
 
     export nnUNet_extTrainer=examples/nnunet
     nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerConRes
@@ -36,9 +36,9 @@ class nnUNetTrainerConRes(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Also called for inference, where nothing is known of the labels but their number."""
+        """Also called for inference, where of the labels no more than their number is known."""
         if len(configuration_manager.patch_size) != 3:
-            raise ValueError("expected a 3D configuration, such as 3d_fullres; a slice of 2D has none before it.")
+            raise ValueError("expected a 3D configuration, such as 3d_fullres, got 2D, which has no slices to compare.")
         network = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )

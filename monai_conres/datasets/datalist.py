@@ -124,8 +124,10 @@ def read_scans(folder: str | os.PathLike, structures: Mapping[str, Sequence[int]
         structures: what is to be segmented, as in :class:`Datalist`.
 
     Raises:
-        ValueError: when there are none, two have one name, or a file is no NIfTI file.
+        ValueError: when there are none, two have one name, a file is no NIfTI file, or a value of a structure is not
+            from 1 to 255.
     """
+    check_structures(structures)
     files = sorted(file for file in Path(folder).glob("*.nii*") if not file.name.startswith("."))
     if not files:
         raise ValueError(f"expected NIfTI files (*.nii.gz) in {folder}, found none.")
@@ -196,10 +198,11 @@ def read_header(file: str | os.PathLike) -> Any:
         edges = nib.affines.voxel_sizes(affine)
     except Exception as error:
         raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
-    if len(header.get_data_shape()) < 3 or not abs(np.linalg.det(affine[:3, :3])) > 1e-9:
+    if len(header.get_data_shape()) < 3:
+        raise ValueError(f"expected a volume in {file}, got the shape {header.get_data_shape()}; take the file out.")
+    if not abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges.prod():
         raise ValueError(
-            f"expected a volume with three axes in {file}, got the shape {header.get_data_shape()} and the affine "
-            f"{affine[:3].tolist()}; mend the file or take it out."
+            f"expected an affine of three axes in the header of {file}, got {affine[:3].tolist()}; mend the header."
         )
     if not np.allclose(edges, voxel, rtol=0.01):
         raise ValueError(

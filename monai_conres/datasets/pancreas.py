@@ -138,7 +138,7 @@ def _check_size(case: Mapping[str, Any], label: Path) -> None:
     except Exception as error:
         raise ValueError(f"expected a DICOM file, cannot read {slices[0]} ({error}); fetch it again.") from error
     try:
-        shape = tuple(nib.load(label).shape[:3])  # of the header no more: its geometry is not that of the series
+        shape = tuple(nib.load(label).shape[:3])  # no more of the header, whose geometry is wrong
     except Exception as error:
         raise ValueError(f"expected a NIfTI file, cannot read {label} ({error}); fetch it again.") from error
     if shape != size:

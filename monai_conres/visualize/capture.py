@@ -69,10 +69,11 @@ def capture_features(network: nn.Module, *, stages: Sequence[str] = ()) -> Itera
         True
     """
     captured: list[StageFeatures] = []
-    calls: Counter[int] = Counter()  # of the stages that have a name, in this forward pass
+    calls: Counter[int] = Counter()  # of the stages' modules, in this forward pass
+    modules = _stage_modules(network, stages)
     hooks = [
         module.register_forward_hook(_note(captured, number, call, calls))
-        for number, (module, call) in enumerate(_stage_modules(network, stages))
+        for number, (module, call) in enumerate(modules)
     ]
     hooks.append(network.register_forward_pre_hook(lambda module, args: calls.clear()))
     try:
@@ -80,6 +81,11 @@ def capture_features(network: nn.Module, *, stages: Sequence[str] = ()) -> Itera
     finally:
         for hook in hooks:
             hook.remove()
+    if captured and len(captured) < len(modules):
+        raise RuntimeError(
+            f"expected every stage of {list(stages)} to run in a forward pass, in this order, got {len(captured)} of "
+            "them; leave out those that do not."
+        )
     if not captured:
         raise RuntimeError(
             "expected a forward pass in the block that runs the stages, got none; capture the network itself, not its "
@@ -104,10 +110,15 @@ def _stage_modules(network: nn.Module, stages: Sequence[str]) -> list[tuple[nn.M
             "modules whose outputs to capture, such as [stage.name for stage in decoder_stages(network, c).stages]."
         )
     names = dict(network.named_modules())
-    parts = [f"{name}#0".split("#")[:2] for name in stages]
-    if unknown := [name for name, call in parts if name not in names or not call.isdigit()]:
+    parts = {stage: stage.partition("#") for stage in stages}
+    if unknown := [
+        stage
+        for stage, (name, mark, call) in parts.items()
+        if name not in names or (mark and not (call.isascii() and call.isdigit()))
+    ]:
         raise ValueError(f"expected names of modules of {type(network).__name__}, got {unknown}; see named_modules().")
-    return [(names[name], int(call)) for name, call in parts]
+    any_call = isinstance(network, ConResNet)  # there is one; its heads() begins a pass, too
+    return [(names[name], None if any_call else int(call or 0)) for name, _, call in parts.values()]
 
 
 def _note(

@@ -59,10 +59,11 @@ def slice_axis(spatial_axis: int) -> int:
 
 
 def to_numpy(array: NdarrayOrTensor) -> np.ndarray:
-    """An array of any kind; numpy has no bfloat16."""
+    """An array of any kind, in this machine's order of bytes; numpy has no bfloat16."""
     if isinstance(array, torch.Tensor) and array.dtype == torch.bfloat16:
         array = array.float()
-    return convert_to_numpy(array)
+    converted = convert_to_numpy(array)
+    return converted.astype(converted.dtype.newbyteorder("="), copy=False)
 
 
 def first_channel(image: NdarrayOrTensor) -> np.ndarray:

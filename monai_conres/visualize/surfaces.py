@@ -75,7 +75,7 @@ def plot_surfaces(
 def draw_surfaces(
     panels: Sequence[Axes3D], masks: Sequence[Masks], size: tuple[int, ...], spacing: Sequence[float]
 ) -> None:
-    """Draw masks of volumes of some size, those of one panel after those of the other, all with the same limits."""
+    """Draw masks of volumes of one size, ``masks[i]`` in ``panels[i]``, all with the same limits."""
     light = LightSource(azdeg=225, altdeg=45)
     meshes = [{n: surface_mesh(part, spacing) for n, part in mask.items() if part.any()} for mask in masks]
     vertices = [mesh[0] for panel in meshes for mesh in panel.values()] or [np.array([(0, 0, 0), size])]
