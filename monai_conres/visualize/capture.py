@@ -55,7 +55,7 @@ def capture_features(network: nn.Module, *, stages: Sequence[str] = ()) -> Itera
 
     Raises:
         ValueError: when ``stages`` is missing or superfluous, or names no module.
-        RuntimeError: when no stage ran in the block. In ``eval()`` a network with ``attention=False`` leaves its
+        RuntimeError: when not every stage ran in the block. In ``eval()`` a network with ``attention=False`` leaves its
             context residual decoder out; ``network.heads(image)`` runs it.
 
     Example:
