@@ -18,9 +18,9 @@ from monai_conres.layers import (
     PreActivationBlock,
     WeightStandardizedConv3d,
     fast_layout,
-    layer_settings,
     recompute,
     resize_features,
+    unit_settings,
 )
 from monai_conres.residual import slice_dim
 
@@ -115,15 +115,11 @@ class ConResNet(nn.Module):
         self.least_size = tuple(map(math.prod, zip(*self.strides, strict=True)))
         self.attention = attention
         self.align_corners = align_corners
-        self._settings = {
-            "strides": [[int(step) for step in stride] for stride in self.strides],
-            "align_corners": align_corners,
-            "fan_in_scaling": fan_in_scaling,
-            **layer_settings(norm, act),
-        }
         self.eval_residual = eval_residual
         self.use_checkpoint = use_checkpoint
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
+        strides_of_axes = [[int(step) for step in stride] for stride in self.strides]
+        self._settings = {"strides": strides_of_axes, "align_corners": align_corners, **unit_settings(**unit)}
 
         # one entry per resolution: down-sampling convolution and residual blocks
         self.encoder = nn.ModuleList()

@@ -19,7 +19,7 @@ from monai_conres.layers import (
     DEFAULT_NORM,
     NormActConv,
     WeightStandardizedConv3d,
-    layer_settings,
+    unit_settings,
 )
 from monai_conres.residual import inter_slice_residual, slice_dim
 
@@ -108,13 +108,8 @@ class ConResDecoder(nn.Module):
             )
         self.spatial_axis = spatial_axis
         self.attention = attention
-        self._settings = {
-            "inner_norm": inner_norm,
-            "align_corners": align_corners,
-            "fan_in_scaling": fan_in_scaling,
-            **layer_settings(norm, act),
-        }
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
+        self._settings = {"inner_norm": inner_norm, "align_corners": align_corners, **unit_settings(**unit)}
         module: dict[str, Any] = {
             "attention": attention,
             "zero_init": zero_init,

@@ -207,9 +207,12 @@ def recompute(module: nn.Module, function: Callable[..., torch.Tensor], *argumen
     return checkpoint(function, *arguments, use_reentrant=False)
 
 
-def layer_settings(norm: str | tuple | None, act: str | tuple | None) -> dict[str, Any]:
-    """Norm and activation in one spelling, whatever MONAI takes: ``"relu"`` and ``("RELU", {"inplace": True})``."""
-    settings = {}
+def unit_settings(norm: str | tuple | None, act: str | tuple | None, fan_in_scaling: bool) -> dict[str, Any]:
+    """What the weights of a :class:`NormActConv` do not tell.
+
+    Norm and activation are in one spelling, whatever MONAI takes: ``"relu"`` and ``("RELU", {"inplace": True})``.
+    """
+    settings: dict[str, Any] = {"fan_in_scaling": fan_in_scaling}
     for kind, layer in (("norm", norm), ("act", act)):
         name, arguments = split_args(layer) if layer else ("", {})
         settings[kind] = [str(name).lower(), {key: value for key, value in arguments.items() if key != "inplace"}]

@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ class SeededDataset(CacheDataset):
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it, too
         transform = transform if isinstance(transform, Compose) else Compose(transform)
-        self._transforms = {threading.get_ident(): transform}
+        self._thread = threading.get_ident()
+        self._transforms: dict[int, Compose] = {}  # of other threads
         super().__init__(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
 
     @property
@@ -85,11 +87,12 @@ class SeededDataset(CacheDataset):
         self._epoch.fill_(epoch)
 
     def _transform(self, index: int) -> Any:
-        thread = threading.get_ident()
-        if thread not in self._transforms:  # a random state of its own, or threads would disturb each other's draws
-            self._transforms[thread] = copy.deepcopy(self.transform)
-        own = copy.copy(self)
-        own.transform = self._transforms[thread]
+        own, thread = self, threading.get_ident()
+        if thread != self._thread:  # a random state of its own, or threads would disturb each other's draws
+            if thread not in self._transforms:
+                self._transforms[thread] = copy.deepcopy(self.transform)
+            own = copy.copy(self)
+            own.transform = self._transforms[thread]
         own.transform.set_random_state(seed=_seed(self.seed, self.epoch, index % len(self)))
         return super(SeededDataset, own)._transform(index)
 
@@ -234,7 +237,7 @@ class TrainingCheckpoint:
     def save(self, engine: Engine) -> None:
         """Write the checkpoint."""
         state = {name: thing.state_dict() for name, thing in self._parts(engine).items()}
-        _save({**state, "settings": self.settings}, self.path)
+        _write(self.path, partial(torch.save, {**state, "settings": self.settings}))
 
     def finish(self, engine: Engine) -> None:
         """Write the checkpoint, the network's weights and the settings."""
@@ -242,8 +245,8 @@ class TrainingCheckpoint:
         beside = settings_file(self.final_path)
         if idist.get_rank() == 0:
             beside.unlink(missing_ok=True)  # those of other weights
-        _save(self._network.state_dict(), self.final_path)
-        _save(self.settings, beside)
+        _write(self.final_path, partial(torch.save, self._network.state_dict()))
+        _write(beside, lambda temporary: temporary.write_text(json.dumps(self.settings, indent=1) + "\n"))
 
     @property
     def _network(self) -> Any:
@@ -334,16 +337,13 @@ def _shortened(value: Any) -> str:
     return text if len(text) < 100 else f"{text[:90]} ..."
 
 
-def _save(state: Mapping[str, Any], path: Path) -> None:
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file in the first process."""
     if idist.get_rank() > 0:
         return
     try:
         with atomic_path(path) as temporary:
-            if path.suffix == ".json":
-                temporary.write_text(json.dumps(state, indent=1) + "\n")
-            else:
-                torch.save(state, temporary)
+            write(temporary)
     except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a full disk
         kept = "; the one before is still there" if path.is_file() else ""
         raise OSError(f"cannot write {path} ({error}): is the disk full?{kept}.") from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -105,10 +106,22 @@ def test_settings_of_other_kinds_of_network():
 
 
 class Threshold(torch.nn.Module):
-    """1 where the image is above 10: a prediction that is known."""
+    """1 where the image's first channel is above 10: a prediction that is known."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return (image > 10).float()
+        return (image[:, :1] > 10).float()
+
+
+def write_report(folder: Path, cases: list[dict[str, str]], **kwargs) -> None:
+    """Of cases as they are stored."""
+    structures = {"lesion": (3,)}
+    SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=DataLoader(Dataset(cases, LoadImaged("image", ensure_channel_first=True)), batch_size=1),
+        network=Threshold(),
+        postprocessing=ProbabilityToLabeld("pred", structures),
+        val_handlers=[CaseReport(folder, cases, structures, **kwargs)],
+    ).run()
 
 
 @pytest.fixture
@@ -185,14 +198,7 @@ def test_a_report_of_unusual_scans(tmp_path, shape):
     image[2:6, 3:7] = 20
     nib.save(nib.Nifti1Image(image, affine), tmp_path / "image.nii.gz")
     cases = [{"name": "case", "image": str(tmp_path / "image.nii.gz")}]
-    structures = {"lesion": (3,)}
-    SupervisedEvaluator(
-        device="cpu",
-        val_data_loader=DataLoader(Dataset(cases, LoadImaged("image", ensure_channel_first=True)), batch_size=1),
-        network=FirstChannel(),
-        postprocessing=ProbabilityToLabeld("pred", structures),
-        val_handlers=[CaseReport(tmp_path / "out", cases, structures)],
-    ).run()
+    write_report(tmp_path / "out", cases)
     prediction = nib.load(tmp_path / "out" / "case.nii.gz")
     expected = np.zeros(shape[:3])
     expected[2:6, 3:7] = 3
@@ -203,20 +209,8 @@ def test_a_report_of_unusual_scans(tmp_path, shape):
     assert prediction.header.get_xyzt_units()[0] == "mm"
 
 
-class FirstChannel(Threshold):
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return super().forward(image[:, :1])
-
-
 def test_a_report_that_is_not_full_has_the_dice_alone(tmp_path, cases):
-    structures = {"lesion": (3,)}
-    SupervisedEvaluator(
-        device="cpu",
-        val_data_loader=DataLoader(Dataset(cases, LoadImaged("image", ensure_channel_first=True)), batch_size=1),
-        network=Threshold(),
-        postprocessing=ProbabilityToLabeld("pred", structures),
-        val_handlers=[CaseReport(tmp_path / "out", cases, structures, full=False)],
-    ).run()
+    write_report(tmp_path / "out", cases, full=False)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["cases.csv", "summary.json"]
     (row,) = csv.DictReader((tmp_path / "out" / "cases.csv").open())
     assert list(row) == ["case", "Dice lesion"]

@@ -51,6 +51,9 @@ class StandIn:
             input_channels=inputs, num_classes=outputs, deep_supervision=enable_deep_supervision, **arguments
         )
 
+    def set_deep_supervision_enabled(self, enabled):
+        self.network.decoder.deep_supervision = enabled
+
     def _build_loss(self):
         return squared
 

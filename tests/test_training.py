@@ -15,7 +15,7 @@ from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
-from monai.transforms import Lambda, RandFlip, RandGaussianNoise
+from monai.transforms import Compose, Lambda, RandFlip, RandGaussianNoise
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DistributedSampler
 
@@ -79,6 +79,8 @@ def test_threads_draw_as_one_does():
     for volume, other in zip(got, expected, strict=True):
         torch.testing.assert_close(volume, other, rtol=0, atol=0)
     torch.testing.assert_close(data[-1], expected[5], rtol=0, atol=0)
+    data.transform = Compose([Lambda(torch.zeros_like)])  # as users change it
+    assert not data[0].any()
 
 
 def trainer(

@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 from monai.networks import one_hot
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch._dynamo import OptimizedModule
 
 from monai_conres import ConResOutput, ContextResidualLoss, attach_conres
 
@@ -43,12 +42,6 @@ class nnUNetTrainerConRes(nnUNetTrainer):
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
         return attach_conres(network, num_input_channels, num_output_channels, spatial_axis=SPATIAL_AXIS)
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """A switch of the network itself."""
-        network = self.network.module if self.is_ddp else self.network
-        network = network._orig_mod if isinstance(network, OptimizedModule) else network
-        network.backbone.decoder.deep_supervision = enabled
 
     def _build_loss(self) -> nn.Module:
         if self.label_manager.has_ignore_label:

@@ -192,12 +192,9 @@ def read_header(file: str | os.PathLike) -> Any:
     Raises:
         ValueError: when it cannot be read, is of no volume, or contradicts itself. It names the file.
     """
-    try:
-        header = nib.load(file).header
-        affine, voxel = header.get_best_affine(), np.asarray(header.get_zooms()[:3])
-        edges = nib.affines.voxel_sizes(affine)
-    except Exception as error:
-        raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
+    header = load_header(file)
+    affine, voxel = header.get_best_affine(), np.asarray(header.get_zooms()[:3])
+    edges = nib.affines.voxel_sizes(affine)
     if len(header.get_data_shape()) < 3:
         raise ValueError(f"expected a volume in {file}, got the shape {header.get_data_shape()}; take the file out.")
     if not abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges.prod():
@@ -209,6 +206,20 @@ def read_header(file: str | os.PathLike) -> Any:
             f"expected one size of the voxels in the header of {file}, got {edges.round(4).tolist()} mm in its affine "
             f"and {voxel.round(4).tolist()} mm in its pixdim; mend the one that is wrong."
         )
+    return header
+
+
+def load_header(file: str | os.PathLike) -> Any:
+    """The header of a NIfTI file, whatever it says.
+
+    Raises:
+        ValueError: when it cannot be read. It names the file.
+    """
+    try:
+        header = nib.load(file).header
+        header.get_best_affine()  # what other formats do not have
+    except Exception as error:
+        raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
     return header
 
 

@@ -12,11 +12,10 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import optional_import
 
-from monai_conres.datasets.datalist import Datalist, for_each, load_volume, read_scans
+from monai_conres.datasets.datalist import Datalist, for_each, load_header, load_volume, read_scans
 from monai_conres.datasets.decathlon import read_decathlon
 from monai_conres.files import find_files
 
-nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 pydicom, _ = optional_import("pydicom", descriptor="{}; install it with: pip install 'monai-conres[dicom]'")
 
 __all__ = ["LoadPancreasCTd", "read_pancreas_ct"]
@@ -137,10 +136,7 @@ def _check_size(case: Mapping[str, Any], label: Path) -> None:
         size = (int(header.Columns), int(header.Rows), len(slices))
     except Exception as error:
         raise ValueError(f"expected a DICOM file, cannot read {slices[0]} ({error}); fetch it again.") from error
-    try:
-        shape = tuple(nib.load(label).shape[:3])  # no more of the header, whose geometry is wrong
-    except Exception as error:
-        raise ValueError(f"expected a NIfTI file, cannot read {label} ({error}); fetch it again.") from error
+    shape = tuple(load_header(label).get_data_shape()[:3])  # its geometry is not that of the series
     if shape != size:
         raise ValueError(
             f"expected a label of size {size}, that of the series in {case['image']}, got {shape} in {label}; fetch "
