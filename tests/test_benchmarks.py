@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import subprocess
@@ -300,9 +301,26 @@ def test_the_released_structure_computes_the_released_network(mapping):
 def test_speed_makes_both_tables(tmp_path):
     command = [sys.executable, BENCHMARKS / "speed.py", "--out", tmp_path, "--size", 8, 16, 16, "--repeats", 1]
     command = [*map(str, command), "--networks", "released structure", "ConResNet"]
-    for options, name in (((), "speed_cpu_float32"), (("--memory",), "memory_cpu_float32")):
+    for options, name in (((), "speed_cpu"), (("--memory",), "memory_cpu")):
         subprocess.run([*command, "--device", "cpu", *options], check=True, capture_output=True)
         with (tmp_path / f"{name}.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [row["network"] for row in rows] == ["released structure", "ConResNet"]
     assert all(float(row["step, peak (GiB)"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "compiled"),
+    [
+        ("SegResNet (32), bf16, compiled", torch.bfloat16, True),
+        ("SegResNet (32), fp16", torch.float16, False),
+        ("SegResNet (32)", torch.float32, False),
+    ],
+)
+def test_the_end_of_a_name_says_how_it_is_computed(name, dtype, compiled):
+    options = argparse.Namespace(device="cpu", size=(8, 16, 16), batch_size=1, channels_last=False)
+    case = speed.Case(name, options)
+    with case.autocast():
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
+    assert hasattr(case.network, "_orig_mod") == compiled
+    assert speed.multiply_adds_of(name, case) == speed.multiply_adds_of("SegResNet (32)", case) > 0

@@ -6,8 +6,9 @@
 Times are medians of runs interleaved over the networks, so that what else the machine does falls on all of them alike.
 "share of the convolution rate" is a network's multiply-adds in a second over those of its own convolutions run alone,
 each in the layout that is fastest for it: one hundred percent would be a network that spends no time on anything else.
-Peak memory is measured in a process of its own for each network: on a CPU the resident set, less what there was before;
-on a GPU what torch allocated.
+A name may end in ", bf16" or ", fp16" (autocast), in ", compiled" (torch.compile) or in both, in this order, so that one
+run compares them. Peak memory is measured in a process of its own for each network: on a CPU the resident set, less
+what there was before; on a GPU what torch allocated.
 """
 
 from __future__ import annotations
@@ -135,8 +136,16 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     "SwinUNETR (48)": lambda size: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
 }
 COMPILED = ", compiled"  # after the name of a network: by torch.compile
+AUTOCAST = {", bf16": torch.bfloat16, ", fp16": torch.float16}  # after it, before ", compiled"
 # networks that take sizes alone that this divides
 MULTIPLES = {"SegResNetVAE (32)": 16, "AttentionUnet (32-512)": 16, "SwinUNETR (48)": 32}
+
+
+def plain_name(name: str) -> str:
+    """The name of a network without what says how it is computed."""
+    for ending in (COMPILED, *AUTOCAST):
+        name = name.removesuffix(ending)
+    return name
 
 
 class Case:
@@ -145,9 +154,9 @@ class Case:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         self.device = options.device
-        self.precision = options.precision
         self.compiled = name.endswith(COMPILED)
-        name = name.removesuffix(COMPILED)
+        self.dtype = next((dtype for ending, dtype in AUTOCAST.items() if ending in name), None)
+        name = plain_name(name)
         multiple = MULTIPLES.get(name, 1)
         self.size = tuple(-(-edge // multiple) * multiple for edge in options.size)
         self.network = NETWORKS[name](self.size).to(self.device)
@@ -160,8 +169,7 @@ class Case:
         self.loss = ConResLoss(DiceCELoss(sigmoid=True), sigmoid=True, spatial_axis=0)
 
     def autocast(self) -> torch.autocast:
-        dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        return torch.autocast(self.device.split(":")[0], dtype, enabled=dtype is not None)
+        return torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None)
 
     def forward(self) -> None:
         with torch.no_grad(), self.autocast():
@@ -211,7 +219,7 @@ class Case:
                 layer, x = layer.to(memory_format=memory_format), torch.randn(shape, device=self.device)
                 x = x.contiguous(memory_format=memory_format)
                 ways = [layer]
-                if self.device == "cpu" and self.precision == "float32" and plain is nn.Conv3d:
+                if self.device == "cpu" and self.dtype is None and plain is nn.Conv3d:
                     # torch does not give every shape to oneDNN
                     ways.append(partial(onednn, layer))
                 for way in ways:
@@ -273,7 +281,7 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
 def multiply_adds_of(name: str, case: Case) -> int:
     """Of one forward pass in eval, counted without computing it."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        NETWORKS[name.removesuffix(COMPILED)](case.size).to("meta").eval()(case.image.to("meta"))
+        NETWORKS[plain_name(name)](case.size).to("meta").eval()(case.image.to("meta"))
     return counter.get_total_flops() // 2
 
 
@@ -284,8 +292,7 @@ def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
         row = {"network": name}
         for run in ("forward", "step"):
             command = [sys.executable, __file__, "--child", run, "--networks", name, "--device", options.device]
-            command += ["--precision", options.precision, "--batch-size", str(options.batch_size)]
-            command += ["--size", *map(str, options.size), "--repeats", "1"]
+            command += ["--batch-size", str(options.batch_size), "--size", *map(str, options.size), "--repeats", "1"]
             command += ["--channels-last"] * options.channels_last
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             peak, seconds = printed.split()
@@ -317,20 +324,19 @@ def child(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for the table (.csv and .md)")
-    parser.add_argument("--name", help="of the files (default: speed or memory, device, precision)")
+    parser.add_argument("--name", help="of the files (default: speed or memory, and the device)")
     parser.add_argument(
         "--networks",
         nargs="+",
-        choices=[name + way for name in NETWORKS for way in ("", COMPILED)],
+        choices=[name + dtype + way for name in NETWORKS for dtype in ("", *AUTOCAST) for way in ("", COMPILED)],
         default=list(NETWORKS),
         metavar="NAME",
-        help=f"{', '.join(NETWORKS)}; with '{COMPILED}' after it, by torch.compile",
+        help=f"{', '.join(NETWORKS)}; ', bf16' or ', fp16' after it: by autocast, ', compiled': torch.compile",
     )
     parser.add_argument("--size", type=int, nargs=3, default=(40, 80, 80), help="of the image, in voxels")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
     parser.add_argument("--channels-last", action="store_true", help="all networks with channels_last_3d weights")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--child", choices=("forward", "step"), help=argparse.SUPPRESS)
@@ -338,7 +344,7 @@ def main() -> None:
     if options.child:
         return child(options)
     rows = peak_memory(options) if options.memory else times(options)
-    name = options.name or f"{'memory' if options.memory else 'speed'}_{options.device}_{options.precision}"
+    name = options.name or f"{'memory' if options.memory else 'speed'}_{options.device}"
     table = [list(rows[0]), ["---"] + ["---:"] * (len(rows[0]) - 1)] + [list(row.values()) for row in rows]
     write_csv(options.out / f"{name}.csv", rows)
     with atomic_path(options.out / f"{name}.md") as temporary:
