@@ -298,11 +298,12 @@ def test_the_released_structure_computes_the_released_network(mapping):
         torch.testing.assert_close(a, up_sampled, rtol=1e-9, atol=1e-9)
 
 
-def test_speed_makes_both_tables(tmp_path):
+def test_speed_makes_its_tables(tmp_path):
     command = [sys.executable, BENCHMARKS / "speed.py", "--out", tmp_path, "--size", 8, 16, 16, "--repeats", 1]
     command = [*map(str, command), "--networks", "released structure", "ConResNet"]
-    for options, name in (((), "speed_cpu"), (("--memory",), "memory_cpu")):
-        subprocess.run([*command, "--device", "cpu", *options], check=True, capture_output=True)
+    volume = ("--volume", 16, 16, 24)
+    for options, name in ((volume, "volume_cpu"), ((), "speed_cpu"), (("--memory",), "memory_cpu")):
+        subprocess.run([*command, "--device", "cpu", *map(str, options)], check=True, capture_output=True)
         with (tmp_path / f"{name}.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [row["network"] for row in rows] == ["released structure", "ConResNet"]
@@ -318,9 +319,20 @@ def test_speed_makes_both_tables(tmp_path):
     ],
 )
 def test_the_end_of_a_name_says_how_it_is_computed(name, dtype, compiled):
-    options = argparse.Namespace(device="cpu", size=(8, 16, 16), batch_size=1, channels_last=False)
+    options = argparse.Namespace(device="cpu", size=(8, 16, 16), volume=None, batch_size=1, channels_last=False)
     case = speed.Case(name, options)
     with case.autocast():
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
     assert hasattr(case.network, "_orig_mod") == compiled
     assert speed.multiply_adds_of(name, case) == speed.multiply_adds_of("SegResNet (32)", case) > 0
+
+
+def test_a_case_is_segmented_in_windows(monkeypatch):
+    options = argparse.Namespace(device="cpu", size=(8, 16, 16), volume=(16, 16, 24), batch_size=2, channels_last=False)
+    case = speed.Case("ConResNet", options)
+    seen = []
+    monkeypatch.setattr(case.network, "forward", lambda x: seen.append(tuple(x.shape)) or x[:, :3])
+    case.seconds("volume")
+    # steps of two thirds of a window: at 0, 5 and 8 of 16, at 0 of 16, at 0 and 8 of 24
+    assert sum(shape[0] for shape in seen) == 6
+    assert {shape[1:] for shape in seen} == {(4, 8, 16, 16)}

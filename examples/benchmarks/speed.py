@@ -2,12 +2,13 @@
 
     python examples/benchmarks/speed.py --out docs/tables                                # time
     python examples/benchmarks/speed.py --out docs/tables --memory --size 80 160 160     # peak memory, forward and step
+    python examples/benchmarks/speed.py --out docs/tables --volume 155 240 240 --size 80 160 160  # one case, in windows
 
 Times are medians of runs interleaved over the networks, so that what else the machine does falls on all of them alike.
 "share of the convolution rate" is a network's multiply-adds in a second over those of its own convolutions run alone,
 each in the layout that is fastest for it: one hundred percent would be a network that spends no time on anything else.
-A name may end in ", bf16" or ", fp16" (autocast), in ", compiled" (torch.compile) or in both, in this order, so that one
-run compares them. Peak memory is measured in a process of its own for each network: on a CPU the resident set, less
+A name may end in ", bf16" or ", fp16" (autocast), in ", compiled" (torch.compile) or in both, in this order: so one run
+compares them. Peak memory is measured in a process of its own for each network: on a CPU the resident set, less
 what there was before; on a GPU what torch allocated.
 """
 
@@ -19,13 +20,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from monai.networks import nets
 from torch.utils.flop_counter import FlopCounterMode
@@ -166,6 +168,9 @@ class Case:
             self.network = torch.compile(self.network)
         self.image = torch.randn(options.batch_size, CHANNELS, *self.size, device=self.device)
         self.label = (torch.rand(options.batch_size, CLASSES, *self.size, device=self.device) > 0.5).float()
+        if options.volume:
+            self.case = torch.randn(1, CHANNELS, *options.volume, device=self.device)
+            self.inferer = SlidingWindowInferer(self.size, options.batch_size, overlap=1 / 3, mode="gaussian")
         self.loss = ConResLoss(DiceCELoss(sigmoid=True), sigmoid=True, spatial_axis=0)
 
     def autocast(self) -> torch.autocast:
@@ -186,6 +191,16 @@ class Case:
             else:  # SegResNetVAE has a loss of its own, too
                 loss = self.loss(output[0], self.label) + 0.1 * output[1]
         loss.backward()
+
+    def volume(self) -> None:
+        """One case of BraTS, or as large as one, window by window."""
+        with torch.no_grad(), self.autocast():
+            self.inferer(self.case, self.segment)
+
+    def segment(self, windows: torch.Tensor) -> torch.Tensor:
+        """The first output of the network, which is the segmentation."""
+        output = self.network.eval()(windows)
+        return output if isinstance(output, torch.Tensor) else output[0]
 
     def seconds(self, run: str) -> float:
         start = time.perf_counter()
@@ -241,38 +256,61 @@ def onednn(layer: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
     return torch.mkldnn_convolution(x, layer.weight, None, layer.padding, layer.stride, layer.dilation, layer.groups)
 
 
-def times(options: argparse.Namespace) -> list[dict[str, str]]:
-    """Rows of the table of times."""
-    cases = {name: Case(name, options) for name in options.networks}
-    seconds = {name: {run: [] for run in ("forward", "step")} for name in cases}
-    for repeat in range(options.repeats + 1):
-        for run in ("forward", "step"):
+def interleaved(cases: dict[str, Case], runs: Sequence[str], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each network and run, one network after the other in each repeat."""
+    seconds = {name: {run: [] for run in runs} for name in cases}
+    for repeat in range(repeats + 1):
+        for run in runs:
             for name, case in cases.items():
                 value = case.seconds(run)
                 if repeat:  # the first one warms up
                     seconds[name][run].append(value)
-    rows = []
+    return seconds
+
+
+def faster(first: list[float], seconds: list[float]) -> str:
+    """How many times as fast as the first network: the ratio of runs made side by side, then the median."""
+    return f"{statistics.median(a / b for a, b in zip(first, seconds, strict=True)):.2f}"
+
+
+def times(options: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows of the table of times."""
+    cases = {name: Case(name, options) for name in options.networks}
     first = options.networks[0]
+    seconds = interleaved(cases, ("forward", "step"), options.repeats)
+    rows = []
     for name, case in cases.items():
         multiply_adds = multiply_adds_of(name, case)
         forward, step = (statistics.median(seconds[name][run]) for run in ("forward", "step"))
-        faster = {"forward": "-", "step": "-"}
+        ratios = {"forward": "-", "step": "-"}
         if case.size == cases[first].size:
-            for run in faster:  # the ratio of runs that were made side by side, then the median
-                ratios = [a / b for a, b in zip(seconds[first][run], seconds[name][run], strict=True)]
-                faster[run] = f"{statistics.median(ratios):.2f}"
+            ratios = {run: faster(seconds[first][run], seconds[name][run]) for run in ratios}
         row = {
             "network": name,
             "multiply-adds (1e9)": f"{multiply_adds / 1e9:.1f}",
             "forward (s)": f"{forward:.3f}",
-            f"forward, times as fast as {first}": faster["forward"],
+            f"forward, times as fast as {first}": ratios["forward"],
             "training step (s)": f"{step:.3f}",
-            f"step, times as fast as {first}": faster["step"],
+            f"step, times as fast as {first}": ratios["step"],
             "1e9 multiply-adds / s, forward": f"{multiply_adds / forward / 1e9:.0f}",
         }
         # the released structure does not call its convolutions as modules, so they cannot be listed
         listed = not isinstance(case.network, ReleasedStructure) and not case.compiled
         row["share of the convolution rate"] = f"{100 * case.convolutions() / forward:.0f} %" if listed else "-"
+        rows.append(row)
+        print("  ".join(row.values()), flush=True)
+    return rows
+
+
+def volume_times(options: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows of the table of whole cases."""
+    cases = {name: Case(name, options) for name in options.networks}
+    first = options.networks[0]
+    seconds = interleaved(cases, ("volume",), options.repeats)
+    rows = []
+    for name in cases:
+        row = {"network": name, "one case (s)": f"{statistics.median(seconds[name]['volume']):.2f}"}
+        row[f"times as fast as {first}"] = faster(seconds[first]["volume"], seconds[name]["volume"])
         rows.append(row)
         print("  ".join(row.values()), flush=True)
     return rows
@@ -324,7 +362,7 @@ def child(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for the table (.csv and .md)")
-    parser.add_argument("--name", help="of the files (default: speed or memory, and the device)")
+    parser.add_argument("--name", help="of the files (default: what is measured, and the device)")
     parser.add_argument(
         "--networks",
         nargs="+",
@@ -334,7 +372,8 @@ def main() -> None:
         help=f"{', '.join(NETWORKS)}; ', bf16' or ', fp16' after it: by autocast, ', compiled': torch.compile",
     )
     parser.add_argument("--size", type=int, nargs=3, default=(40, 80, 80), help="of the image, in voxels")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--volume", type=int, nargs=3, help="instead: one case of this size, in windows of --size")
+    parser.add_argument("--batch-size", type=int, default=1, help="images, or windows, at a time")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--channels-last", action="store_true", help="all networks with channels_last_3d weights")
@@ -343,8 +382,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         return child(options)
-    rows = peak_memory(options) if options.memory else times(options)
-    name = options.name or f"{'memory' if options.memory else 'speed'}_{options.device}"
+    kind, measure = "speed", times
+    if options.memory:
+        kind, measure = "memory", peak_memory
+    elif options.volume:
+        kind, measure = "volume", volume_times
+    rows = measure(options)
+    name = options.name or f"{kind}_{options.device}"
     table = [list(rows[0]), ["---"] + ["---:"] * (len(rows[0]) - 1)] + [list(row.values()) for row in rows]
     write_csv(options.out / f"{name}.csv", rows)
     with atomic_path(options.out / f"{name}.md") as temporary:
