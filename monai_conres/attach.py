@@ -62,8 +62,8 @@ def attach_conres(
         ``eval()`` mode what the network returns.
 
     Raises:
-        ValueError: when the network has a context residual decoder already or is compiled, its stages cannot be told
-            (the error lists the candidates), or its output has not ``out_channels`` channels.
+        ValueError: when the network has a context residual decoder already, is compiled or distributed, its stages
+            cannot be told (the error lists the candidates), or its output has not ``out_channels`` channels.
 
     Note:
         The last level of MONAI's ``UNet`` is its logits, not features: the finest stage is the one below, and the
@@ -93,6 +93,11 @@ def attach_conres(
         )
     if hasattr(network, "_orig_mod"):
         raise ValueError("expected a network, got what torch.compile made of one; attach first, then compile.")
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(
+            f"expected a network, got one inside of {type(network).__name__}, which would not see to the gradients of "
+            "the decoder; attach first, then put the result into DistributedDataParallel."
+        )
     found = decoder_stages(network, in_channels, stages=stages, spatial_size=spatial_size)
     if found.out_channels != out_channels:
         raise ValueError(
@@ -210,7 +215,8 @@ class ConResWrapper(nn.Module):
         if len(current.residuals) != len(self.stages):
             raise RuntimeError(
                 f"expected every stage of {self.stages} to run in a forward pass, in this order, got "
-                f"{len(current.residuals)} of them; attach with stages=[...] that always run."
+                f"{len(current.residuals)} of them; attach with stages=[...] that always run, and compile the "
+                "wrapper, not its backbone or parts of it."
             )
         return segmentation, current.residuals
 
@@ -230,7 +236,8 @@ class ConResWrapper(nn.Module):
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(
                     f"{name!r} is computed again in the backward pass, by activation checkpointing inside of the "
-                    "backbone; checkpoint the whole wrapper instead: torch.utils.checkpoint.checkpoint(wrapper, image)."
+                    "backbone; checkpoint the whole wrapper instead: torch.utils.checkpoint.checkpoint(wrapper, image, "
+                    "use_reentrant=False)."
                 )
             return None  # the backbone is called by itself
         call = current.calls[name] = current.calls.get(name, -1) + 1
@@ -240,6 +247,8 @@ class ConResWrapper(nn.Module):
         previous = current.residuals[-1] if current.residuals else current.image
         features, residual = self.decoder.step(stage, output, previous)
         current.residuals.append(residual)
+        if not self.decoder.attention and torch.is_grad_enabled():
+            return features.clone()  # they are kept for the backward pass, and the backbone may work on them in place
         return features
 
 

@@ -102,7 +102,7 @@ class ContextResidualModule(nn.Module):
         self.expand = (
             WeightStandardizedConv3d(width, channels, **pointwise) if attention and width != channels else None
         )
-        self.strength = nn.Parameter(torch.zeros(channels, 1, 1, 1)) if attention and zero_init else None
+        self.strength = nn.Parameter(torch.zeros(channels)) if attention and zero_init else None
 
     def forward(self, features: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gated features ``O_seg`` and the context residual features ``O_res``."""
@@ -111,8 +111,13 @@ class ContextResidualModule(nn.Module):
         residual = recompute(self, self._map, features, residual)
         if self.attention:
             expanded = residual if self.expand is None else self.expand(residual)
-            features = recompute(self, self._gate, features, expanded)
+            features = recompute(self, self._attend, features, expanded)
         return features, residual
+
+    def gate(self, residual: torch.Tensor) -> torch.Tensor:
+        """What the features are multiplied with in Eq. 6, less one; ``residual`` has their number of channels."""
+        gate = residual.sigmoid()
+        return gate if self.strength is None else self.strength.view(-1, 1, 1, 1) * gate
 
     def _map(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Eq. 4 and 5."""
@@ -126,10 +131,9 @@ class ContextResidualModule(nn.Module):
         mapped += residual
         return self.outer(mapped)
 
-    def _gate(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _attend(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Eq. 6."""
-        gate = residual.sigmoid()
-        return torch.addcmul(features, features, gate if self.strength is None else self.strength * gate)
+        return torch.addcmul(features, features, self.gate(residual))
 
 
 def check_switches(mapping: bool, attention: bool) -> None:

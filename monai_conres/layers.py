@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from monai.networks.layers.factories import split_args
@@ -113,6 +114,7 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0  # it has no forward derivative
     )
 
 
@@ -239,7 +241,7 @@ def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"norm={norm} does not fit {channels} channels ({error}); choose channels that the number of groups "
-            'divides, or another norm, for example ("group", {"num_groups": 4}), or plain "group".'
+            'divides, or what the norm needs, for example ("group", {"num_groups": 4}), or plain "group".'
         ) from error
 
 

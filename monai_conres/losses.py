@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -224,6 +224,11 @@ class ConResLoss(nn.Module):
 
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
         """Loss of a network's ``output`` against ``label``."""
+        if type(output) is tuple and len(output) == 2 and isinstance(output[1], (tuple, list)):
+            raise TypeError(
+                "expected a ConResOutput, got a plain tuple of a segmentation and residuals; torch.utils.checkpoint "
+                "makes one, without gradients, unless it is called with use_reentrant=False."
+            )
         segmentation, residuals = output if hasattr(output, "residuals") else (output, ())
         label = convert_to_tensor(label, track_meta=False)
         segmentation = _unstacked(convert_to_tensor(segmentation, track_meta=False), label)
@@ -232,7 +237,10 @@ class ConResLoss(nn.Module):
                 "expected logits or a ConResOutput, got two tensors of the label's size, as a network gives in eval() "
                 "mode with eval_residual=True; give the first of them alone."
             )
-        final = segmentation if isinstance(segmentation, torch.Tensor) else next(iter(segmentation), None)
+        final = segmentation
+        if not isinstance(segmentation, torch.Tensor):
+            heads = segmentation.values() if isinstance(segmentation, Mapping) else segmentation
+            final = next(iter(heads), None)
         if isinstance(final, torch.Tensor):
             self._check(final, residuals, label)
         if self.is_default:
@@ -301,6 +309,7 @@ class CompoundBoundaryLoss(nn.Module):
 
     Raises:
         ValueError: when ``max_steps`` is not positive or ``final_alpha`` is outside [0, 1].
+        TypeError: when the segmentation is a dictionary.
 
     Note:
         MONAI's ``BoundaryLoss`` computes distance maps of the label with scipy (cupy on a GPU), which waits for the
@@ -345,6 +354,11 @@ class CompoundBoundaryLoss(nn.Module):
         segmentation = _unstacked(output.segmentation if hasattr(output, "residuals") else output, label)
         if isinstance(segmentation, (list, tuple)) and not isinstance(self.boundary_loss, DeepSupervisionLoss):
             segmentation = segmentation[0]
+        if isinstance(segmentation, Mapping):
+            raise TypeError(
+                f"expected logits, or a list of them, got a dictionary of {list(segmentation)}; give "
+                "a boundary_loss to a network that returns its logits alone."
+            )
         loss = self.loss(output, label)
         alpha = self.alpha.to(loss.device)
         return alpha * loss + (1 - alpha) * self.boundary_loss(segmentation, label)

@@ -242,4 +242,9 @@ def check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
     whole = not label.is_floating_point() or torch.equal(label, label.trunc())
     if not (low >= 0 and high < num_classes and whole):  # NaN fails the comparison
         got = "NaN" if low != low else f"values from {low} to {high}" + ("" if whole else ", not whole numbers")
-        raise ValueError(f"expected a label of {expected}, got {got}; map the label's values first (MapLabelValued).")
+        remedy = "map the label's values first (MapLabelValued)"
+        if low >= 0 and high < num_classes:
+            remedy = (
+                'resample labels with mode="nearest", and round what is left (lazy resampling interpolates a little)'
+            )
+        raise ValueError(f"expected a label of {expected}, got {got}; {remedy}.")

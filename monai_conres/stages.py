@@ -249,6 +249,10 @@ def _trace(network: nn.Module, in_channels: int, spatial_size: Sequence[int] | N
     """The features of one forward pass that reach the output, and the node of the output in the graph."""
     sizes = [(edge,) * 3 for edge in _SIZES] if spatial_size is None else [tuple(spatial_size)]
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    if parameter.device.type == "meta":
+        raise ValueError(
+            f"expected a {type(network).__name__} with weights, got one on meta; attach before to('meta')."
+        )
     errors = []
     for size in sizes:
         generator = torch.Generator(parameter.device).manual_seed(0)  # the user's random numbers stay as they are
@@ -274,7 +278,7 @@ def _trace(network: nn.Module, in_channels: int, spatial_size: Sequence[int] | N
         reached = tuple(feature for feature in features if feature.node in reaching)
         return DecoderStages((), reached, size, final.shape[1]), final.grad_fn
     raise ValueError(
-        f"expected {type(network).__name__} to run on an image of {in_channels} channels, got an error at each size "
+        f"expected {type(network).__name__} to run on a 3D image of {in_channels} channels, got an error at each size "
         f"({'; '.join(errors)}); give a spatial_size that it takes, and the in_channels it was built with."
     )
 

@@ -370,6 +370,52 @@ def test_checkpointing_of_the_whole_wrapper(image):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_channels_last_weights(image):
+    network = small(zero_init=True)
+    with torch.no_grad():
+        for module in network.decoder.stages:
+            module.strength.uniform_(0.5, 1)
+    expected = network(image)
+    got = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)(image)
+    torch.testing.assert_close(got.segmentation, expected.segmentation, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.residuals, expected.residuals, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_part_that_is_compiled_is_refused(image):
+    network = small().eval()
+    network.backbone = torch.compile(network.backbone, backend="eager")
+    with pytest.raises(RuntimeError, match=r"got 0 of them; .* compile the wrapper, not its backbone"):
+        network(image)
+
+
+class InPlaceUNet(nn.Module):
+    """It works in place on the features that a stage gives."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace = inplace
+        self.down = nn.Conv3d(1, 8, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose3d(8, 8, 2, stride=2)
+        self.head = nn.Conv3d(8, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.up(self.down(x))
+        features = features.mul_(2) if self.inplace else features * 2
+        return self.head(nn.functional.leaky_relu(features, inplace=self.inplace))
+
+
+def test_without_attention_the_backbone_may_work_in_place(image):
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        network = attach_conres(InPlaceUNet(inplace), 1, 3, stages=["up"], attention=False, spatial_size=SIZE)
+        sum(tensor.square().mean() for tensor in every_output(network(image))).backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert all(gradient.any() for gradient in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_the_switch_of_nnunet_s_trainer():
     network = attach_conres(FAMILIES["PlainConvUNet"].build(), 1, 3, spatial_size=SIZE)
     image = torch.randn(1, 1, *SIZE)
@@ -429,6 +475,11 @@ def test_refused():
         attach_conres(ConResNet(1, 3, mapping=False, attention=False), 1, 3)
     with pytest.raises(ValueError, match="attach first, then compile"):
         attach_conres(torch.compile(dynunet(), backend="eager"), 1, 3)
+    distributed = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(distributed)  # it would ask for a process group
+    for wrapped in (nn.DataParallel(dynunet()), distributed):
+        with pytest.raises(ValueError, match=rf"inside of {type(wrapped).__name__}, .*attach first, then put"):
+            attach_conres(wrapped, 1, 3)
     with pytest.raises(ValueError, match="found no decoder stage"):
         attach_conres(nn.Sequential(nn.Conv3d(1, 3, 3, padding=1)), 1, 3)
 

@@ -184,3 +184,14 @@ def test_the_slow_convolution_is_avoided_where_torch_would_take_it():
         assert not any("slow_conv3d" in event.key for event in profile.key_averages())
     with torch.backends.mkldnn.flags(enabled=False):
         assert not torch_convolves_slowly(torch.randn(1, 8, 8, 40, 4))
+
+
+def test_forward_derivatives_of_one_small_volume():
+    torch.manual_seed(0)
+    convolution = WeightStandardizedConv3d(2, 3)
+    x, tangent = torch.randn(2, 1, 2, 5, 6, 7)
+    assert torch_convolves_slowly(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = convolution(torch.autograd.forward_ad.make_dual(x, tangent))
+        derivative = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(derivative, convolution(tangent))  # it is linear

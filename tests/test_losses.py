@@ -378,3 +378,21 @@ def test_contradicting_activations(wrap):
 def test_compound_loss_errors():
     with pytest.raises(ValueError, match="max_steps of 1 or more"):
         CompoundBoundaryLoss(torch.nn.MSELoss(), torch.nn.L1Loss(), max_steps=0)
+
+
+def test_what_checkpointing_makes_of_an_output_is_refused():
+    label = torch.zeros(1, 1, *SIZE)
+    logits = torch.zeros(1, 1, *SIZE)
+    with pytest.raises(TypeError, match=r"plain tuple .* use_reentrant=False"):
+        ConResLoss(sigmoid=True)((logits, (logits,)), label)
+
+
+def test_dictionaries_of_logits():
+    label = torch.zeros(1, 1, *SIZE)
+    output = ConResOutput({"out": torch.zeros(1, 1, *SIZE)}, ())
+    joint = ConResLoss(lambda segmentation, label: (segmentation["out"] + 3).mean(), sigmoid=True)
+    assert joint(output, label) == 3
+    with pytest.raises(ValueError, match="expected a label of shape"):
+        joint(output, label[..., :-1])
+    with pytest.raises(TypeError, match=r"got a dictionary of \['out'\]"):
+        CompoundBoundaryLoss(joint, BoundaryLoss(sigmoid=True), max_steps=3)(output, label)

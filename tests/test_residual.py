@@ -151,7 +151,7 @@ def test_ten_times_faster_than_straightforward_numpy():
         (torch.zeros(1, 1, 4, 5, 6), {"spatial_axis": 3}, "spatial_axis between -3 and 2 for 3 spatial axes, got 3"),
         (torch.zeros(1, 1, 4, 5, 6), {"spatial_axis": -4}, "got -4; it counts the spatial axes only"),
         (torch.full((1, 1, 4), 2), {}, "zeros and ones.*got values from 2 to 2.*MapLabelValued"),
-        (torch.full((1, 1, 4), 0.5), {}, "got values from 0.5 to 0.5, not whole numbers"),
+        (torch.full((1, 1, 4), 0.5), {}, "got values from 0.5 to 0.5, not whole numbers; resample"),
         (torch.full((1, 1, 4), float("nan")), {}, "got NaN"),
         (torch.full((1, 1, 4), -1), {"num_classes": 3}, "class indices from 0 to 2, got values from -1 to -1"),
         (torch.full((1, 1, 4), 3), {"num_classes": 3}, "class indices from 0 to 2, got values from 3 to 3"),

@@ -187,3 +187,5 @@ def test_errors_of_networks_that_do_not_run():
         decoder_stages(dynunet(), 2)
     with pytest.raises(ValueError, match=r"spatial_size of three numbers.*\(16, 16\)"):
         decoder_stages(dynunet(), 1, spatial_size=(16, 16))
+    with pytest.raises(ValueError, match="DynUNet with weights, got one on meta"):
+        decoder_stages(dynunet().to("meta"), 1)

@@ -72,7 +72,7 @@ def test_narrow_residual_and_learned_strength(image):
         if module.expand is not None:
             weight = module.expand.standardized_weight()[..., 0, 0, 0]
             residual = torch.einsum("oc,bcdhw->bodhw", weight, residual)
-        gate = module.strength.numpy() * sigmoid(residual)
+        gate = module.strength.numpy()[:, None, None, None] * sigmoid(residual)
         np.testing.assert_allclose(stage.gate.numpy(), gate, atol=1e-5)
         np.testing.assert_allclose(stage.gated.numpy(), stage.features.numpy() * (1 + gate), atol=1e-4)
     torch.testing.assert_close(network.backbone.final_conv(stages[-1].gated), logits)

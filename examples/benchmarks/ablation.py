@@ -272,7 +272,7 @@ def build(arm: Arm, data: DecathlonDatalist, size: dict[str, Any], strides: tupl
         network.residual_decoder.stages[0].entry.register_forward_hook(lambda module, args, output: output * 0)
     if arm.zero_init:
         for stage in network.residual_decoder.stages:
-            stage.strength = nn.Parameter(torch.zeros(stage.inner.in_channels, 1, 1, 1))
+            stage.strength = nn.Parameter(torch.zeros(stage.inner.in_channels))
     return network
 
 

@@ -146,8 +146,7 @@ def _stage_features(module: nn.Module, args: Any, output: Any) -> StageFeatures:
     gate = None
     if module.attention:
         # not gated / features - 1, which has no value where features are zero
-        gate = (residual if module.expand is None else module.expand(residual)).sigmoid()
-        gate = _copy(gate if module.strength is None else module.strength * gate)
+        gate = _copy(module.gate(residual if module.expand is None else module.expand(residual)))
     features = _copy(args[0])
     return StageFeatures(features, _copy(residual), gate, features if gate is None else _copy(gated))
 
