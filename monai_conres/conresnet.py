@@ -221,7 +221,9 @@ class ConResNet(nn.Module):
 
     def _merge(self, unit: nn.Module, features: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """Features of one scale of the segmentation decoder."""
-        return unit(resize_features(features, skip.shape[2:], align_corners=self.align_corners) + skip)
+        merged = resize_features(features, skip.shape[2:], align_corners=self.align_corners)
+        merged += skip
+        return unit(merged)
 
     def _check_image(self, image: torch.Tensor) -> None:
         if torch.jit.is_tracing():  # a traced size is a tensor, and comparing it would fix it

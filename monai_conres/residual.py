@@ -127,15 +127,19 @@ def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> tor
 def _residual(volume: torch.Tensor, dim: int) -> torch.Tensor:
     """The inter-slice residual along a dimension of the tensor."""
     previous, current = volume[_slices(dim, None, -1)], volume[_slices(dim, 1, None)]
-    if volume.is_floating_point():
-        difference = (current - previous).abs()
+    first, others = _slices(dim, None, 1), _slices(dim, 1, None)
+    if volume.is_floating_point() and (is_traced() or (volume.requires_grad and torch.is_grad_enabled())):
+        return torch.cat([torch.zeros_like(volume[first]), (current - previous).abs()], dim=dim)
+    residual = torch.empty_like(volume)
+    residual[first].zero_()
+    if volume.is_floating_point():  # without a temporary
+        torch.sub(current, previous, out=residual[others]).abs_()
     elif volume.dtype == torch.bool:
-        difference = current ^ previous
+        residual[others] = current ^ previous
     else:
         current, previous = _wide(current), _wide(previous)
-        difference = (torch.maximum(current, previous) - torch.minimum(current, previous)).to(volume.dtype)
-    first = torch.zeros_like(volume[_slices(dim, None, 1)])
-    return torch.cat([first, difference], dim=dim)
+        residual[others] = (torch.maximum(current, previous) - torch.minimum(current, previous)).to(volume.dtype)
+    return residual
 
 
 def residual_mask(
