@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from monai.networks.layers.factories import split_args
@@ -114,7 +113,6 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0  # it has no forward derivative
     )
 
 

@@ -224,10 +224,11 @@ class ConResLoss(nn.Module):
 
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
         """Loss of a network's ``output`` against ``label``."""
-        if type(output) is tuple and len(output) == 2 and isinstance(output[1], (tuple, list)):
+        nested = output[1] if type(output) is tuple and len(output) == 2 and type(output[1]) is tuple else ()
+        if nested and torch.is_grad_enabled() and not any(getattr(part, "requires_grad", True) for part in nested):
             raise TypeError(
-                "expected a ConResOutput, got a plain tuple of a segmentation and residuals; torch.utils.checkpoint "
-                "makes one, without gradients, unless it is called with use_reentrant=False."
+                "expected a ConResOutput, got a plain tuple of a segmentation and residuals without gradients; "
+                "torch.utils.checkpoint makes one unless it is called with use_reentrant=False."
             )
         segmentation, residuals = output if hasattr(output, "residuals") else (output, ())
         label = convert_to_tensor(label, track_meta=False)

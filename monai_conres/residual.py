@@ -7,6 +7,7 @@ Every function takes tensors of shape ``(b, c, *spatial)``. The slice axis is ``
 from __future__ import annotations
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 __all__ = ["inter_slice_residual", "residual_mask", "restore_mask"]
 
@@ -40,8 +41,13 @@ def slice_dim(ndim: int, spatial_axis: int) -> int:
 
 
 def is_traced() -> bool:
-    """Whether a tracer, a compiler or torch.func is at work: layouts and what is kept are theirs to choose."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a tracer, a compiler, torch.func or forward-mode differentiation is at work.
+
+    Layouts and what is kept are theirs to choose.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_watched(tensor: torch.Tensor) -> bool:

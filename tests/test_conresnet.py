@@ -271,3 +271,19 @@ def test_running_statistics_see_each_batch_once(use_checkpoint):
     network(image).segmentation.sum().backward()
     assert int(first.num_batches_tracked) == 1
     torch.testing.assert_close(first.running_mean, mean, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_derivatives():
+    torch.manual_seed(0)
+    network = ConResNet(1, 2, channels=(8, 16), strides=(2,), blocks=(1, 1, 1)).double().eval()
+    image, tangent = torch.randn(2, 1, 1, 6, 8, 7, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        output = network.heads(torch.autograd.forward_ad.make_dual(image, tangent))
+        parts = (output.segmentation, *output.residuals)
+        derivatives = [torch.autograd.forward_ad.unpack_dual(part).tangent for part in parts]
+    step = 1e-6
+    with torch.no_grad():
+        ahead, behind = (network.heads(image + sign * step * tangent) for sign in (1, -1))
+    pairs = zip((ahead.segmentation, *ahead.residuals), (behind.segmentation, *behind.residuals), strict=True)
+    for derivative, (a, b) in zip(derivatives, pairs, strict=True):
+        torch.testing.assert_close(derivative, (a - b) / (2 * step), rtol=1e-4, atol=1e-6)

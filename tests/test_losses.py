@@ -385,6 +385,10 @@ def test_what_checkpointing_makes_of_an_output_is_refused():
     logits = torch.zeros(1, 1, *SIZE)
     with pytest.raises(TypeError, match=r"plain tuple .* use_reentrant=False"):
         ConResLoss(sigmoid=True)((logits, (logits,)), label)
+    own = ConResLoss(lambda output, label: output[1][0].sum(), sigmoid=True)  # of a network with such an output
+    assert own((logits, (torch.ones(2, requires_grad=True),)), label) == 2
+    with torch.no_grad():
+        assert own((logits, (torch.ones(2),)), label) == 2
 
 
 def test_dictionaries_of_logits():
