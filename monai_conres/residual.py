@@ -132,8 +132,8 @@ def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> tor
 
 def _residual(volume: torch.Tensor, dim: int) -> torch.Tensor:
     """The inter-slice residual along a dimension of the tensor."""
-    previous, current = volume[_slices(dim, None, -1)], volume[_slices(dim, 1, None)]
     first, others = _slices(dim, None, 1), _slices(dim, 1, None)
+    previous, current = volume[_slices(dim, None, -1)], volume[others]
     if volume.is_floating_point() and (is_traced() or (volume.requires_grad and torch.is_grad_enabled())):
         return torch.cat([torch.zeros_like(volume[first]), (current - previous).abs()], dim=dim)
     residual = torch.empty_like(volume)

@@ -179,3 +179,20 @@ def test_restore_mask_errors():
         restore_mask(residual[..., :1] + 2, residual)
     with pytest.raises(ValueError, match="zeros and ones"):
         restore_mask(residual[..., :1], residual + 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("spatial_axis", [0, 1, 2])
+def test_with_and_without_gradients_the_residual_is_the_same(spatial_axis, layout, dtype):
+    generator = torch.Generator().manual_seed(0)
+    volume = torch.randn(2, 3, 4, 5, 6, generator=generator).to(dtype).contiguous(memory_format=layout)
+    expected = np.zeros((2, 3, 4, 5, 6))
+    slices = np.moveaxis(volume.double().numpy(), 2 + spatial_axis, 0)
+    np.moveaxis(expected, 2 + spatial_axis, 0)[1:] = np.abs(slices[1:] - slices[:-1])
+    plain = inter_slice_residual(volume, spatial_axis=spatial_axis)
+    assert plain.is_contiguous(memory_format=layout)
+    np.testing.assert_allclose(plain.double().numpy(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    watched = inter_slice_residual(volume.requires_grad_(), spatial_axis=spatial_axis)
+    assert watched.requires_grad
+    assert torch.equal(watched, plain)

@@ -143,13 +143,6 @@ AUTOCAST = {", bf16": torch.bfloat16, ", fp16": torch.float16}  # after it, befo
 MULTIPLES = {"SegResNetVAE (32)": 16, "AttentionUnet (32-512)": 16, "SwinUNETR (48)": 32}
 
 
-def plain_name(name: str) -> str:
-    """The name of a network without what says how it is computed."""
-    for ending in (COMPILED, *AUTOCAST):
-        name = name.removesuffix(ending)
-    return name
-
-
 class Case:
     """A network, an image and a label on a device."""
 
@@ -157,8 +150,10 @@ class Case:
         torch.manual_seed(0)
         self.device = options.device
         self.compiled = name.endswith(COMPILED)
-        self.dtype = next((dtype for ending, dtype in AUTOCAST.items() if ending in name), None)
-        name = plain_name(name)
+        name = name.removesuffix(COMPILED)
+        ending = next((ending for ending in AUTOCAST if name.endswith(ending)), "")
+        self.dtype = AUTOCAST.get(ending)
+        self.name = name = name.removesuffix(ending)  # the network's own
         multiple = MULTIPLES.get(name, 1)
         self.size = tuple(-(-edge // multiple) * multiple for edge in options.size)
         self.network = NETWORKS[name](self.size).to(self.device)
@@ -169,7 +164,7 @@ class Case:
         self.image = torch.randn(options.batch_size, CHANNELS, *self.size, device=self.device)
         self.label = (torch.rand(options.batch_size, CLASSES, *self.size, device=self.device) > 0.5).float()
         if options.volume:
-            self.case = torch.randn(1, CHANNELS, *options.volume, device=self.device)
+            self.scan = torch.randn(1, CHANNELS, *options.volume, device=self.device)
             self.inferer = SlidingWindowInferer(self.size, options.batch_size, overlap=1 / 3, mode="gaussian")
         self.loss = ConResLoss(DiceCELoss(sigmoid=True), sigmoid=True, spatial_axis=0)
 
@@ -195,7 +190,7 @@ class Case:
     def volume(self) -> None:
         """One case of BraTS, or as large as one, window by window."""
         with torch.no_grad(), self.autocast():
-            self.inferer(self.case, self.segment)
+            self.inferer(self.scan, self.segment)
 
     def segment(self, windows: torch.Tensor) -> torch.Tensor:
         """The first output of the network, which is the segmentation."""
@@ -280,7 +275,7 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
     seconds = interleaved(cases, ("forward", "step"), options.repeats)
     rows = []
     for name, case in cases.items():
-        multiply_adds = multiply_adds_of(name, case)
+        multiply_adds = multiply_adds_of(case)
         forward, step = (statistics.median(seconds[name][run]) for run in ("forward", "step"))
         ratios = {"forward": "-", "step": "-"}
         if case.size == cases[first].size:
@@ -316,10 +311,10 @@ def volume_times(options: argparse.Namespace) -> list[dict[str, str]]:
     return rows
 
 
-def multiply_adds_of(name: str, case: Case) -> int:
+def multiply_adds_of(case: Case) -> int:
     """Of one forward pass in eval, counted without computing it."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        NETWORKS[plain_name(name)](case.size).to("meta").eval()(case.image.to("meta"))
+        NETWORKS[case.name](case.size).to("meta").eval()(case.image.to("meta"))
     return counter.get_total_flops() // 2
 
 
@@ -372,12 +367,13 @@ def main() -> None:
         help=f"{', '.join(NETWORKS)}; ', bf16' or ', fp16' after it: by autocast, ', compiled': torch.compile",
     )
     parser.add_argument("--size", type=int, nargs=3, default=(40, 80, 80), help="of the image, in voxels")
-    parser.add_argument("--volume", type=int, nargs=3, help="instead: one case of this size, in windows of --size")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--volume", type=int, nargs=3, help="instead: one case of this size, in windows of --size")
     parser.add_argument("--batch-size", type=int, default=1, help="images, or windows, at a time")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--channels-last", action="store_true", help="all networks with channels_last_3d weights")
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    kinds.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--child", choices=("forward", "step"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
