@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -187,8 +188,11 @@ def test_full_size_trains_on_patches_that_stay_on_the_device(tmp_path):
     write_phantom_dataset(tmp_path / "data", cases=5, size=(20, 24, 16))
     command = [sys.executable, BENCHMARKS / "ablation.py", "--data", tmp_path / "data", "--out", tmp_path / "runs"]
     command += ["--size", "full", "--arms", "conres", "--iterations", "2", "--cases", "1", "--max-voxels", "4096"]
+    command += ["--batch", "3"]
     command += ["--device", "cpu", "--spacing", "1", "1", "2"]  # of phantoms with voxels of 1 mm
     subprocess.run([*map(str, command)], check=True, capture_output=True)
+    settings = json.loads((tmp_path / "runs" / "settings.json").read_text())
+    assert (settings["iterations"], settings["batch"]) == (2, 3)
     with (tmp_path / "runs" / "conres_fold0_seed0.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3

@@ -413,6 +413,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--nnunet-folds", action="store_true", help="the folds that nnU-Net makes")
     parser.add_argument("--iterations", type=int, help="other than the size's")
+    parser.add_argument("--batch", type=int, help="patches in a batch, other than the size's")
     parser.add_argument("--cases", type=int, help="use at most so many cases for training and for validation")
     parser.add_argument(
         "--spacing", type=float, nargs=3, help="of the voxels to train and evaluate at, in mm (default: as they are)"
@@ -420,7 +421,8 @@ def main() -> None:
     parser.add_argument("--max-voxels", type=int, default=48 * 56 * 40, help="of a training patch, roughly")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    size = SIZES[options.size] | ({"iterations": options.iterations} if options.iterations else {})
+    changed = {"iterations": options.iterations, "batch": options.batch}
+    size = SIZES[options.size] | {name: value for name, value in changed.items() if value}
     data = read_decathlon(options.data, nnunet_folds=options.nnunet_folds)
     check_settings(
         options.out,
@@ -428,6 +430,7 @@ def main() -> None:
             "data": options.data.resolve().name,
             "size": options.size,
             "iterations": size["iterations"],
+            "batch": size["batch"],
             "cases": options.cases,
             "spacing": options.spacing,
             "max_voxels": options.max_voxels,
