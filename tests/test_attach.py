@@ -561,3 +561,13 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, conresnet):
     for name, gradient in one.items():
         assert gradient is not None, name
         torch.testing.assert_close(two[name], gradient, rtol=1e-6, atol=1e-10)
+
+
+def test_a_training_step_never_waits_for_the_device(image):
+    """A tensor on the meta device has no values, and none of another device goes with it."""
+    network = small(residual_channels=2).to("meta")
+    loss = ConResLoss(DiceCELoss(softmax=True, to_onehot_y=True), softmax=True, to_onehot_y=True)
+    image = image.to("meta")
+    loss(network(image), torch.empty_like(image)).backward()
+    assert {parameter.grad.device.type for parameter in network.parameters()} == {"meta"}
+    assert network.eval()(image).device.type == "meta"

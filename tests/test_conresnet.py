@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from monai_conres import ConResNet, ConResOutput, ContextResidualModule, conresnet, context, layers
+from monai_conres import ConResLoss, ConResNet, ConResOutput, ContextResidualModule, conresnet, context, layers
 from monai_conres.layers import WeightStandardizedConv3d
 
 
@@ -287,3 +287,14 @@ def test_forward_derivatives():
     pairs = zip((ahead.segmentation, *ahead.residuals), (behind.segmentation, *behind.residuals), strict=True)
     for derivative, (a, b) in zip(derivatives, pairs, strict=True):
         torch.testing.assert_close(derivative, (a - b) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_a_training_step_and_a_prediction_never_wait_for_the_device(use_checkpoint):
+    """A tensor on the meta device has no values, and none of another device goes with it."""
+    network = small_network(use_checkpoint=use_checkpoint).to("meta")
+    image, label = (torch.empty(1, channels, 16, 12, 10, device="meta") for channels in (2, 3))
+    ConResLoss(sigmoid=True)(network(image), label).backward()
+    assert {parameter.grad.device.type for parameter in network.parameters()} == {"meta"}
+    network.eval().eval_residual = True
+    assert {logits.device.type for logits in network(image)} == {"meta"}
