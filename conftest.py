@@ -13,6 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from monai_conres import layers
+
+
+@pytest.fixture(autouse=True)
+def _small_features_are_computed_again_as_large_ones(monkeypatch):
+    monkeypatch.setattr(layers, "SMALL", 0)
+
 
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):

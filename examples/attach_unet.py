@@ -31,12 +31,12 @@ from monai.transforms import (
     RandSpatialCropd,
     SpatialPadd,
 )
-from monai.utils import set_determinism
 
 from monai_conres import ConResLoss, attach_conres
 from monai_conres.datasets import read_decathlon
 from monai_conres.files import atomic_path
 from monai_conres.phantom import write_phantom_dataset
+from monai_conres.training import seed_everything
 
 KEYS = ("image", "label")
 PATCH = (32, 48, 32)
@@ -44,7 +44,7 @@ PATCH = (32, 48, 32)
 
 def main(options: argparse.Namespace) -> None:
     """Train, validate after each epoch, write the weights."""
-    set_determinism(options.seed)
+    seed_everything(options.seed)
     if options.data is None:
         options.data = options.out / "Task00_Phantom"
         if not options.data.exists():

@@ -28,7 +28,6 @@ from monai.transforms import (
     RandShiftIntensityd,
     SpatialPadd,
 )
-from monai.utils import set_determinism
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from monai_conres import BratsDiceMetric, BratsHausdorffDistanceMetric, ConResLo
 from monai_conres.datasets import check_voxels, read_decathlon, training_plan
 from monai_conres.files import atomic_path, write_csv
 from monai_conres.phantom import write_phantom_dataset
+from monai_conres.training import seed_everything
 from monai_conres.visualize import plot_slices, save_figure
 
 NETWORKS = {
@@ -64,7 +64,7 @@ def augmentations(patch: tuple[int, ...], classes: int) -> list:
 
 def train(network: ConResNet, dataset: CacheDataset, options: argparse.Namespace, title: str) -> float:
     """Train a network; the seconds it took."""
-    set_determinism(options.seed)  # the same patches in the same order for each network
+    seed_everything(options.seed)  # the same patches in the same order for each network
     draws = RandomSampler(dataset, replacement=True, num_samples=options.iterations * options.batch_size)
     loader = DataLoader(dataset, batch_size=options.batch_size, sampler=draws)
     loss_function = ConResLoss(softmax=True, to_onehot_y=True)
@@ -158,7 +158,7 @@ def main(options: argparse.Namespace) -> None:
 
     networks, rows, totals = {}, [], {}
     for title, parts in NETWORKS.items():
-        set_determinism(options.seed)
+        seed_everything(options.seed)
         network = ConResNet(
             data.channels,
             len(data.classes),

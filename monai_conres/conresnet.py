@@ -204,12 +204,11 @@ class ConResNet(nn.Module):
         features = image = fast_layout(image)
         skips = []
         for level in self.encoder:
-            features = recompute(level, level, features) if self.use_checkpoint else level(features)
+            features = recompute(level, level, features, least=0) if self.use_checkpoint else level(features)
             skips.append(features)
         features = skips.pop()
-        features = (
-            recompute(self.bottleneck, self.bottleneck, features) if self.use_checkpoint else self.bottleneck(features)
-        )
+        bottleneck = self.bottleneck
+        features = recompute(bottleneck, bottleneck, features, least=0) if self.use_checkpoint else bottleneck(features)
         residuals: list[torch.Tensor] = []
         for stage, unit in enumerate(self.decoder):
             features = recompute(self, self._merge, unit, features, skips.pop())

@@ -11,6 +11,7 @@ import copy
 import csv
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ Events, _ = optional_import("ignite.engine", name="Events")
 idist, _ = optional_import("ignite.distributed")
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
-__all__ = ["CaseReport", "MeanProbability", "join_reports", "load_networks", "summarize"]
+__all__ = ["CaseReport", "MeanProbability", "join_reports", "load_networks", "save_torchscript", "summarize"]
 
 
 class MeanProbability(nn.Module):
@@ -74,7 +75,7 @@ class MeanProbability(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Probabilities of ``image``."""
-        total = torch.zeros((), device=image.device)
+        total: Any = 0.0
         for axes in self.flip_axes:
             dims = [slice_dim(image.ndim, axis) for axis in axes]
             flipped = image.flip(dims) if dims else image
@@ -87,7 +88,7 @@ class MeanProbability(nn.Module):
 
 def load_networks(
     network: nn.Module,
-    paths: Sequence[str | os.PathLike],
+    paths: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     held_out: Sequence[Mapping[str, Any]] = (),
     **settings: Any,
@@ -96,11 +97,12 @@ def load_networks(
 
     The weights of a network often fit one of other settings, another slice axis for example. Where
     :class:`~monai_conres.training.TrainingCheckpoint` has written the settings of the training beside the weights
-    (``model.pt.json``), they are compared. They know of one training, and not of one that it went on from.
+    (``model.pt.json``), they are compared, and it is a warning where that file is not. They know of one training, and
+    not of one that it went on from.
 
     Args:
         network: the network; of one of this package the settings have to be those that it was trained with.
-        paths: files of weights.
+        paths: files of weights, one or more.
         held_out: cases, as in a :class:`~monai_conres.datasets.Datalist`, that are to be scored: the networks must not
             have seen them in training, by their names.
         settings: others that have to be those of the training, such as the order of the image's channels.
@@ -110,7 +112,7 @@ def load_networks(
             trained in another way.
     """
     networks = []
-    for path in paths:
+    for path in ensure_tuple(paths):
         if not Path(path).is_file():
             raise ValueError(
                 f"expected a network's weights in {path}, found no file; train first, or give checkpoints."
@@ -129,12 +131,38 @@ def load_networks(
     return networks
 
 
+def save_torchscript(network: nn.Module, path: str | os.PathLike, image: torch.Tensor) -> None:
+    """Write a network, such as a :class:`MeanProbability`, as TorchScript, to be loaded without this package.
+
+    Args:
+        network: it is traced in ``eval()`` mode.
+        path: name of the file.
+        image: an image of any size to trace it with; the file takes other sizes and numbers of images, too.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "model.ts")
+        >>> save_torchscript(MeanProbability([nn.Identity()], flip_axes=[[2]]), path, torch.zeros(1, 1, 8, 8, 8))
+        >>> torch.jit.load(path)(torch.zeros(2, 1, 4, 5, 6)).unique()
+        tensor([0.5000])
+    """
+    with torch.no_grad():
+        traced = torch.jit.trace(network.eval(), image)
+    with atomic_path(path) as temporary:
+        torch.jit.save(traced, temporary)
+
+
 def check_training(
     weights: str | os.PathLike, settings: Mapping[str, Any], held_out: Sequence[Mapping[str, Any]]
 ) -> None:
     """Raise unless the settings of a training, where they are known, are these and it left these cases out."""
     file = settings_file(weights)
     if not file.is_file():
+        warnings.warn(
+            f"{file} is not there: nothing is known of the training of {weights}, so make sure that the slice axis and "
+            "other settings are the same, and copy both files next time.",
+            stacklevel=3,
+        )
         return
     try:
         trained = json.loads(file.read_text())
@@ -179,7 +207,7 @@ class CaseReport:
         tolerance: tolerance of the NSD, in mm.
 
     Raises:
-        ValueError: when a process has no case to do.
+        ValueError: when a process has no case to do, or a prediction would take the place of an image or a label.
     """
 
     def __init__(
@@ -195,10 +223,24 @@ class CaseReport:
         self.cases = {case["name"]: case for case in cases}
         self.structures = structures
         self.full = full
+        if full:
+            self._check_places()
         self.metrics: dict[str, Any] = {"Dice": BratsDiceMetric()}
         if full:  # a poor prediction has a large surface, and its distances take minutes
             self.metrics |= {"HD95": BratsHausdorffDistanceMetric(), "NSD": BratsSurfaceDiceMetric(tolerance=tolerance)}
         self.rows: list[dict[str, Any]] = []
+
+    def _check_places(self) -> None:
+        for name, case in self.cases.items():
+            given = {Path(file).resolve() for key in ("image", "label") for file in ensure_tuple(case.get(key, ()))}
+            if (place := self._place(name)).resolve() in given:
+                raise ValueError(
+                    f"expected another folder for the predictions than that of the scans, got {self.output_dir}: {place} "
+                    "would be written over; give another output_dir."
+                )
+
+    def _place(self, name: str) -> Path:
+        return self.output_dir / f"{name}.nii.gz"
 
     def attach(self, engine: Engine) -> None:
         """Do the cases of ``engine``, an evaluator whose output has a label map ``"pred"`` for each case."""
@@ -263,10 +305,12 @@ class CaseReport:
             )
         affine = prediction.affine.cpu()
         written = nib.Nifti1Image(prediction.cpu().numpy()[0].astype(np.uint8), affine.numpy())
-        written.set_qform(affine.numpy(), code=1)
-        written.set_sform(affine.numpy(), code=1)
+        # what the affine's space is: the scanner's, or a template's; a DICOM series does not say
+        code = next((int(c) for key in ("sform_code", "qform_code") if (c := prediction.meta.get(key, 0)) > 0), 1)
+        written.set_qform(affine.numpy(), code=code)
+        written.set_sform(affine.numpy(), code=code)
         written.header.set_xyzt_units("mm")
-        with atomic_path(self.output_dir / f"{case['name']}.nii.gz") as temporary:
+        with atomic_path(self._place(case["name"])) as temporary:
             nib.save(written, temporary)
         ras = Orientation("RAS", labels=None)
         image = load_volume(ensure_tuple(case["image"])[0])[:1]

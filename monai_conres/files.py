@@ -85,7 +85,7 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
-    """Files at any depth whose names match, sorted.
+    """Files at any depth whose names match a pattern in lower case, sorted; the case of the names does not matter.
 
     Hidden files and folders, as some systems leave beside others, are passed over. Folders that are links are looked
     into, too, each folder once.
@@ -105,5 +105,15 @@ def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in names if fnmatch(name, pattern) and not name.startswith(".")]
+        found += [Path(here, name) for name in names if is_named(name, pattern)]
     return sorted(found)
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether the name of a file, which is not hidden, matches a pattern in lower case; its own case does not matter.
+
+    Example:
+        >>> is_named("SCAN.NII.GZ", "*.nii*"), is_named(".scan.nii", "*.nii*")
+        (True, False)
+    """
+    return fnmatch(name.lower(), pattern) and not name.startswith(".")

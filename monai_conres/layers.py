@@ -20,6 +20,7 @@ __all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "res
 
 DEFAULT_NORM = "group"
 DEFAULT_ACT = ("relu", {"inplace": True})
+SMALL = 16 * 2**20  # bytes of a tensor that is sooner kept than computed again
 
 
 class WeightStandardizedConv3d(nn.Conv3d):
@@ -189,7 +190,9 @@ def fast_layout(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
-def recompute(module: nn.Module, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+def recompute(
+    module: nn.Module, function: Callable[..., torch.Tensor], *arguments: Any, least: int | None = None
+) -> torch.Tensor:
     """``function(*arguments)``, of which nothing but the arguments is kept for the backward pass.
 
     The rest is computed again when it is needed; a convolution at the end is not, as what it keeps is known as soon as
@@ -200,9 +203,13 @@ def recompute(module: nn.Module, function: Callable[..., torch.Tensor], *argumen
             is kept: they would count the batch twice.
         function: of tensors and of anything else, to a tensor.
         arguments: of ``function``.
+        least: everything is kept, too, where the largest argument has fewer bytes; ``None`` is ``SMALL``.
     """
+    if not torch.is_grad_enabled() or is_traced():
+        return function(*arguments)
+    largest = max(argument.nbytes for argument in arguments if isinstance(argument, torch.Tensor))
     running = any(isinstance(part, _NormBase) and part.track_running_stats for part in module.modules())
-    if not torch.is_grad_enabled() or running or is_traced():
+    if running or largest < (SMALL if least is None else least):
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False)
 

@@ -313,8 +313,8 @@ class CompoundBoundaryLoss(nn.Module):
         TypeError: when the segmentation is a dictionary.
 
     Note:
-        MONAI's ``BoundaryLoss`` computes distance maps of the label with scipy (cupy on a GPU), which waits for the
-        device at every call.
+        MONAI's ``BoundaryLoss`` computes distance maps of the label with scipy, or on a GPU with cupy and cucim, where
+        both are installed. It waits for the device at every call, and with scipy for some seconds.
 
     Example:
         >>> loss = CompoundBoundaryLoss(nn.MSELoss(), nn.L1Loss(), max_steps=10)
@@ -360,9 +360,8 @@ class CompoundBoundaryLoss(nn.Module):
                 f"expected logits, or a list of them, got a dictionary of {list(segmentation)}; give "
                 "a boundary_loss to a network that returns its logits alone."
             )
-        loss = self.loss(output, label)
-        alpha = self.alpha.to(loss.device)
-        return alpha * loss + (1 - alpha) * self.boundary_loss(segmentation, label)
+        alpha = self.alpha
+        return alpha * self.loss(output, label) + (1 - alpha) * self.boundary_loss(segmentation, label)
 
 
 def _unstacked(segmentation: Any, label: torch.Tensor) -> Any:

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from monai.data import CacheDataset
 from monai.transforms import Compose
-from monai.utils import optional_import
+from monai.utils import optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
 
 from monai_conres.files import atomic_path
@@ -39,6 +39,7 @@ __all__ = [
     "TrainingCheckpoint",
     "finalize_processes",
     "number_of_epochs",
+    "seed_everything",
     "share_of_batch",
 ]
 
@@ -178,7 +179,8 @@ class TrainingCheckpoint:
         interval: number of epochs between checkpoints.
         settings: what must not change when a run goes on, such as its seed: plain values (numbers, text, lists), by
             name. ``"training_cases"`` are the names of the cases that the network is not to be scored with. Of a
-            network of this package, what its weights do not tell is added as ``"network"``.
+            network of this package, what its weights do not tell is added as ``"network"``. What an optimizer was made
+            with must not change, either, its learning rate apart, which a schedule changes.
 
     Raises:
         ValueError: when a setting is no plain value, or the checkpoint that is there is of another configuration.
@@ -217,12 +219,15 @@ class TrainingCheckpoint:
             return
         max_epochs = engine.state.max_epochs
         try:
-            state = torch.load(self.path, map_location=engine.state.device, weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             for name, value in self.settings.items():
                 if name not in state["settings"]:
                     raise ValueError(f"it says nothing of {name}")
                 if (earlier := state["settings"][name]) != value:
                     raise ValueError(f"not the same {name}: {_shortened(earlier)}, now {_shortened(value)}")
+            for name, thing in self.objects.items():
+                if isinstance(thing, torch.optim.Optimizer):
+                    check_optimizer(name, thing, state[name])
             for name, thing in self._parts(engine).items():
                 if name != "scaler" or state.get(name):  # that of a device without one is empty
                     thing.load_state_dict(state[name])
@@ -259,6 +264,14 @@ class TrainingCheckpoint:
         return {**self.objects, "trainer": engine, **({} if scaler is None else {"scaler": scaler})}
 
 
+def check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise where an optimizer was made with other numbers than the one that a state is of: loading would drop them."""
+    for group, earlier in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        for key, value in group.items():
+            if key not in ("params", "lr", "initial_lr") and key in earlier and earlier[key] != value:
+                raise ValueError(f"not the same {key} of {name}: {earlier[key]}, now {value}")
+
+
 def settings_file(weights: str | os.PathLike) -> Path:
     """The file beside a network's weights that says how it was trained."""
     return Path(weights).with_name(f"{Path(weights).name}.json")
@@ -282,6 +295,18 @@ def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
             f"expected settings that are plain values, such as int(...), str(...) or lists of these, got others among "
             f"{list(settings)} ({error}); a checkpoint with others could not be loaded."
         ) from error
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch as MONAI's ``set_determinism``, but let cuDNN choose its algorithms.
+
+    Where ``torch.backends.cudnn.deterministic`` is set, torch computes dilated convolutions, as in the network's
+    bottleneck, without cuDNN, which takes many times as long; and trilinear up-sampling on a GPU would still not repeat
+    to the last bit.
+    """
+    set_determinism(seed)
+    torch.backends.cudnn.deterministic = False
+    torch.backends.cudnn.benchmark = True
 
 
 def number_of_epochs(iterations: int, loader: Sized) -> int:

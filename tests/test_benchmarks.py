@@ -323,7 +323,7 @@ def test_speed_makes_its_tables(tmp_path):
     ],
 )
 def test_the_end_of_a_name_says_how_it_is_computed(name, dtype, compiled):
-    options = argparse.Namespace(device="cpu", size=(8, 16, 16), volume=None, batch_size=1, channels_last=False)
+    options = argparse.Namespace(device="cpu", size=(8, 16, 16), volume=None, batch_size=1)
     case = speed.Case(name, options)
     with case.autocast():
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
@@ -333,7 +333,7 @@ def test_the_end_of_a_name_says_how_it_is_computed(name, dtype, compiled):
 
 
 def test_a_case_is_segmented_in_windows(monkeypatch):
-    options = argparse.Namespace(device="cpu", size=(8, 16, 16), volume=(16, 16, 24), batch_size=2, channels_last=False)
+    options = argparse.Namespace(device="cpu", size=(8, 16, 16), volume=(16, 16, 24), batch_size=2)
     case = speed.Case("ConResNet", options)
     seen = []
     monkeypatch.setattr(case.network, "forward", lambda x: seen.append(tuple(x.shape)) or x[:, :3])

@@ -75,7 +75,7 @@ def command(bundle: str, *names: str, processes: int = 1, **overrides: Any) -> l
 
 
 def start(*args: Any, **kwargs: Any) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         command(*args, **kwargs), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -160,6 +160,41 @@ def test_networks_export(bundle, tmp_path, monkeypatch):
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
         (got,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
         np.testing.assert_allclose(got, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("bundle", NAMES)
+def test_the_exported_file_gives_the_probabilities_of_inference(bundle, tmp_path, monkeypatch):
+    """Of an ensemble; settings that are not those of the training are refused."""
+    monkeypatch.chdir(tmp_path)
+    channels, _ = CHANNELS[bundle]
+    setup = ConfigWorkflow(files(bundle, "train"), workflow_type="train", logging_file=False, **SMALL)
+    networks = []
+    for name in ("a.pt", "b.pt"):
+        torch.manual_seed(len(networks))
+        setup.parser.parse(True)
+        networks.append(setup.parser.get_parsed_content("network_def", instantiate=True).eval())
+        torch.save(networks[-1].state_dict(), tmp_path / name)
+        (tmp_path / f"{name}.json").write_text(json.dumps({"network": networks[-1].conres_settings}))
+    options = {**SMALL, "checkpoints": ["a.pt", "b.pt"], "output": "exported/model.ts"}
+    export = ConfigWorkflow(files(bundle, "train", "export"), workflow_type="infer", logging_file=False, **options)
+    export.initialize()
+    export.run()
+    image = torch.randn(2, channels, 16, 24, 20)
+    got = torch.jit.load(tmp_path / "exported" / "model.ts")(image)
+    activation = (lambda logits: logits.softmax(1)) if bundle == "hippocampus_conresnet" else torch.sigmoid
+    flips = [[], [2]] if bundle == "hippocampus_conresnet" else [[]]
+    with torch.no_grad():
+        expected = [activation(network(image.flip(dims))).flip(dims) for network in networks for dims in flips]
+    assert (expected[0] - expected[-1]).abs().max() > 0.01
+    torch.testing.assert_close(got, torch.stack(expected).mean(0), rtol=1e-4, atol=1e-5)
+
+    options |= {"spatial_axis": 0, "output": "other.ts"}
+    other = ConfigWorkflow(files(bundle, "train", "export"), workflow_type="infer", logging_file=False, **options)
+    other.initialize()
+    with pytest.raises(RuntimeError, match="load_networks") as stop:
+        other.run()
+    assert "expected spatial_axis 2, with which a.pt was trained, got 0" in str(stop.value.__cause__)
+    assert not (tmp_path / "other.ts").exists()
 
 
 @pytest.fixture(scope="module")
@@ -325,9 +360,9 @@ def test_folds_of_the_hippocampus_without_their_file(real_data, tmp_path):
 
 
 def test_killed_and_started_again_it_ends_as_if_undisturbed(brats, tmp_path):
-    """With dropout, a boundary loss that counts iterations, and a schedule."""
+    """With dropout, a boundary loss that counts iterations, a schedule, and workers that outlive an epoch."""
     options = {"dataset_dir": brats, "hold_out": 2, "iterations": 12, "val_interval": 99, "loss": "@boundary_loss"}
-    options["check_data"] = False
+    options |= {"check_data": False, "num_workers": 1}
     undisturbed = start("brats_conresnet", "train", run_dir=tmp_path / "a", **options)
     killed = start("brats_conresnet", "train", run_dir=tmp_path / "b", **options)
     curve = tmp_path / "b" / "loss.csv"
@@ -477,7 +512,7 @@ def test_the_documentation_lists_files_and_options_that_exist():
         assert not re.search(r"--\S+ None", text), "MONAI passes over it; $None is what it takes"
         for name in re.findall(r"configs/(\w+\.yaml)", text):
             assert (BUNDLES / bundle / "configs" / name).is_file(), name
-        config = "".join(Path(file).read_text() for file in files(bundle, "train", "evaluate", "inference"))
+        config = "".join(Path(file).read_text() for file in files(bundle, "train", "evaluate", "inference", "export"))
         others = (
             "config_file standalone nproc_per_node out layout tracking logdir filepath ckpt_file meta_file key_in_ckpt "
         )

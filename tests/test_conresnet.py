@@ -231,6 +231,7 @@ def test_computing_again_changes_no_gradient_and_keeps_less(options, monkeypatch
     torch.manual_seed(0)
     network = small_network(dropout=0.5, **options).double()
     image = torch.randn(1, 2, 9, 8, 7, dtype=torch.float64)
+    features = 16 * 5 * 4 * 4 * 8  # bytes of those at the second resolution
 
     def run() -> tuple[int, dict[str, torch.Tensor]]:
         kept = {}
@@ -249,12 +250,16 @@ def test_computing_again_changes_no_gradient_and_keeps_less(options, monkeypatch
         return size, {name: p.grad.clone() for name, p in network.named_parameters()}
 
     kept, gradients = run()
+    monkeypatch.setattr(layers, "SMALL", features + 1)
+    kept_but_small, further_gradients = run()
     for module in (layers, context, conresnet):
-        monkeypatch.setattr(module, "recompute", lambda module, function, *arguments: function(*arguments))
+        monkeypatch.setattr(module, "recompute", lambda module, function, *arguments, least=0: function(*arguments))
     kept_without, expected = run()
     assert kept < (0.35 if options else 0.6) * kept_without
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
+    assert kept < kept_but_small < (0.45 if options else 0.8) * kept_without
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(further_gradients[name], gradient, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])

@@ -71,7 +71,7 @@ def test_rotation_is_one_in_mm(axis):
             return angles
         return torch.ones(1, *shape)
 
-    theta = resident._affine(fixed, (np.array(shape) * spacing).tolist())
+    theta = resident._affine(fixed, torch.tensor(np.array(shape) * spacing, dtype=torch.float32))
     grid = torch.nn.functional.affine_grid(theta, [1, 1, *shape], align_corners=False)
     got = torch.nn.functional.grid_sample(torch.from_numpy(volume)[None, None].float(), grid, align_corners=False)
     # affine_grid counts axes from the last one: x of its matrix is our third axis
@@ -89,7 +89,9 @@ def test_rotation_is_one_in_mm(axis):
 def test_augmentation_moves_image_and_label_together_and_leaves_some_as_they_are():
     mask = torch.zeros(16, 1, 20, 24, 16)
     mask[..., 6:14, 8:16, 5:11] = 1
-    image, label = resident.augment(mask * 10, mask.long(), (20, 24, 16), torch.Generator().manual_seed(0))
+    image, label = resident.augment(
+        mask * 10, mask.long(), torch.tensor([20.0, 24.0, 16.0]), torch.Generator().manual_seed(0)
+    )
     assert label.unique().tolist() == [0, 1]
     still = [torch.equal(moved, original) for moved, original in zip(label, mask.long(), strict=True)]
     assert 3 < sum(still) < 13

@@ -31,7 +31,7 @@ from monai.data import CacheDataset, DataLoader, Dataset
 from monai.inferers import SlidingWindowInferer
 from monai.networks import nets, one_hot
 from monai.transforms import Compose, Spacingd
-from monai.utils import optional_import, set_determinism
+from monai.utils import optional_import
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,6 +52,7 @@ from monai_conres import (
 )
 from monai_conres.datasets import DecathlonDatalist, read_decathlon, training_plan
 from monai_conres.files import atomic_path, write_csv
+from monai_conres.training import seed_everything
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quickstart import KEYS, PREPARE, augmentations
@@ -297,7 +298,7 @@ def train(
     title: str,
 ) -> dict[str, Any]:
     """Train, and say how many seconds it took and, on a GPU, how many bytes at most."""
-    set_determinism(seed)
+    seed_everything(seed)
     segmentation_loss = ConResLoss(softmax=True, to_onehot_y=True)
     residual_loss = arm.loss(spatial_axis=arm.spatial_axis, to_onehot_y=True, **arm.loss_arguments)
     optimizer = torch.optim.Adam(network.parameters(), lr=size["rate"] * arm.rate)
@@ -429,6 +430,7 @@ def main() -> None:
         {
             "data": options.data.resolve().name,
             "size": options.size,
+            "device": torch.device(options.device).type,
             "iterations": size["iterations"],
             "batch": size["batch"],
             "cases": options.cases,
@@ -462,7 +464,7 @@ def main() -> None:
                 )
             validation_set = CacheDataset(validation, Compose(prepare), progress=False)
             prepared_fold = fold
-        set_determinism(seed)
+        seed_everything(seed)
         network = build(ARMS[name], data, size, strides).to(options.device)
         cost = train(network, ARMS[name], training_set, size, seed, file.stem)
         rows = evaluate(network, ARMS[name], validation_set, len(data.classes), patch)

@@ -35,7 +35,8 @@ class ResidentPatches:
         device: str | torch.device,
     ) -> None:
         self.patch = tuple(patch)
-        self.extent = [size * edge for size, edge in zip(patch, spacing, strict=True)]  # mm
+        extent = [size * edge for size, edge in zip(patch, spacing, strict=True)]
+        self.extent = torch.tensor(extent, dtype=torch.float32, device=device)  # mm; copied once
         self.cases = [
             (self._pad(torch.as_tensor(case["image"]).float()).to(device), self._pad(case["label"]).to(device))
             for case in cases
@@ -68,7 +69,7 @@ class ResidentPatches:
 
 
 def augment(
-    image: torch.Tensor, label: torch.Tensor, extent: Sequence[float], generator: torch.Generator
+    image: torch.Tensor, label: torch.Tensor, extent: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate and scale image and label; change contrast, brightness and gamma of the image and add noise to it.
 
@@ -106,7 +107,7 @@ def augment(
     return image + sometimes(0.0, 0.15, 0.0) * noise, label
 
 
-def _affine(uniform, extent: Sequence[float]) -> torch.Tensor:
+def _affine(uniform, extent: torch.Tensor) -> torch.Tensor:
     """Random rotation and scaling in mm, as matrices ``(b, 3, 4)`` of the normalized coordinates of ``affine_grid``."""
     angles = uniform(-ROTATION, ROTATION, 3)
     matrix = torch.diag_embed(uniform(*SCALE, 1).reciprocal().expand(-1, 3))
@@ -117,7 +118,6 @@ def _affine(uniform, extent: Sequence[float]) -> torch.Tensor:
         rotation[:, first, first] = rotation[:, second, second] = cosine
         rotation[:, first, second], rotation[:, second, first] = -sine, sine
         matrix = matrix @ rotation
-    # affine_grid counts axes from the last one
-    edges = torch.tensor(list(extent)[::-1], dtype=torch.float32, device=angles.device)
+    edges = extent.flip(0)  # affine_grid counts axes from the last one
     matrix = matrix * edges / edges[:, None]
     return F.pad(matrix, (0, 1))

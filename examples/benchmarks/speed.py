@@ -9,7 +9,7 @@ Times are medians of runs interleaved over the networks, so that what else the m
 each in the layout that is fastest for it: one hundred percent would be a network that spends no time on anything else.
 A name may end in ", bf16" or ", fp16" (autocast), in ", compiled" (torch.compile) or in both, in this order: so one run
 compares them. Peak memory is measured in a process of its own for each network: on a CPU the resident set, less
-what there was before; on a GPU what torch allocated.
+what there was before; on a GPU what torch allocated. On a GPU convolutions and matrix products in float32 are TF32.
 """
 
 from __future__ import annotations
@@ -157,8 +157,6 @@ class Case:
         multiple = MULTIPLES.get(name, 1)
         self.size = tuple(-(-edge // multiple) * multiple for edge in options.size)
         self.network = NETWORKS[name](self.size).to(self.device)
-        if options.channels_last:
-            self.network = self.network.to(memory_format=torch.channels_last_3d)
         if self.compiled:
             self.network = torch.compile(self.network)
         self.image = torch.randn(options.batch_size, CHANNELS, *self.size, device=self.device)
@@ -226,8 +224,8 @@ class Case:
             layer = plain(shape[1], out_channels, kernel, **options).to(self.device)
             best = float("inf")
             for memory_format in (torch.contiguous_format, torch.channels_last_3d):
-                layer, x = layer.to(memory_format=memory_format), torch.randn(shape, device=self.device)
-                x = x.contiguous(memory_format=memory_format)
+                layer = layer.to(memory_format=memory_format)
+                x = torch.randn(shape, device=self.device, dtype=self.dtype).contiguous(memory_format=memory_format)
                 ways = [layer]
                 if self.device == "cpu" and self.dtype is None and plain is nn.Conv3d:
                     # torch does not give every shape to oneDNN
@@ -283,9 +281,9 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
         row = {
             "network": name,
             "multiply-adds (1e9)": f"{multiply_adds / 1e9:.1f}",
-            "forward (s)": f"{forward:.3f}",
+            "forward (s)": f"{forward:.3g}",
             f"forward, times as fast as {first}": ratios["forward"],
-            "training step (s)": f"{step:.3f}",
+            "training step (s)": f"{step:.3g}",
             f"step, times as fast as {first}": ratios["step"],
             "1e9 multiply-adds / s, forward": f"{multiply_adds / forward / 1e9:.0f}",
         }
@@ -304,7 +302,7 @@ def volume_times(options: argparse.Namespace) -> list[dict[str, str]]:
     seconds = interleaved(cases, ("volume",), options.repeats)
     rows = []
     for name in cases:
-        row = {"network": name, "one case (s)": f"{statistics.median(seconds[name]['volume']):.2f}"}
+        row = {"network": name, "one case (s)": f"{statistics.median(seconds[name]['volume']):.3g}"}
         row[f"times as fast as {first}"] = faster(seconds[first]["volume"], seconds[name]["volume"])
         rows.append(row)
         print("  ".join(row.values()), flush=True)
@@ -326,11 +324,10 @@ def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
         for run in ("forward", "step"):
             command = [sys.executable, __file__, "--child", run, "--networks", name, "--device", options.device]
             command += ["--batch-size", str(options.batch_size), "--size", *map(str, options.size), "--repeats", "1"]
-            command += ["--channels-last"] * options.channels_last
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             peak, seconds = printed.split()
             row[f"{run}, peak (GiB)"] = f"{int(peak) / 2**30:.2f}"
-            row[f"{run} (s)"] = f"{float(seconds):.2f}"
+            row[f"{run} (s)"] = f"{float(seconds):.3g}"
         rows.append(row)
         print("  ".join(row.values()), flush=True)
     return rows
@@ -341,6 +338,7 @@ def child(options: argparse.Namespace) -> None:
     case = Case(options.networks[0], options)
     if case.device != "cpu":
         case.seconds(options.child)
+        case.network.zero_grad()  # the gradients count
         torch.cuda.reset_peak_memory_stats(case.device)
         before = torch.cuda.memory_allocated(case.device)
     else:
@@ -352,6 +350,14 @@ def child(options: argparse.Namespace) -> None:
         else torch.cuda.max_memory_allocated(case.device)
     )
     print(after - before, seconds)
+
+
+def machine(device: str) -> str:
+    """A line under the table, of a GPU; a processor does not tell how much of it there is."""
+    if device == "cpu":
+        return ""
+    cudnn = torch.backends.cudnn.version()
+    return f"\n{torch.cuda.get_device_name(device)}, torch {torch.__version__}, cuDNN {cudnn}.\n"
 
 
 def main() -> None:
@@ -372,10 +378,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="images, or windows, at a time")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--channels-last", action="store_true", help="all networks with channels_last_3d weights")
     kinds.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--child", choices=("forward", "step"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = True  # as torch's convolutions
     if options.child:
         return child(options)
     kind, measure = "speed", times
@@ -388,7 +394,7 @@ def main() -> None:
     table = [list(rows[0]), ["---"] + ["---:"] * (len(rows[0]) - 1)] + [list(row.values()) for row in rows]
     write_csv(options.out / f"{name}.csv", rows)
     with atomic_path(options.out / f"{name}.md") as temporary:
-        temporary.write_text("".join(f"| {' | '.join(row)} |\n" for row in table))
+        temporary.write_text("".join(f"| {' | '.join(row)} |\n" for row in table) + machine(options.device))
 
 
 if __name__ == "__main__":

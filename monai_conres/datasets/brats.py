@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_conres.datasets.datalist import Datalist, check_same_grid, for_each, repeated
+from monai_conres.datasets.datalist import Datalist, check_same_grid, for_each, read_scans, repeated
 from monai_conres.datasets.decathlon import read_decathlon
 from monai_conres.files import find_files
 
@@ -41,7 +41,7 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
         folder: the folder as downloaded, for example ``MICCAI_BraTS_2018_Data_Training``.
         modalities: the sequences that make the channels of the image, in this order, by their names of 2018. Sequences
             that are not named need not be there.
-        labels: False for scans without a label.
+        labels: False for scans without a label; of the Decathlon's Task01 those in ``imagesTs``.
 
     Raises:
         ValueError: when there are no cases, or those of two challenges, a sequence or label is missing or there twice,
@@ -64,7 +64,7 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
     if unknown or not modalities or len(set(modalities)) < len(modalities):
         raise ValueError(f"expected modalities among {list(MODALITIES)}, each once, got {list(modalities)}.")
     if (folder / "dataset.json").is_file():
-        return _read_task01(folder, modalities)
+        return _read_task01(folder, modalities, labels)
 
     files: dict[Path, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     newer: set[bool] = set()
@@ -110,20 +110,23 @@ def _case(folder: Path, files: dict[str, list[str]], kinds: Sequence[str]) -> di
     return {**case, "label": files["seg"][0]} if "seg" in kinds else case
 
 
-def _read_task01(folder: Path, modalities: Sequence[str]) -> Datalist:
+def _read_task01(folder: Path, modalities: Sequence[str], labels: bool) -> Datalist:
     """The Decathlon's Task01: all four sequences in one file."""
     if tuple(modalities) != MODALITIES:
         raise ValueError(
             f"expected the modalities {list(MODALITIES)} for data in the Decathlon's layout, which has all of them in "
             f"one file in this order, got {list(modalities)}."
         )
+    structures = _structures(necrosis=2, edema=1, enhancing=3)
+    if not labels:
+        return read_scans(folder / "imagesTs", structures)
     data = read_decathlon(folder)
     if data.channels != 4 or len(data.classes) != 4:
         raise ValueError(
             f"expected 4 sequences and 4 classes in {folder}, as in Task01_BrainTumour, got {data.channels} and "
             f"{len(data.classes)}."
         )
-    return Datalist(data.cases, _structures(necrosis=2, edema=1, enhancing=3), data.folds)
+    return Datalist(data.cases, structures, data.folds)
 
 
 def _structures(necrosis: int, edema: int, enhancing: int) -> dict[str, tuple[int, ...]]:

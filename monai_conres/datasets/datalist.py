@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from monai.data import MetaTensor, partition_dataset
 from monai.transforms import LoadImage
 from monai.utils import ensure_tuple, optional_import
 
+from monai_conres.files import is_named
 from monai_conres.structures import check_structures
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
@@ -91,19 +93,23 @@ class Datalist:
             raise ValueError(f"expected 1 to {len(names) - 1} of the {len(names)} cases to hold out, got {number}.")
         return self._parts(set(random.Random(seed).sample(names, number)), "the hold-out")
 
-    def check(self, *, rank: int = 0, num_replicas: int = 1) -> None:
+    def check(
+        self, *, rank: int = 0, num_replicas: int = 1, channels: int | None = None, progress: bool = True
+    ) -> None:
         """Read every file to its end, the share of one process: see :func:`check_voxels`.
 
         Args:
             rank: number of this process.
             num_replicas: number of processes that share the work.
+            channels: how many channels each image has to have.
+            progress: True shows how far it is.
 
         Raises:
             ValueError: with what is wrong, one line for each case.
         """
         values = {0, *(value for values in self.structures.values() for value in values)}
-        share = tqdm(self.cases[rank::num_replicas], desc="check files", disable=rank > 0)
-        for_each(lambda case: check_voxels(case, values), share)
+        share = tqdm(self.cases[rank::num_replicas], desc="check files", disable=rank > 0 or not progress)
+        for_each(lambda case: check_voxels(case, values, channels), share)
 
     def _parts(self, held_out: set[str], what: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         training = [case for case in self.cases if case["name"] not in held_out]
@@ -128,7 +134,7 @@ def read_scans(folder: str | os.PathLike, structures: Mapping[str, Sequence[int]
             from 1 to 255.
     """
     check_structures(structures)
-    files = sorted(file for file in Path(folder).glob("*.nii*") if not file.name.startswith("."))
+    files = sorted(file for file in Path(folder).glob("*") if is_named(file.name, "*.nii*"))
     if not files:
         raise ValueError(f"expected NIfTI files (*.nii.gz) in {folder}, found none.")
     for file in files:
@@ -162,20 +168,35 @@ def _loader(dicom: bool, thread: int) -> LoadImage:
     return LoadImage(reader="PydicomReader" if dicom else None, ensure_channel_first=True)
 
 
-def check_voxels(case: Mapping[str, Any], values: Collection[int]) -> None:
+def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int | None = None) -> None:
     """Read the files of one case to their ends: a download that broke off has a good header, too.
 
     Args:
         case: one of the cases of a :class:`Datalist`.
         values: values that a label may have, the background's among them.
+        channels: how many channels the image has to have, that of all its files together; ``None`` is any number.
 
     Raises:
-        ValueError: when a file cannot be read, an image has voxels that are not finite, or a label has other values. It
-            names the file.
+        ValueError: when a file cannot be read, an image is no volume, has voxels that are not finite or another number
+            of channels, or a label has other values. It names the file.
     """
-    for file in ensure_tuple(case["image"]):
-        if not load_volume(file).isfinite().all():
+    files = ensure_tuple(case["image"])
+    found_channels = 0
+    for file in files:
+        volume = load_volume(file)
+        if volume.ndim != 4:
+            raise ValueError(
+                f"expected a volume in {file}, with an axis for its channels at most, got {volume.ndim - 1} axes and "
+                "channels; mend the file or take the case out."
+            )
+        if not volume.isfinite().all():
             raise ValueError(f"expected finite intensities in {file}, got others; mend the file or take the case out.")
+        found_channels += len(volume)
+    if channels is not None and found_channels != channels:
+        raise ValueError(
+            f"expected {channels} channels in the image of {', '.join(map(str, files))}, got {found_channels}; take "
+            "the case out, or choose the channels that the network takes."
+        )
     if "label" not in case:
         return
     found = np.unique(load_volume(case["label"]).numpy())
@@ -280,7 +301,7 @@ def repeated(names: Sequence[str]) -> str | None:
 
 def stem(file: Path) -> str:
     """The name of a NIfTI file without its ending."""
-    return file.name.removesuffix(".gz").removesuffix(".nii")
+    return re.sub(r"\.nii(\.gz)?$", "", file.name, flags=re.IGNORECASE)
 
 
 def _brief(error: Exception) -> str:
