@@ -38,7 +38,8 @@ def convert_authors_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[s
     channels for BraTS are ET, WT, TC, where MONAI's transform gives TC, WT, ET.
 
     Args:
-        state_dict: ``torch.load(path, map_location="cpu")`` of the original code; a ``module.`` prefix of ``DataParallel`` is removed.
+        state_dict: ``torch.load(path, map_location="cpu")`` of the original code; a ``module.`` prefix of
+            ``DataParallel`` is removed.
 
     Returns:
         A state dict for ``ConResNet.authors(in_channels, out_channels)``.

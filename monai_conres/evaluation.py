@@ -205,6 +205,7 @@ class CaseReport:
         structures: values of each structure.
         full: False measures the Dice alone and writes the tables alone, in seconds: for validation while training.
         tolerance: tolerance of the NSD, in mm.
+        pictures: False leaves the ``.png`` files out.
 
     Raises:
         ValueError: when a process has no case to do, or a prediction would take the place of an image or a label.
@@ -218,11 +219,13 @@ class CaseReport:
         *,
         full: bool = True,
         tolerance: float = 1.0,
+        pictures: bool = True,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.cases = {case["name"]: case for case in cases}
         self.structures = structures
         self.full = full
+        self.pictures = pictures
         if full:
             self._check_places()
         self.metrics: dict[str, Any] = {"Dice": BratsDiceMetric()}
@@ -235,8 +238,8 @@ class CaseReport:
             given = {Path(file).resolve() for key in ("image", "label") for file in ensure_tuple(case.get(key, ()))}
             if (place := self._place(name)).resolve() in given:
                 raise ValueError(
-                    f"expected another folder for the predictions than that of the scans, got {self.output_dir}: {place} "
-                    "would be written over; give another output_dir."
+                    f"expected another folder for the predictions than that of the scans, got {self.output_dir}, where "
+                    f"{place} would be written over; give another output_dir."
                 )
 
     def _place(self, name: str) -> Path:
@@ -261,7 +264,9 @@ class CaseReport:
             if label is not None:
                 self.rows.append({"case": case["name"], **self._measure(prediction, label)})
             if self.full:
-                self._write(case, prediction, label)
+                self._write(case, prediction)
+                if self.pictures:
+                    self._draw(case, prediction, label)
 
     def __call__(self, engine: Engine) -> None:
         """Write the table of all cases; the mean Dice becomes one of the engine's metrics."""
@@ -295,9 +300,7 @@ class CaseReport:
                 metric.reset()
         return found
 
-    def _write(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
-        from monai_conres.visualize import plot_slices, save_figure  # matplotlib, which training does without
-
+    def _write(self, case: Mapping[str, Any], prediction: MetaTensor) -> None:
         if not isinstance(prediction, MetaTensor):
             raise TypeError(
                 f"expected a prediction with the scan's geometry, a MetaTensor, got a {type(prediction).__name__}; "
@@ -312,6 +315,11 @@ class CaseReport:
         written.header.set_xyzt_units("mm")
         with atomic_path(self._place(case["name"])) as temporary:
             nib.save(written, temporary)
+
+    def _draw(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
+        from monai_conres.visualize import plot_slices, save_figure  # matplotlib, which the rest does without
+
+        affine = prediction.affine.cpu()
         ras = Orientation("RAS", labels=None)
         image = load_volume(ensure_tuple(case["image"])[0])[:1]
         volumes = {"image": image, "label": label, "prediction": prediction.cpu()}

@@ -82,6 +82,16 @@ def test_task01_has_other_values(tmp_path):
         read_brats(tmp_path / "data", ["flair"])
 
 
+def test_task01_without_labels(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=2, size=SIZE)
+    (tmp_path / "data" / "imagesTs").mkdir()
+    (tmp_path / "data" / "imagesTr" / "phantom_001.nii.gz").rename(tmp_path / "data" / "imagesTs" / "BRATS_9.nii.gz")
+    data = read_brats(tmp_path / "data", labels=False)
+    assert data.cases == [{"name": "BRATS_9", "image": str(tmp_path / "data" / "imagesTs" / "BRATS_9.nii.gz")}]
+    assert data.structures == {"ET": (3,), "WT": (2, 1, 3), "TC": (2, 3)}
+    data.check(channels=4, progress=False)
+
+
 def test_two_challenges_in_one_folder(tmp_path):
     for kind, name in NAMES_2023.items():
         save(tmp_path / "old" / f"old_{kind}.nii.gz")

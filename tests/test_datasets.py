@@ -106,6 +106,29 @@ def test_two_scans_of_one_name(folder):
         read_scans(scans, {"tumor": (1,)})
 
 
+def test_channels_and_axes_are_checked_for_every_file(folder):
+    scans = folder / "imagesTr"
+    data = read_scans(scans, {"tumor": (1,)})
+    data.check(channels=4, progress=False)
+    with pytest.raises(ValueError, match=r"expected 1 channels in the image of .*phantom_000\.nii\.gz, got 4"):
+        data.check(channels=1, progress=False)
+    image = nib.load(scans / "phantom_003.nii.gz")
+    stored = np.asarray(image.dataobj)
+    nib.save(nib.Nifti1Image(stored[..., :3], image.affine), scans / "phantom_003.nii.gz")
+    nib.save(nib.Nifti1Image(stored[..., None], image.affine), scans / "phantom_004.nii.gz")
+    with pytest.raises(ValueError, match=r"^expected 4 channels .*_003.*\nexpected a volume in .*_004.*, got 4 axes"):
+        data.check(channels=4, progress=False)
+
+
+def test_scans_with_endings_in_capitals(folder):
+    scans = folder / "imagesTr"
+    for file in list(scans.iterdir()):
+        file.rename(scans / file.name.upper())
+    data = read_scans(scans, {"tumor": (1,)})
+    assert [case["name"] for case in data.cases] == [f"PHANTOM_00{number}" for number in range(5)]
+    data.check(channels=4, progress=False)
+
+
 def test_seeded_folds_are_disjoint_and_complete(folder):
     data = read_decathlon(folder)
     parts = [data.split(fold, folds=3, seed=1) for fold in range(3)]

@@ -70,6 +70,14 @@ SWITCHES = {
 }
 
 
+def test_one_file_of_weights_and_a_warning_where_nothing_is_known_of_its_training(tmp_path):
+    network = torch.nn.Conv3d(1, 1, 1)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    with pytest.warns(UserWarning, match=r"model\.pt\.json is not there: nothing is known of the training"):
+        (loaded,) = load_networks(torch.nn.Conv3d(1, 1, 1), str(tmp_path / "model.pt"))
+    assert torch.equal(loaded.weight, network.weight)
+
+
 def test_load_networks_compares_with_the_training(tmp_path):
     """``net.pt.json`` as the training writes it; weights without one load as they are."""
     small = {"channels": (8, 16), "strides": (2,), "blocks": (1, 1, 1), "norm": "instance"}
@@ -204,9 +212,39 @@ def test_a_report_of_unusual_scans(tmp_path, shape):
     expected[2:6, 3:7] = 3
     np.testing.assert_array_equal(np.asarray(prediction.dataobj), expected)
     np.testing.assert_allclose(prediction.affine, affine)
-    assert [int(prediction.header[code]) for code in ("qform_code", "sform_code")] == [1, 1]
+    assert [int(prediction.header[code]) for code in ("qform_code", "sform_code")] == [2, 2]
     np.testing.assert_allclose(prediction.get_qform(), affine, atol=1e-6)
     assert prediction.header.get_xyzt_units()[0] == "mm"
+
+
+@pytest.mark.parametrize("codes", [(2, 3), (0, 4), (0, 0)])
+def test_the_space_of_the_scan_stays(tmp_path, codes):
+    """A template's, for instance: the code of the affine that readers take, of sform before qform."""
+    scan = nib.Nifti1Image(np.random.default_rng(0).uniform(0, 9, (9, 8, 7)).astype(np.float32), None)
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    scan.set_sform(affine, code=codes[0])
+    scan.set_qform(affine, code=codes[1])
+    scan.header.set_zooms((1, 2, 3))
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    write_report(tmp_path / "out", [{"name": "scan", "image": str(tmp_path / "scan.nii.gz")}])
+    header = nib.load(tmp_path / "out" / "scan.nii.gz").header
+    expected = next((code for code in codes if code), 1)
+    assert (int(header["sform_code"]), int(header["qform_code"])) == (expected, expected)
+
+
+def test_no_scan_is_written_over(tmp_path, cases):
+    before = {file: file.read_bytes() for file in tmp_path.glob("*.nii*")}
+    named = [{**case, "name": Path(case["image"]).name.removesuffix(".nii.gz")} for case in cases]
+    with pytest.raises(ValueError, match="another folder for the predictions than that of the scans"):
+        write_report(tmp_path, named)
+    assert {file: file.read_bytes() for file in tmp_path.glob("*.nii*")} == before
+    write_report(tmp_path, named, full=False)  # writes no prediction
+
+
+def test_a_report_without_pictures(tmp_path, cases):
+    write_report(tmp_path / "out", cases, pictures=False)
+    files = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert files == ["case0.nii.gz", "case1.nii.gz", "cases.csv", "summary.json"]
 
 
 def test_a_report_that_is_not_full_has_the_dice_alone(tmp_path, cases):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from monai_conres.training import (
     TrainingCheckpoint,
     finalize_processes,
     number_of_epochs,
+    seed_everything,
     share_of_batch,
 )
 
@@ -237,6 +239,21 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path):
         trainer(tmp_path, epochs=2, settings={"seed": 1, "rate": 2})[0].run()
     with pytest.raises(ValueError, match="not the same seed: 1, now 2"):
         trainer(tmp_path, epochs=2, settings={"seed": 2})[0].run()
+    engine, _ = trainer(tmp_path, epochs=2, settings={"seed": 1})
+    engine.optimizer.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match=r"not the same weight_decay of optimizer: 0.*, now 0\.1"):
+        engine.run()
+
+
+def test_seeds_repeat_and_cudnn_is_free(monkeypatch):
+    for flag in ("deterministic", "benchmark"):
+        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))  # to be put back
+    draws = []
+    for _ in range(2):
+        seed_everything(3)
+        draws.append((torch.rand(2).tolist(), np.random.rand(), random.random()))
+    assert draws[0] == draws[1]
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (False, True)
 
 
 def test_loss_curve_has_the_mean_of_each_epoch(tmp_path):
