@@ -17,8 +17,10 @@ from monai_conres import layers
 
 
 @pytest.fixture(autouse=True)
-def _small_features_are_computed_again_as_large_ones(monkeypatch):
-    monkeypatch.setattr(layers, "SMALL", 0)
+def _small_features_are_computed_again_as_large_ones(monkeypatch, request):
+    """Tests take small images, and see what happens with large ones; those marked ``as_shipped`` do not."""
+    if request.node.get_closest_marker("as_shipped") is None:
+        monkeypatch.setattr(layers, "SMALL", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 from monai.data import MetaTensor
+from monai.networks import eval_mode
 from monai.transforms import Orientation
 from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
-from monai_conres.datasets.datalist import load_volume, repeated
+from monai_conres.datasets.datalist import load_volume, repeated, stem
 from monai_conres.files import atomic_path, write_csv
 from monai_conres.metrics import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.residual import slice_dim
@@ -97,8 +98,8 @@ def load_networks(
 
     The weights of a network often fit one of other settings, another slice axis for example. Where
     :class:`~monai_conres.training.TrainingCheckpoint` has written the settings of the training beside the weights
-    (``model.pt.json``), they are compared, and it is a warning where that file is not. They know of one training, and
-    not of one that it went on from.
+    (``model.pt.json``), they are compared; a missing file is a warning. They know of one training, and not of one that
+    it went on from.
 
     Args:
         network: the network; of one of this package the settings have to be those that it was trained with.
@@ -135,9 +136,10 @@ def save_torchscript(network: nn.Module, path: str | os.PathLike, image: torch.T
     """Write a network, such as a :class:`MeanProbability`, as TorchScript, to be loaded without this package.
 
     Args:
-        network: it is traced in ``eval()`` mode.
+        network: of one tensor to one tensor; what it computes in ``eval()`` mode is written.
         path: name of the file.
-        image: an image of any size to trace it with; the file takes other sizes and numbers of images, too.
+        image: an image ``(b, c, d, h, w)`` on the network's device to trace it with; the file takes other sizes and
+            numbers of images, too.
 
     Example:
         >>> import tempfile
@@ -146,8 +148,9 @@ def save_torchscript(network: nn.Module, path: str | os.PathLike, image: torch.T
         >>> torch.jit.load(path)(torch.zeros(2, 1, 4, 5, 6)).unique()
         tensor([0.5000])
     """
-    with torch.no_grad():
-        traced = torch.jit.trace(network.eval(), image)
+    with torch.no_grad(), eval_mode(network), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # torch's own, of numbers that do not depend on sizes
+        traced = torch.jit.trace(network, image, check_trace=False)
     with atomic_path(path) as temporary:
         torch.jit.save(traced, temporary)
 
@@ -159,8 +162,9 @@ def check_training(
     file = settings_file(weights)
     if not file.is_file():
         warnings.warn(
-            f"{file} is not there: nothing is known of the training of {weights}, so make sure that the slice axis and "
-            "other settings are the same, and copy both files next time.",
+            f"{file} is not there, which TrainingCheckpoint writes: whether {weights} was trained with these settings"
+            + (", and without the cases to be scored," if held_out else "")
+            + " cannot be checked.",
             stacklevel=3,
         )
         return
@@ -234,12 +238,19 @@ class CaseReport:
         self.rows: list[dict[str, Any]] = []
 
     def _check_places(self) -> None:
-        for name, case in self.cases.items():
-            given = {Path(file).resolve() for key in ("image", "label") for file in ensure_tuple(case.get(key, ()))}
-            if (place := self._place(name)).resolve() in given:
+        files = [
+            Path(file)
+            for case in self.cases.values()
+            for key in ("image", "label")
+            if key in case
+            for file in ensure_tuple(case[key])
+        ]
+        given = {(file.parent.resolve(), stem(file).lower()): file for file in files}
+        for name in self.cases:
+            if (file := given.get((self.output_dir.resolve(), name.lower()))) is not None:
                 raise ValueError(
-                    f"expected another folder for the predictions than that of the scans, got {self.output_dir}, where "
-                    f"{place} would be written over; give another output_dir."
+                    f"expected another folder for the predictions than {self.output_dir}, where that of {name} would "
+                    f"take the place of {file}, or its name; give another output_dir."
                 )
 
     def _place(self, name: str) -> Path:
@@ -309,7 +320,8 @@ class CaseReport:
         affine = prediction.affine.cpu()
         written = nib.Nifti1Image(prediction.cpu().numpy()[0].astype(np.uint8), affine.numpy())
         # what the affine's space is: the scanner's, or a template's; a DICOM series does not say
-        code = next((int(c) for key in ("sform_code", "qform_code") if (c := prediction.meta.get(key, 0)) > 0), 1)
+        codes = [int(prediction.meta.get(key, 0)) for key in ("sform_code", "qform_code")]
+        code = next((code for code in codes if code), 1)
         written.set_qform(affine.numpy(), code=code)
         written.set_sform(affine.numpy(), code=code)
         written.header.set_xyzt_units("mm")

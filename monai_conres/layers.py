@@ -20,7 +20,7 @@ __all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "res
 
 DEFAULT_NORM = "group"
 DEFAULT_ACT = ("relu", {"inplace": True})
-SMALL = 16 * 2**20  # bytes of a tensor that is sooner kept than computed again
+SMALL = 8 * 2**20  # bytes of a tensor that is sooner kept than computed again
 
 
 class WeightStandardizedConv3d(nn.Conv3d):
@@ -193,7 +193,7 @@ def fast_layout(x: torch.Tensor) -> torch.Tensor:
 def recompute(
     module: nn.Module, function: Callable[..., torch.Tensor], *arguments: Any, least: int | None = None
 ) -> torch.Tensor:
-    """``function(*arguments)``, of which nothing but the arguments is kept for the backward pass.
+    """``function(*arguments)``; where the arguments are large, nothing else is kept for the backward pass.
 
     The rest is computed again when it is needed; a convolution at the end is not, as what it keeps is known as soon as
     it begins. Normalization, activation and resizing cost less than the memory that they would hold.
@@ -201,7 +201,7 @@ def recompute(
     Args:
         module: what ``function`` computes with. If it has running statistics, as batch normalization does, everything
             is kept: they would count the batch twice.
-        function: of tensors and of anything else, to a tensor.
+        function: of one tensor or more, and of anything else, to a tensor.
         arguments: of ``function``.
         least: everything is kept, too, where the largest argument has fewer bytes; ``None`` is ``SMALL``.
     """

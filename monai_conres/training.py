@@ -10,6 +10,7 @@ import copy
 import csv
 import json
 import os
+import random
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -22,8 +23,9 @@ import torch
 import torch.nn as nn
 from monai.data import CacheDataset
 from monai.transforms import Compose
-from monai.utils import optional_import, set_determinism
+from monai.utils import ensure_tuple, optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import get_worker_info
 
 from monai_conres.files import atomic_path
 
@@ -94,7 +96,12 @@ class SeededDataset(CacheDataset):
                 self._transforms[thread] = copy.deepcopy(self.transform)
             own = copy.copy(self)
             own.transform = self._transforms[thread]
-        own.transform.set_random_state(seed=_seed(self.seed, self.epoch, index % len(self)))
+        seed = _seed(self.seed, self.epoch, index % len(self))
+        own.transform.set_random_state(seed=seed)
+        if get_worker_info() is not None:  # the generators of a worker, for transforms without one of their own
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
         return super(SeededDataset, own)._transform(index)
 
 
@@ -179,8 +186,8 @@ class TrainingCheckpoint:
         interval: number of epochs between checkpoints.
         settings: what must not change when a run goes on, such as its seed: plain values (numbers, text, lists), by
             name. ``"training_cases"`` are the names of the cases that the network is not to be scored with. Of a
-            network of this package, what its weights do not tell is added as ``"network"``. What an optimizer was made
-            with must not change, either, its learning rate apart, which a schedule changes.
+            network of this package, what its weights do not tell is added as ``"network"``, and of an optimizer its
+            kind and its numbers but for the learning rate, by its name in ``objects``.
 
     Raises:
         ValueError: when a setting is no plain value, or the checkpoint that is there is of another configuration.
@@ -200,7 +207,12 @@ class TrainingCheckpoint:
         self.objects = dict(objects)
         self.final_path = Path(final_path)
         self.interval = interval
-        self.settings = plain_values({**(settings or {}), "network": network_settings(self._network)})
+        optimizers = {
+            name: optimizer_settings(thing)
+            for name, thing in self.objects.items()
+            if isinstance(thing, torch.optim.Optimizer)
+        }
+        self.settings = plain_values({**(settings or {}), "network": network_settings(self._network), **optimizers})
 
     def attach(self, engine: Engine) -> None:
         """Load at the start of ``engine``'s run, and save as it goes on; the last of its handlers."""
@@ -225,9 +237,6 @@ class TrainingCheckpoint:
                     raise ValueError(f"it says nothing of {name}")
                 if (earlier := state["settings"][name]) != value:
                     raise ValueError(f"not the same {name}: {_shortened(earlier)}, now {_shortened(value)}")
-            for name, thing in self.objects.items():
-                if isinstance(thing, torch.optim.Optimizer):
-                    check_optimizer(name, thing, state[name])
             for name, thing in self._parts(engine).items():
                 if name != "scaler" or state.get(name):  # that of a device without one is empty
                     thing.load_state_dict(state[name])
@@ -264,12 +273,20 @@ class TrainingCheckpoint:
         return {**self.objects, "trainer": engine, **({} if scaler is None else {"scaler": scaler})}
 
 
-def check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Raise where an optimizer was made with other numbers than the one that a state is of: loading would drop them."""
-    for group, earlier in zip(optimizer.param_groups, state["param_groups"], strict=False):
-        for key, value in group.items():
-            if key not in ("params", "lr", "initial_lr") and key in earlier and earlier[key] != value:
-                raise ValueError(f"not the same {key} of {name}: {earlier[key]}, now {value}")
+def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Kind and numbers of an optimizer, such as its weight decay, which loading a state would replace without a word.
+
+    Not the learning rate, nor switches such as ``fused``, which differ from one version of torch to the next.
+    """
+
+    def numbers(value: Any) -> bool:
+        return all(isinstance(part, float | int) and not isinstance(part, bool) for part in ensure_tuple(value))
+
+    groups = [
+        {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr") and numbers(value)}
+        for group in optimizer.param_groups
+    ]
+    return {"kind": type(optimizer).__name__, "groups": groups}
 
 
 def settings_file(weights: str | os.PathLike) -> Path:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres import ConResLoss, ConResNet, ConResOutput, ContextResidualModule, conresnet, context, layers
@@ -260,6 +261,31 @@ def test_computing_again_changes_no_gradient_and_keeps_less(options, monkeypatch
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(further_gradients[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.as_shipped
+def test_of_large_features_alone_anything_is_computed_again(monkeypatch):
+    computed_again = []
+
+    def note(function, *arguments, **kwargs):
+        computed_again.append(max(a.nbytes for a in arguments if isinstance(a, torch.Tensor)) / 2**20)
+        return checkpoint(function, *arguments, **kwargs)
+
+    monkeypatch.setattr(layers, "checkpoint", note)
+    network = ConResNet(4, 3).to("meta")
+
+    def run(*size: int) -> list[float]:
+        computed_again.clear()
+        network(torch.empty(1, 4, *size, device="meta"))
+        return sorted(computed_again)
+
+    assert run(32, 32, 32) == []
+    found = run(80, 160, 160)
+    assert min(found) == 15.625  # 128 channels at a quarter of the resolution; 64 there are less than 8 MiB
+    assert max(found) == 250  # 32 channels at the full one
+    assert found.count(250) == 8  # three in the encoder; merge and mapping, a unit in each, and the gate
+    network.use_checkpoint = True
+    assert len(run(32, 32, 32)) == 5  # the encoder's four resolutions and the bottleneck, at any size
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])

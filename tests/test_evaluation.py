@@ -73,7 +73,10 @@ SWITCHES = {
 def test_one_file_of_weights_and_a_warning_where_nothing_is_known_of_its_training(tmp_path):
     network = torch.nn.Conv3d(1, 1, 1)
     torch.save(network.state_dict(), tmp_path / "model.pt")
-    with pytest.warns(UserWarning, match=r"model\.pt\.json is not there: nothing is known of the training"):
+    with pytest.warns(
+        UserWarning,
+        match=r"model\.pt\.json is not there, .*: whether .*model\.pt was trained with these settings cannot",
+    ):
         (loaded,) = load_networks(torch.nn.Conv3d(1, 1, 1), str(tmp_path / "model.pt"))
     assert torch.equal(loaded.weight, network.weight)
 
@@ -235,8 +238,14 @@ def test_the_space_of_the_scan_stays(tmp_path, codes):
 def test_no_scan_is_written_over(tmp_path, cases):
     before = {file: file.read_bytes() for file in tmp_path.glob("*.nii*")}
     named = [{**case, "name": Path(case["image"]).name.removesuffix(".nii.gz")} for case in cases]
-    with pytest.raises(ValueError, match="another folder for the predictions than that of the scans"):
+    with pytest.raises(
+        ValueError, match=r"another folder .*, where that of 0_image would take the place of .*0_image\.nii"
+    ):
         write_report(tmp_path, named)
+    (tmp_path / "link").symlink_to(tmp_path)
+    other = [{"name": "1_LABEL", "image": cases[0]["image"]}, {"name": "c", "image": str(tmp_path / "1_label.nii")}]
+    with pytest.raises(ValueError, match=r"that of 1_LABEL would take the place of .*1_label\.nii, or its name"):
+        CaseReport(tmp_path / "link", other, {"lesion": (3,)})
     assert {file: file.read_bytes() for file in tmp_path.glob("*.nii*")} == before
     write_report(tmp_path, named, full=False)  # writes no prediction
 

@@ -17,7 +17,7 @@ from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from monai.transforms import Compose, Lambda, RandFlip, RandGaussianNoise
-from torch.optim.lr_scheduler import PolynomialLR
+from torch.optim.lr_scheduler import OneCycleLR, PolynomialLR
 from torch.utils.data import DistributedSampler
 
 from monai_conres import ConResNet
@@ -86,7 +86,12 @@ def test_threads_draw_as_one_does():
 
 
 def trainer(
-    folder, epochs: int, stop_in: int | None = None, interval: int = 1, settings: dict | None = None
+    folder,
+    epochs: int,
+    stop_in: int | None = None,
+    interval: int = 1,
+    settings: dict | None = None,
+    weight_decay: float = 0.0,
 ) -> tuple[SupervisedTrainer, torch.nn.Module]:
     """Six volumes in batches of two, with dropout; ``stop_in`` raises in the second iteration of that epoch."""
     torch.manual_seed(3)
@@ -94,7 +99,7 @@ def trainer(
         torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.Dropout3d(0.5), torch.nn.Conv3d(4, 1, 1)
     )
     data = SeededDataset([{"image": v, "label": v.abs()} for v in VOLUMES], lambda item: item)
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01, weight_decay=weight_decay)
     schedule = PolynomialLR(optimizer, total_iters=3 * 4, power=0.9)
     curve = LossCurve(folder / "loss.csv", optimizer)
     objects = {"network": network, "optimizer": optimizer, "lr_scheduler": schedule, "curve": curve}
@@ -239,10 +244,46 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path):
         trainer(tmp_path, epochs=2, settings={"seed": 1, "rate": 2})[0].run()
     with pytest.raises(ValueError, match="not the same seed: 1, now 2"):
         trainer(tmp_path, epochs=2, settings={"seed": 2})[0].run()
-    engine, _ = trainer(tmp_path, epochs=2, settings={"seed": 1})
-    engine.optimizer.param_groups[0]["weight_decay"] = 0.1
-    with pytest.raises(ValueError, match=r"not the same weight_decay of optimizer: 0.*, now 0\.1"):
-        engine.run()
+    with pytest.raises(ValueError, match=r"not the same optimizer: .*'weight_decay': 0.*, now .*'weight_decay': 0\.1"):
+        trainer(tmp_path, epochs=2, settings={"seed": 1}, weight_decay=0.1)[0].run()
+
+
+def test_what_a_schedule_changes_of_an_optimizer_may_have_changed(tmp_path):
+    def handler() -> tuple[TrainingCheckpoint, OneCycleLR]:
+        model = torch.nn.Conv3d(1, 1, 1)
+        optimizer = torch.optim.Adam(model.parameters())
+        schedule = OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
+        objects = {"network": model, "optimizer": optimizer}
+        return TrainingCheckpoint(tmp_path / "c.pt", objects, final_path=tmp_path / "net.pt"), schedule
+
+    first, schedule = handler()
+    optimizer = first.objects["optimizer"]
+    before = optimizer.param_groups[0]["betas"]
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["betas"] != before
+    first.save(trainer(tmp_path / "a", epochs=1)[0])
+    again, _ = handler()
+    again.load(trainer(tmp_path / "a", epochs=1)[0])
+    assert again.objects["optimizer"].param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]
+
+
+def test_transforms_without_a_generator_of_their_own_draw_for_seed_epoch_and_case_in_workers():
+    def draw(item):
+        return torch.stack([torch.rand(()), torch.tensor(np.random.rand()), torch.tensor(random.random())])
+
+    data = SeededDataset([0, 1], [draw], seed=4)
+
+    def epoch(number: int, **kwargs) -> torch.Tensor:
+        data.set_epoch(number)
+        return torch.cat(list(DataLoader(data, num_workers=1, generator=torch.Generator(), **kwargs)))
+
+    second = epoch(2)
+    assert len(second.unique()) == 6
+    assert not torch.equal(epoch(1), second)
+    torch.testing.assert_close(epoch(2, persistent_workers=True), second, rtol=0, atol=0)
+    data.seed = 5
+    assert not torch.equal(epoch(2), second)
 
 
 def test_seeds_repeat_and_cudnn_is_free(monkeypatch):

@@ -266,6 +266,11 @@ def faster(first: list[float], seconds: list[float]) -> str:
     return f"{statistics.median(a / b for a, b in zip(first, seconds, strict=True)):.2f}"
 
 
+def digits(seconds: float) -> str:
+    """Three of them."""
+    return f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}"
+
+
 def times(options: argparse.Namespace) -> list[dict[str, str]]:
     """Rows of the table of times."""
     cases = {name: Case(name, options) for name in options.networks}
@@ -281,9 +286,9 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
         row = {
             "network": name,
             "multiply-adds (1e9)": f"{multiply_adds / 1e9:.1f}",
-            "forward (s)": f"{forward:.3g}",
+            "forward (s)": digits(forward),
             f"forward, times as fast as {first}": ratios["forward"],
-            "training step (s)": f"{step:.3g}",
+            "training step (s)": digits(step),
             f"step, times as fast as {first}": ratios["step"],
             "1e9 multiply-adds / s, forward": f"{multiply_adds / forward / 1e9:.0f}",
         }
@@ -302,7 +307,7 @@ def volume_times(options: argparse.Namespace) -> list[dict[str, str]]:
     seconds = interleaved(cases, ("volume",), options.repeats)
     rows = []
     for name in cases:
-        row = {"network": name, "one case (s)": f"{statistics.median(seconds[name]['volume']):.3g}"}
+        row = {"network": name, "one case (s)": digits(statistics.median(seconds[name]["volume"]))}
         row[f"times as fast as {first}"] = faster(seconds[first]["volume"], seconds[name]["volume"])
         rows.append(row)
         print("  ".join(row.values()), flush=True)
@@ -325,31 +330,29 @@ def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
             command = [sys.executable, __file__, "--child", run, "--networks", name, "--device", options.device]
             command += ["--batch-size", str(options.batch_size), "--size", *map(str, options.size), "--repeats", "1"]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-            peak, seconds = printed.split()
-            row[f"{run}, peak (GiB)"] = f"{int(peak) / 2**30:.2f}"
-            row[f"{run} (s)"] = f"{float(seconds):.3g}"
+            row[f"{run}, peak (GiB)"] = f"{int(printed) / 2**30:.2f}"
         rows.append(row)
         print("  ".join(row.values()), flush=True)
     return rows
 
 
 def child(options: argparse.Namespace) -> None:
-    """Print peak bytes and seconds of one run in this process."""
+    """Print the peak bytes of one run in this process."""
     case = Case(options.networks[0], options)
     if case.device != "cpu":
         case.seconds(options.child)
-        case.network.zero_grad()  # the gradients count
+        case.network.zero_grad()  # its gradients are part of the step, and must not be there before
         torch.cuda.reset_peak_memory_stats(case.device)
         before = torch.cuda.memory_allocated(case.device)
     else:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = case.seconds(options.child)
+    case.seconds(options.child)
     after = (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if case.device == "cpu"
         else torch.cuda.max_memory_allocated(case.device)
     )
-    print(after - before, seconds)
+    print(after - before)
 
 
 def machine(device: str) -> str:

@@ -184,11 +184,7 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
     found_channels = 0
     for file in files:
         volume = load_volume(file)
-        if volume.ndim != 4:
-            raise ValueError(
-                f"expected a volume in {file}, with an axis for its channels at most, got {volume.ndim - 1} axes and "
-                "channels; mend the file or take the case out."
-            )
+        _check_axes(volume, file)
         if not volume.isfinite().all():
             raise ValueError(f"expected finite intensities in {file}, got others; mend the file or take the case out.")
         found_channels += len(volume)
@@ -199,11 +195,25 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
         )
     if "label" not in case:
         return
-    found = np.unique(load_volume(case["label"]).numpy())
+    label = load_volume(case["label"])
+    _check_axes(label, case["label"])
+    if len(label) != 1:
+        raise ValueError(
+            f"expected a label of one channel in {case['label']}, got {len(label)}; store its classes as numbers."
+        )
+    found = np.unique(label.numpy())
     if not (allowed := np.isin(found, list(values))).all():
         raise ValueError(
             f"expected the values {sorted(values)} in {case['label']}, got {found[~allowed][:5].tolist()}; mend the "
             "file or take the case out."
+        )
+
+
+def _check_axes(volume: MetaTensor, file: str | os.PathLike) -> None:
+    if volume.ndim != 4:
+        raise ValueError(
+            f"expected a volume in {file}, three axes and one for channels at most, got the shape "
+            f"{(*volume.shape[1:], len(volume))}, channels last; mend the file or take the case out."
         )
 
 

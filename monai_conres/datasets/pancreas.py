@@ -67,7 +67,7 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
             f"expected DICOM series such as PANCREAS_0001/.../*.dcm of the collection Pancreas-CT, or the dataset.json "
             f"of the Decathlon's Task07, in {folder}, found neither."
         )
-    files = {file.name: file for file in find_files(folder, "label*.nii.gz")} if labels else None
+    files = {file.name.lower(): file for file in find_files(folder, "label*.nii.gz")} if labels else None
     cases = for_each(lambda number: _case(number, series[number], files), sorted(series))
     present = {case["name"] for case in cases}
     return Datalist(cases, {"pancreas": (1,)}, [present & {_name(number) for number in fold} for fold in _FOLDS])
