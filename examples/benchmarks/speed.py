@@ -268,7 +268,7 @@ def faster(first: list[float], seconds: list[float]) -> str:
 
 def digits(seconds: float) -> str:
     """Three of them."""
-    return f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}"
+    return f"{seconds:#.3g}" if seconds < 100 else f"{seconds:.0f}"
 
 
 def times(options: argparse.Namespace) -> list[dict[str, str]]:
