@@ -208,10 +208,14 @@ def recompute(
     if not torch.is_grad_enabled() or is_traced():
         return function(*arguments)
     largest = max(argument.nbytes for argument in arguments if isinstance(argument, torch.Tensor))
-    running = any(isinstance(part, _NormBase) and part.track_running_stats for part in module.modules())
-    if running or largest < (SMALL if least is None else least):
+    if largest < (SMALL if least is None else least) or has_running_statistics(module):
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False)
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether a normalization in a module counts the batches that it sees."""
+    return any(isinstance(part, _NormBase) and part.track_running_stats for part in module.modules())
 
 
 def unit_settings(norm: str | tuple | None, act: str | tuple | None, fan_in_scaling: bool) -> dict[str, Any]:
