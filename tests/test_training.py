@@ -28,6 +28,7 @@ from monai_conres.training import (
     TrainingCheckpoint,
     finalize_processes,
     number_of_epochs,
+    optimizer_settings,
     seed_everything,
     share_of_batch,
 )
@@ -246,6 +247,16 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path):
         trainer(tmp_path, epochs=2, settings={"seed": 2})[0].run()
     with pytest.raises(ValueError, match=r"not the same optimizer: .*'weight_decay': 0.*, now .*'weight_decay': 0\.1"):
         trainer(tmp_path, epochs=2, settings={"seed": 1}, weight_decay=0.1)[0].run()
+
+
+def test_kind_and_numbers_of_an_optimizer():
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:], "weight_decay": 0}], lr=0.1)
+    expected = {"betas": (0.9, 0.999), "eps": 1e-8}
+    assert optimizer_settings(optimizer) == {
+        "kind": "AdamW",
+        "groups": [{**expected, "weight_decay": 0.01}, {**expected, "weight_decay": 0}],
+    }
 
 
 def test_what_a_schedule_changes_of_an_optimizer_may_have_changed(tmp_path):
