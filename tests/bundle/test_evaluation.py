@@ -20,11 +20,11 @@ from monai_conres import (
     BratsSurfaceDiceMetric,
     ConResNet,
     attach_conres,
-    evaluation,
 )
-from monai_conres.evaluation import CaseReport, MeanProbability, join_reports, load_networks, summarize
+from monai_conres.bundle import evaluation
+from monai_conres.bundle.evaluation import CaseReport, MeanProbability, join_reports, load_networks, summarize
+from monai_conres.bundle.structures import ProbabilityToLabeld
 from monai_conres.files import check_writable
-from monai_conres.structures import ProbabilityToLabeld
 
 
 def test_mean_probability_against_each_network_by_hand():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from monai.transforms import Compose, LoadImage, Orientation
 
-from monai_conres.datasets import check_voxels, read_decathlon, read_scans, training_plan
+from monai_conres.bundle import check_voxels, read_decathlon, read_scans, training_plan
+from monai_conres.bundle.structures import LabelToTargetd, ProbabilityToLabeld
 from monai_conres.phantom import write_phantom_dataset
-from monai_conres.structures import LabelToTargetd, ProbabilityToLabeld
 
 
 @pytest.fixture

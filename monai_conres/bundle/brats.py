@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_conres.datasets.datalist import Datalist, check_same_grid, for_each, read_scans, repeated
-from monai_conres.datasets.decathlon import read_decathlon
+from monai_conres.bundle.datalist import Datalist, check_same_grid, for_each, read_scans, repeated
+from monai_conres.bundle.decathlon import read_decathlon
 from monai_conres.files import find_files
 
 __all__ = ["read_brats"]

@@ -12,8 +12,8 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import optional_import
 
-from monai_conres.datasets.datalist import Datalist, for_each, load_header, load_volume, read_scans
-from monai_conres.datasets.decathlon import read_decathlon
+from monai_conres.bundle.datalist import Datalist, for_each, load_header, load_volume, read_scans
+from monai_conres.bundle.decathlon import read_decathlon
 from monai_conres.files import find_files
 
 pydicom, _ = optional_import("pydicom", descriptor="{}; install it with: pip install 'monai-conres[dicom]'")

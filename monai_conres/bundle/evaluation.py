@@ -1,6 +1,6 @@
 """Evaluation and inference: networks averaged, one table of all cases, a report of several runs.
 
-``python -m monai_conres.evaluation RUN/*/evaluation/cases.csv --out FOLDER`` joins the tables of several runs, such as
+``python -m monai_conres.bundle.evaluation RUN/*/evaluation/cases.csv --out FOLDER`` joins the tables of several runs, such as
 the folds of a cross-validation.
 """
 
@@ -24,12 +24,12 @@ from monai.networks import eval_mode
 from monai.transforms import Orientation
 from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
-from monai_conres.datasets.datalist import load_volume, repeated, stem
+from monai_conres.bundle.datalist import load_volume, repeated, stem
+from monai_conres.bundle.structures import structure_masks
+from monai_conres.bundle.training import network_settings, plain_values, settings_file
 from monai_conres.files import atomic_path, write_csv
 from monai_conres.metrics import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.residual import slice_dim
-from monai_conres.structures import structure_masks
-from monai_conres.training import network_settings, plain_values, settings_file
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -97,14 +97,14 @@ def load_networks(
     """Copies of a network with the weights of several files.
 
     The weights of a network often fit one of other settings, another slice axis for example. Where
-    :class:`~monai_conres.training.TrainingCheckpoint` has written the settings of the training beside the weights
+    :class:`~monai_conres.bundle.training.TrainingCheckpoint` has written the settings of the training beside the weights
     (``model.pt.json``), they are compared; a missing file is a warning. They know of one training, and not of one that
     it went on from.
 
     Args:
         network: the network; of one of this package the settings have to be those that it was trained with.
         paths: files of weights, one or more.
-        held_out: cases, as in a :class:`~monai_conres.datasets.Datalist`, that are to be scored: the networks must not
+        held_out: cases, as in a :class:`~monai_conres.bundle.Datalist`, that are to be scored: the networks must not
             have seen them in training, by their names.
         settings: others that have to be those of the training, such as the order of the image's channels.
 
@@ -205,7 +205,7 @@ class CaseReport:
 
     Args:
         output_dir: folder for all this.
-        cases: the cases as in a :class:`~monai_conres.datasets.Datalist`; those without a label are not measured.
+        cases: the cases as in a :class:`~monai_conres.bundle.Datalist`; those without a label are not measured.
         structures: values of each structure.
         full: False measures the Dice alone and writes the tables alone, in seconds: for validation while training.
         tolerance: tolerance of the NSD, in mm.
@@ -411,7 +411,9 @@ def join_reports(tables: Sequence[str | os.PathLike], folder: str | os.PathLike)
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m monai_conres.evaluation", description="Join tables of cases.")
+    parser = argparse.ArgumentParser(
+        prog="python -m monai_conres.bundle.evaluation", description="Join tables of cases."
+    )
     parser.add_argument("tables", nargs="+", help="cases.csv of each run")
     parser.add_argument("--out", required=True, help="folder for the table of all cases and its summary")
     arguments = parser.parse_args()

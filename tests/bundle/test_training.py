@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import OneCycleLR, PolynomialLR
 from torch.utils.data import DistributedSampler
 
 from monai_conres import ConResNet
-from monai_conres.training import (
+from monai_conres.bundle.training import (
     EpochSeeds,
     LossCurve,
     SeededDataset,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from monai_conres.datasets import read_brats
+from monai_conres.bundle import read_brats
+from monai_conres.bundle.structures import label_values, structure_masks
 from monai_conres.phantom import write_phantom_brats, write_phantom_dataset
-from monai_conres.structures import label_values, structure_masks
 
 SIZE = (12, 14, 10)
 NAMES_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}

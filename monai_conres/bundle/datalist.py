@@ -18,8 +18,8 @@ from monai.data import MetaTensor, partition_dataset
 from monai.transforms import LoadImage
 from monai.utils import ensure_tuple, optional_import
 
+from monai_conres.bundle.structures import check_structures
 from monai_conres.files import is_named
-from monai_conres.structures import check_structures
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 tqdm, _ = optional_import("tqdm", name="tqdm", descriptor="{}; install it with: pip install 'monai-conres[examples]'")
@@ -39,7 +39,7 @@ class Datalist:
         cases: for each case the files of its ``"image"`` (one, or a list with one for each channel), the file of its
             ``"label"`` where it has one, and its ``"name"``, as MONAI's dictionary transforms take them.
         structures: the values in a label that make up each structure. Structures may overlap: the core of a tumor is
-            part of the whole tumor. See :mod:`monai_conres.structures`.
+            part of the whole tumor. See :mod:`monai_conres.bundle.structures`.
         folds: names of the validation cases of each fold, where the data set has folds of its own.
 
     Raises:

@@ -177,7 +177,7 @@ class TrainingCheckpoint:
     The file is replaced when the new one is complete, so that neither a killed process nor a full disk costs the last
     one. (MONAI's ``CheckpointSaver`` removes the old file first.) The trainer's own state is part of it. At the end,
     the first object's weights, the network's, are written alone, for evaluation, and the settings beside them
-    (``model.pt.json``), for :func:`~monai_conres.evaluation.load_networks` to compare.
+    (``model.pt.json``), for :func:`~monai_conres.bundle.evaluation.load_networks` to compare.
 
     Args:
         path: name of the checkpoint.

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from monai.data import load_decathlon_datalist
 
-from monai_conres.datasets.datalist import Datalist, read_header, repeated, stem, stored_axes
+from monai_conres.bundle.datalist import Datalist, read_header, repeated, stem, stored_axes
 
 __all__ = ["DecathlonDatalist", "read_decathlon", "training_plan"]
 

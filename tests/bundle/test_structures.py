@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import ConvertToMultiChannelBasedOnBratsClasses
 
-from monai_conres.structures import LabelToTargetd, ProbabilityToLabeld, paint_structures, structure_masks
+from monai_conres.bundle.structures import LabelToTargetd, ProbabilityToLabeld, paint_structures, structure_masks
 
 BRATS = {"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)}
 LABEL = torch.tensor([0, 1, 2, 4])[torch.randint(4, (1, 4, 5, 6), generator=torch.Generator().manual_seed(0))]

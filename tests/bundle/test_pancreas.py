@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_conres.datasets import LoadPancreasCTd, check_voxels, load_volume, read_pancreas_ct
+from monai_conres.bundle import LoadPancreasCTd, check_voxels, load_volume, read_pancreas_ct
 from monai_conres.phantom import write_phantom_dataset
 from tests.nih import ORIGIN, SPACING, write_pancreas_ct
 
@@ -30,7 +30,7 @@ def test_the_published_folds(folder):
 
 
 def test_the_folds_have_each_case_once():
-    from monai_conres.datasets.pancreas import _FOLDS
+    from monai_conres.bundle.pancreas import _FOLDS
 
     assert sorted(number for fold in _FOLDS for number in fold) == list(range(1, 83))
     assert [len(fold) for fold in _FOLDS] == [20, 20, 21, 21]
