@@ -1,4 +1,4 @@
-"""The released configuration against numbers from the released network."""
+"""The released configuration against outputs of the released network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_conres import ConResNet, convert_authors_state_dict
+from monai_conres import ConResNet, convert_released_state_dict
 from monai_conres.layers import resize_features
 
 RELEASED = json.loads(Path(__file__).with_name("released_network.json").read_text())
@@ -27,10 +27,10 @@ def released_state_dict() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 5e-4)])
-def test_outputs_equal_the_released_network_s(dtype, tolerance, prefix):
-    network = ConResNet.authors(4, 3)
+def test_released_outputs_match_the_original_network(dtype, tolerance, prefix):
+    network = ConResNet.released(4, 3)
     released = {prefix + key: value for key, value in released_state_dict().items()}
-    network.load_state_dict(convert_authors_state_dict(released))
+    network.load_state_dict(convert_released_state_dict(released))
     image = np.random.RandomState(10000).standard_normal((1, 4, 16, 32, 32)).astype(np.float32)
     with torch.no_grad():
         segmentation, residuals = network.to(dtype).eval().heads(torch.from_numpy(image).to(dtype))
@@ -42,22 +42,21 @@ def test_outputs_equal_the_released_network_s(dtype, tolerance, prefix):
         assert np.abs(got[0, :, ::5, ::7, ::11] - want).max() <= tolerance * want.std(), name
 
 
-def test_released_parameters_that_are_never_used_are_left_out():
+def test_convert_leaves_out_unused_parameters():
     released = released_state_dict()
-    converted = convert_authors_state_dict(released)
+    converted = convert_released_state_dict(released)
     assert sum(v.numel() for v in released.values()) - sum(v.numel() for v in converted.values()) == 422_464
-    assert set(converted) == set(ConResNet.authors(4, 3).state_dict())
+    assert set(converted) == set(ConResNet.released(4, 3).state_dict())
 
 
-def test_first_convolution_of_another_number_of_modalities():
+def test_convert_accepts_any_number_of_modalities():
     weight = torch.randn(32, 1, 3, 3, 3)
-    assert torch.equal(convert_authors_state_dict({"conv_4_32.0.weight": weight})["encoder.0.0.weight"], weight)
-    assert torch.equal(convert_authors_state_dict({"conv_1_32.0.weight": weight})["encoder.0.0.weight"], weight)
+    assert torch.equal(convert_released_state_dict({"conv_1_32.0.weight": weight})["encoder.0.0.weight"], weight)
 
 
 @pytest.mark.parametrize(
     "key", ["state_dict", "layer5.0.conv1.weight", "seg_x8.0.conv_seg.weight", "seg_x2.0.conv.weight"]
 )
-def test_other_keys_are_refused(key):
-    with pytest.raises(ValueError, match=f"expected the keys of the authors' network.*{key}"):
-        convert_authors_state_dict({key: torch.zeros(1)})
+def test_convert_refuses_other_keys(key):
+    with pytest.raises(ValueError, match=f"expected the keys of the released network.*{key}"):
+        convert_released_state_dict({key: torch.zeros(1)})
