@@ -1,15 +1,16 @@
-"""Metrics with the BraTS rules for empty masks, on MONAI's cumulative metric classes.
+"""Surface distances in which every case counts, also where a mask is empty.
 
-MONAI's own leave a case out where a mask is empty: a structure that the prediction missed has no Hausdorff distance and
-drops out of the mean, and false positives on an empty reference do not lower the Dice. By the rules of the BraTS
-challenge every case counts:
+MONAI's distance metrics leave out a case where one mask is empty, so a structure that the network missed does not lower
+the mean. The rules of the BraTS challenge count every case:
 
-================  ====  ==================  =============
-mask              Dice  Hausdorff distance  surface Dice
-================  ====  ==================  =============
-both empty        1     0                   1
-one empty         0     the worst possible  0
-================  ====  ==================  =============
+================  ==================  =============
+mask              Hausdorff distance  surface Dice
+================  ==================  =============
+both empty        0                   1
+one empty         the worst possible  0
+================  ==================  =============
+
+For the Dice coefficient MONAI has these rules: ``DiceMetric(ignore_empty=False)``.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ import numpy as np
 import torch
 from monai.metrics import (
     CumulativeIterationMetric,
-    compute_dice,
     compute_hausdorff_distance,
     compute_surface_dice,
     do_metric_reduction,
 )
 from monai.utils import convert_to_numpy
 
-__all__ = ["BratsDiceMetric", "BratsHausdorffDistanceMetric", "BratsSurfaceDiceMetric"]
+__all__ = ["BratsHausdorffDistanceMetric", "BratsSurfaceDiceMetric"]
 
 
-class _BratsMetric(CumulativeIterationMetric):
-    """A metric for each case and channel, and what it is where masks are empty."""
+class _DistanceMetric(CumulativeIterationMetric):
+    """One value for each case and channel, with rules for empty masks."""
+
+    both_empty: float  # value where prediction and reference are empty
 
     def __init__(self, *, include_background: bool, reduction: str) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class _BratsMetric(CumulativeIterationMetric):
         self.reduction = reduction
 
     def aggregate(self, reduction: str | None = None) -> torch.Tensor:
-        """Reduce the values of all cases, as MONAI's metrics do; ``get_buffer()`` has them by case and channel."""
+        """Reduce the values of all cases, as MONAI's metrics do; ``get_buffer()`` returns the single values."""
         values = self.get_buffer()
         if not isinstance(values, torch.Tensor):
             raise ValueError("expected values to aggregate, got none; call the metric on predictions first.")
@@ -49,18 +51,20 @@ class _BratsMetric(CumulativeIterationMetric):
     def _compute_list(
         self, y_pred: Sequence[torch.Tensor], y: Sequence[torch.Tensor], spacing: float | Sequence | None = None
     ) -> torch.Tensor:
-        """Cases ``(c, *spatial)``, of any sizes, each with its own spacing where there is one for each."""
-        pairs = zip(y_pred, y, _spacing((len(y), y[0].ndim - 1), spacing), strict=True)
-        return torch.cat([self._compute_tensor(p[None], r[None], edges) for p, r, edges in pairs])
+        """Cases ``(c, *spatial)`` of any sizes, with one spacing for all cases or one for each case."""
+        spacings = _spacings(len(y), y[0].ndim - 1, spacing)
+        return torch.cat(
+            [self._compute_tensor(p[None], r[None], s) for p, r, s in zip(y_pred, y, spacings, strict=True)]
+        )
 
     def _compute_tensor(
         self, y_pred: torch.Tensor, y: torch.Tensor, spacing: float | Sequence | None = None
     ) -> torch.Tensor:
-        """``(b, c, *spatial)`` of zeros and ones, twice, to values ``(b, c)``."""
+        """Prediction and reference ``(b, c, *spatial)`` to values ``(b, c)``."""
         if y_pred.shape != y.shape or y.ndim < 4:
             raise ValueError(
-                f"expected prediction and reference of the same shape (b, c, *spatial), got {tuple(y_pred.shape)} and "
-                f"{tuple(y.shape)}; bring both to one-hot or multi-hot channels (AsDiscrete)."
+                f"expected prediction and reference of one shape (b, c, *spatial), got {tuple(y_pred.shape)} and "
+                f"{tuple(y.shape)}; turn both into one-hot or multi-hot channels (AsDiscrete)."
             )
         if not self.include_background:
             if y.shape[1] < 2:
@@ -69,76 +73,45 @@ class _BratsMetric(CumulativeIterationMetric):
         for name, mask in (("prediction", y_pred), ("reference", y)):
             if not ((mask == 0) | (mask == 1)).all():
                 raise ValueError(
-                    f"expected a {name} of zeros and ones, got others; threshold it first (AsDiscrete), or turn class "
+                    f"expected a {name} of zeros and ones, got other values; threshold it (AsDiscrete), or turn class "
                     "indices into channels (AsDiscrete(to_onehot=...))."
                 )
         y_pred, y = y_pred.float(), y.float()
-        edges = _spacing((len(y), y.ndim - 2), spacing)
+        spacings = _spacings(len(y), y.ndim - 2, spacing)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the (ground truth|prediction) of class")  # that is our business
-            warnings.filterwarnings("ignore", message=".*always_return_as_numpy")  # MONAI's own call
-            values = self._values(y_pred, y, edges)
-        empty_pred, empty = y_pred.flatten(2).sum(-1) == 0, y.flatten(2).sum(-1) == 0
-        best, worst = self._empty_values(y, edges)
-        values = torch.where(empty_pred ^ empty, worst.to(values), values)
-        return torch.where(empty_pred & empty, best.to(values), values)
+            warnings.filterwarnings("ignore", message="the (ground truth|prediction) of class")  # empty masks
+            warnings.filterwarnings("ignore", message=".*always_return_as_numpy")  # MONAI calls itself
+            values = self._values(y_pred, y, spacings)
+        no_prediction, no_reference = (mask.flatten(2).sum(-1) == 0 for mask in (y_pred, y))
+        values = torch.where(no_prediction ^ no_reference, self._one_empty(y, spacings).to(values), values)
+        return values.masked_fill(no_prediction & no_reference, self.both_empty)
 
-    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, edges: list[list[float]]) -> torch.Tensor:
-        """Values ``(b, c)``; ``edges`` are those of the voxels of each case, in mm."""
+    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, spacings: list[list[float]]) -> torch.Tensor:
+        """Values ``(b, c)`` where no mask is empty."""
         raise NotImplementedError
 
-    def _empty_values(self, y: torch.Tensor, edges: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values where both masks are empty and where one is, for each case ``(b, 1)`` or for all."""
-        return torch.tensor(1.0), torch.tensor(0.0)
+    def _one_empty(self, y: torch.Tensor, spacings: list[list[float]]) -> torch.Tensor:
+        """Value where one mask is empty: one for each case, ``(b, 1)``, or one for all."""
+        return torch.tensor(0.0)
 
 
-class BratsDiceMetric(_BratsMetric):
-    """Dice coefficient (Eq. 11 of Zhang et al., 2021): 1 where both masks are empty, 0 where one is.
-
-    Args:
-        include_background: False leaves out channel 0.
-        reduction: MONAI's word for what :meth:`aggregate` reduces over; ``"mean_batch"`` is a mean over cases for each
-            channel.
-
-    Shape:
-        Called on prediction and reference, ``(b, c, *spatial)`` of zeros and ones, or lists of ``(c, *spatial)``; it
-        returns and collects ``(b, c)``.
-
-    Raises:
-        ValueError: when shapes differ or values are not zeros and ones.
-
-    Example:
-        >>> metric = BratsDiceMetric()
-        >>> prediction, reference = torch.zeros(2, 1, 2, 2, 2, 2)
-        >>> prediction[0, 0, 0], reference[0, 0, 0, 0] = 1, 1
-        >>> metric(prediction, reference)
-        tensor([[0.6667, 1.0000]])
-    """
-
-    def __init__(self, *, include_background: bool = True, reduction: str = "mean_batch") -> None:
-        super().__init__(include_background=include_background, reduction=reduction)
-
-    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, edges: list[list[float]]) -> torch.Tensor:
-        return compute_dice(y_pred, y, include_background=True)
-
-
-class BratsHausdorffDistanceMetric(_BratsMetric):
-    """Hausdorff distance, its 95th percentile by default: 0 where both masks are empty, the worst where one is.
+class BratsHausdorffDistanceMetric(_DistanceMetric):
+    """95th percentile of the Hausdorff distance, in mm: 0 where both masks are empty, the worst where one is.
 
     Args:
         include_background: False leaves out channel 0.
-        percentile: percentile of the surface distances, 0 to 100; 100 is the maximum (Eq. 12 of Zhang et al., 2021).
-        empty_distance: value where one mask is empty, in mm. ``None`` is the diagonal of the volume, ``spacing *
-            size``: 373.1287 for BraTS.
-        reduction: as for :class:`BratsDiceMetric`.
+        percentile: percentile of the surface distances, 0 to 100. 100 is the maximum (Eq. 12 of Zhang et al., 2021).
+        empty_distance: value where one mask is empty, in mm. ``None`` is the diagonal of the volume, which is 373.1287
+            for BraTS.
+        reduction: MONAI's name of a reduction. ``"mean_batch"`` is the mean over the cases for each channel.
 
     Shape:
-        Called on prediction and reference, ``(b, c, *spatial)`` of zeros and ones, or lists of ``(c, *spatial)``; it
-        returns and collects ``(b, c)``, in mm. ``spacing``, a further argument of the call, is the voxel size in mm:
-        one number for each axis, or such a sequence for each case of a batch.
+        Call it with prediction and reference, ``(b, c, *spatial)`` of zeros and ones, or with lists of
+        ``(c, *spatial)``. It returns and collects ``(b, c)``. A further argument ``spacing`` is the voxel size in mm:
+        one number for each axis, or such a sequence for each case.
 
     Raises:
-        ValueError: when shapes differ or values are not zeros and ones.
+        ValueError: when the shapes differ, or a value is neither zero nor one.
 
     Note:
         The distances need scipy on the CPU, cupy and cucim on a GPU.
@@ -147,11 +120,11 @@ class BratsHausdorffDistanceMetric(_BratsMetric):
         >>> metric = BratsHausdorffDistanceMetric()
         >>> prediction, reference = torch.zeros(2, 1, 2, 155, 240, 240)
         >>> prediction[0, 0, :2, 0, 0], reference[0, 0, :4, 0, 0], reference[0, 1] = 1, 1, 1
-        >>> metric(prediction, reference, spacing=(1, 1, 2.5))[0, 0]
-        tensor(1.8500)
         >>> metric(prediction, reference)
         tensor([[  1.8500, 373.1287]])
     """
+
+    both_empty = 0.0
 
     def __init__(
         self,
@@ -165,31 +138,30 @@ class BratsHausdorffDistanceMetric(_BratsMetric):
         self.percentile = percentile
         self.empty_distance = empty_distance
 
-    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, edges: list[list[float]]) -> torch.Tensor:
-        return compute_hausdorff_distance(y_pred, y, include_background=True, percentile=self.percentile, spacing=edges)
+    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, spacings: list[list[float]]) -> torch.Tensor:
+        return compute_hausdorff_distance(
+            y_pred, y, include_background=True, percentile=self.percentile, spacing=spacings
+        )
 
-    def _empty_values(self, y: torch.Tensor, edges: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _one_empty(self, y: torch.Tensor, spacings: list[list[float]]) -> torch.Tensor:
         if self.empty_distance is not None:
-            return torch.tensor(0.0), torch.tensor(self.empty_distance)
-        lengths = torch.tensor(edges) * torch.tensor(y.shape[2:])
-        return torch.tensor(0.0), lengths.norm(dim=1, keepdim=True)
+            return torch.tensor(self.empty_distance)
+        return (torch.tensor(spacings) * torch.tensor(y.shape[2:])).norm(dim=1, keepdim=True)
 
 
-class BratsSurfaceDiceMetric(_BratsMetric):
-    """Normalized surface Dice: share of both surfaces that lies within a tolerance of the other one.
-
-    1 where both masks are empty, 0 where one is.
+class BratsSurfaceDiceMetric(_DistanceMetric):
+    """Share of both surfaces within a tolerance of the other surface: 1 where both masks are empty, 0 where one is.
 
     Args:
-        tolerance: distance that counts as agreement, in mm.
+        tolerance: largest distance that counts as agreement, in mm.
         include_background: False leaves out channel 0.
-        reduction: as for :class:`BratsDiceMetric`.
+        reduction: see :class:`BratsHausdorffDistanceMetric`.
 
     Shape:
-        As for :class:`BratsHausdorffDistanceMetric`; the values are between 0 and 1.
+        See :class:`BratsHausdorffDistanceMetric`. The values are between 0 and 1.
 
     Raises:
-        ValueError: when shapes differ or values are not zeros and ones.
+        ValueError: when the shapes differ, or a value is neither zero nor one.
 
     Example:
         >>> metric = BratsSurfaceDiceMetric(tolerance=1)
@@ -199,23 +171,23 @@ class BratsSurfaceDiceMetric(_BratsMetric):
         tensor([[0.8333]])
     """
 
+    both_empty = 1.0
+
     def __init__(
         self, *, tolerance: float = 1.0, include_background: bool = True, reduction: str = "mean_batch"
     ) -> None:
         super().__init__(include_background=include_background, reduction=reduction)
         self.tolerance = tolerance
 
-    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, edges: list[list[float]]) -> torch.Tensor:
+    def _values(self, y_pred: torch.Tensor, y: torch.Tensor, spacings: list[list[float]]) -> torch.Tensor:
         thresholds = [float(self.tolerance)] * y.shape[1]
-        return compute_surface_dice(y_pred, y, thresholds, include_background=True, spacing=edges)
+        return compute_surface_dice(y_pred, y, thresholds, include_background=True, spacing=spacings)
 
 
-def _spacing(shape: tuple[int, int], spacing: float | Sequence | None) -> list[list[float]]:
-    """Voxel size of each case, ``(cases, axes)``, as floats: MONAI refuses a mixture of integers and floats."""
+def _spacings(cases: int, axes: int, spacing: float | Sequence | None) -> list[list[float]]:
+    """Voxel size of each case, ``(cases, axes)``, in floats: MONAI refuses a mixture of integers and floats."""
     sizes = torch.as_tensor(np.asarray(convert_to_numpy(1 if spacing is None else spacing), dtype=np.float64))
     try:
-        return sizes.expand(shape).tolist()
+        return sizes.expand(cases, axes).tolist()
     except RuntimeError:
-        raise ValueError(
-            f"expected a spacing of {shape[1]} numbers, or of shape {shape} for {shape[0]} case(s), got {spacing}."
-        ) from None
+        raise ValueError(f"expected a spacing of {axes} numbers, or {cases} times {axes}, got {spacing}.") from None

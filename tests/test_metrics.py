@@ -1,3 +1,5 @@
+"""The distance metrics against all pairs of surface voxels, and their rules for empty masks."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -5,10 +7,11 @@ import pytest
 import torch
 from monai.metrics import DiceMetric, HausdorffDistanceMetric
 
-from monai_conres import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
+from monai_conres import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 
 SIZE = (6, 7, 9)
 THICK = (1.25, 1.25, 7.7)
+EMPTY = torch.zeros(1, 1, *SIZE)
 
 
 def blob(seed: int) -> torch.Tensor:
@@ -19,7 +22,7 @@ def blob(seed: int) -> torch.Tensor:
 
 
 def surface(mask: np.ndarray) -> np.ndarray:
-    """Voxels of the mask with a neighbor outside of it; outside of the volume counts."""
+    """Voxels of the mask with a neighbor outside the mask or outside the volume."""
     inside = np.ones(mask.shape, bool)
     padded = np.pad(mask.astype(bool), 1)
     for axis in range(3):
@@ -29,14 +32,14 @@ def surface(mask: np.ndarray) -> np.ndarray:
 
 
 def surface_distances(a: torch.Tensor, b: torch.Tensor, spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of every surface voxel of each mask to the other surface, by comparing all pairs."""
+    """Distance of every surface voxel of each mask to the other surface, from all pairs of voxels."""
     points = [surface(mask.numpy()[0, 0]) * np.array(spacing) for mask in (a, b)]
     distance = np.linalg.norm(points[0][:, None] - points[1][None], axis=-1)
     return distance.min(1), distance.min(0)
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), THICK])
-def test_distances_agree_with_all_pairs_of_surface_voxels(spacing):
+def test_distances_match_all_pairs_of_surface_voxels(spacing):
     prediction, reference = blob(1), blob(2)
     there, back = surface_distances(prediction, reference, spacing)
     for percentile in (95, 100):
@@ -51,71 +54,61 @@ def test_distances_agree_with_all_pairs_of_surface_voxels(spacing):
         assert got.item() == pytest.approx(near / (len(there) + len(back)), rel=1e-6)
 
 
-def test_dice_by_hand():
-    prediction, reference = torch.zeros(2, 1, 3, *SIZE)
-    prediction[0, 0, 0, 0, :4], reference[0, 0, 0, 0, 1:7] = 1, 1  # 4 and 6 voxels, 3 in common
-    prediction[0, 1, 0], reference[0, 1, 0] = 1, 1
-    got = BratsDiceMetric()(prediction, reference)
-    torch.testing.assert_close(got, torch.tensor([[0.6, 1.0, 1.0]]))
-    torch.testing.assert_close(BratsDiceMetric(include_background=False)(prediction, reference), got[:, 1:])
-
-
 @pytest.mark.parametrize(
     ("metric", "both", "one"),
     [
-        (BratsDiceMetric(), 1, 0),
         (BratsHausdorffDistanceMetric(), 0, (6**2 + 7**2 + 9**2) ** 0.5),
         (BratsHausdorffDistanceMetric(empty_distance=374), 0, 374),
         (BratsSurfaceDiceMetric(), 1, 0),
     ],
 )
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_empty_masks(metric, both, one):
-    full, empty = blob(1), torch.zeros(1, 1, *SIZE)
-    prediction = torch.cat([empty, empty, full])
-    reference = torch.cat([empty, full, empty])
-    metric(prediction, reference)
+def test_empty_masks_get_the_values_of_brats(metric, both, one):
+    metric(torch.cat([EMPTY, EMPTY, blob(1)]), torch.cat([EMPTY, blob(1), EMPTY]))
     expected = torch.tensor([[both], [one], [one]], dtype=torch.float32)
     torch.testing.assert_close(metric.get_buffer(), expected)
     torch.testing.assert_close(metric.aggregate(), expected.mean(0))
-    metric.reset()
 
 
-def test_what_monai_does_with_a_missed_structure():
-    """The reason for these classes: if this changes in MONAI they may go."""
-    full, empty = blob(1), torch.zeros(1, 1, *SIZE)
-    prediction, reference = torch.cat([full, empty, full]), torch.cat([full, full, empty])
-    dice, distance = DiceMetric(), HausdorffDistanceMetric(include_background=True, percentile=95)
-    with pytest.warns(UserWarning, match="all 0"):
-        distance(prediction, reference)
-    dice(prediction, reference)
-    assert dice.aggregate().item() == 0.5  # the false positive is gone
-    assert distance.aggregate().item() == 0  # and so is everything that is not perfect
-
-
-def test_worst_distance_of_brats():
+def test_worst_distance_of_brats_is_the_diagonal():
     reference = torch.zeros(1, 1, 155, 240, 240)
     reference[..., 0] = 1
-    metric = BratsHausdorffDistanceMetric()
-    assert metric(torch.zeros_like(reference), reference).item() == pytest.approx(373.1287, abs=1e-4)
+    worst = BratsHausdorffDistanceMetric()(torch.zeros_like(reference), reference)
+    assert worst.item() == pytest.approx(373.1287, abs=1e-4)
 
 
-def test_spacing_of_each_case_and_of_integers():
-    prediction, reference = torch.cat([blob(1), blob(1)]), torch.cat([blob(2), torch.zeros(1, 1, *SIZE)])
+def test_monai_dice_with_ignore_empty_false_follows_brats():
+    """The package needs no Dice metric of its own."""
+    prediction, reference = torch.zeros(2, 1, 3, *SIZE)
+    prediction[0, 0, 0, 0, :4], reference[0, 0, 0, 0, 1:7] = 1, 1  # 4 and 6 voxels, 3 in common
+    reference[0, 1, 0] = 1  # one mask is empty, and both are in the last channel
+    dice = DiceMetric(ignore_empty=False)
+    torch.testing.assert_close(dice(prediction, reference), torch.tensor([[0.6, 0.0, 1.0]]))
+    torch.testing.assert_close(dice(reference, prediction), torch.tensor([[0.6, 0.0, 1.0]]))
+
+
+def test_monai_distance_ignores_a_missed_structure():
+    """The reason for the classes of this package."""
+    distance = HausdorffDistanceMetric(include_background=True, percentile=95)
+    with pytest.warns(UserWarning, match="all 0"):
+        distance(torch.cat([blob(1), EMPTY, blob(1)]), torch.cat([blob(1), blob(1), EMPTY]))
+    assert distance.aggregate().item() == 0
+
+
+def test_spacing_of_each_case_in_a_batch():
+    prediction, reference = torch.cat([blob(1), blob(1)]), torch.cat([blob(2), EMPTY])
     metric = BratsHausdorffDistanceMetric()
     got = metric(prediction, reference, spacing=[(1.0, 1.0, 1.0), THICK])
-    alone = metric(prediction[:1], reference[:1])
+    first = metric(prediction[:1], reference[:1])
     diagonal = ((6 * 1.25) ** 2 + (7 * 1.25) ** 2 + (9 * 7.7) ** 2) ** 0.5
-    torch.testing.assert_close(got, torch.tensor([[alone.item()], [diagonal]]))
+    torch.testing.assert_close(got, torch.tensor([[first.item()], [diagonal]]))
     tensors = [torch.ones(3), torch.tensor(THICK)]  # as the pixdim of MONAI's images
     torch.testing.assert_close(metric(prediction, reference, spacing=tensors), got)
     mixed = metric(prediction[:1], reference[:1], spacing=(1, 1, 2.5))
     torch.testing.assert_close(mixed, metric(prediction[:1], reference[:1], spacing=(1.0, 1.0, 2.5)))
-    with pytest.raises(ValueError, match="spacing of 3 numbers"):
-        metric(prediction, reference, spacing=(1, 2))
 
 
-def test_lists_with_a_spacing_for_each_case_and_of_any_size():
+def test_lists_hold_cases_of_different_sizes_and_spacings():
     metric = BratsHausdorffDistanceMetric()
     predictions, references = [blob(1)[0], blob(1)[0, :, :5]], [blob(2)[0], blob(2)[0, :, :5]]
     got = metric(predictions, references, spacing=[(1, 1, 1), THICK])
@@ -123,27 +116,27 @@ def test_lists_with_a_spacing_for_each_case_and_of_any_size():
         torch.testing.assert_close(value[None], metric(prediction[None], reference[None], spacing=spacing))
 
 
-def test_lists_and_several_calls_and_reductions():
-    metric = BratsDiceMetric()
-    metric([blob(1)[0], blob(2)[0]], [blob(1)[0], blob(1)[0]])
+def test_calls_accumulate_until_aggregate():
+    metric = BratsSurfaceDiceMetric()
+    metric([blob(1)[0], EMPTY[0]], [blob(1)[0], blob(1)[0]])
     metric(blob(3).bool(), blob(3).to(torch.uint8))
-    buffer = metric.get_buffer()
-    assert buffer.shape == (3, 1)
-    assert buffer[0] == buffer[2] == 1
-    assert buffer[1] < 1
-    assert metric.aggregate("mean").item() == pytest.approx(buffer.mean().item())
-    torch.testing.assert_close(metric.aggregate("none"), buffer)
+    torch.testing.assert_close(metric.get_buffer(), torch.tensor([[1.0], [0.0], [1.0]]))
+    assert metric.aggregate("mean").item() == pytest.approx(2 / 3)
+    two = torch.cat([blob(1), EMPTY], dim=1)
+    assert BratsSurfaceDiceMetric(include_background=False)(two, two).tolist() == [[1.0]]
 
 
-def test_errors():
-    mask = blob(1)
-    with pytest.raises(ValueError, match=r"same shape .*got \(1, 1, 6, 7, 9\) and \(1, 1, 6, 7, 8\)"):
-        BratsDiceMetric()(mask, mask[..., :8])
+def test_errors_name_the_remedy():
+    mask, metric = blob(1), BratsSurfaceDiceMetric()
+    with pytest.raises(ValueError, match=r"one shape .*got \(1, 1, 6, 7, 9\) and \(1, 1, 6, 7, 8\)"):
+        metric(mask, mask[..., :8])
     with pytest.raises(ValueError, match="expected a prediction of zeros and ones"):
-        BratsDiceMetric()(mask * 0.5, mask)
+        metric(mask * 0.5, mask)
     with pytest.raises(ValueError, match="expected a reference of zeros and ones"):
-        BratsDiceMetric()(mask, mask * 2)
+        metric(mask, mask * 2)
     with pytest.raises(ValueError, match="2 or more channels"):
-        BratsDiceMetric(include_background=False)(mask, mask)
+        BratsSurfaceDiceMetric(include_background=False)(mask, mask)
+    with pytest.raises(ValueError, match="spacing of 3 numbers"):
+        metric(mask, mask, spacing=(1, 2))
     with pytest.raises(ValueError, match="got none; call the metric"):
-        BratsDiceMetric().aggregate()
+        metric.aggregate()
