@@ -235,8 +235,8 @@ def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTens
     """
     if not isinstance(like, MetaTensor):
         raise TypeError(
-            f"expected a MetaTensor with the scan's affine, got a {type(like).__name__}; load the scan with load_volume, "
-            "or bring a prediction back with Invertd."
+            f"expected a MetaTensor with the scan's affine, got a {type(like).__name__}; load the scan with "
+            "load_volume, or bring a prediction back with Invertd."
         )
     affine = like.affine.cpu().numpy()
     written = nib.Nifti1Image(convert_to_tensor(label, track_meta=False).cpu().numpy()[0].astype(np.uint8), affine)
