@@ -1,12 +1,13 @@
-"""MONAI transforms of inter-slice residuals, for looking at them or for a loss of one's own.
+"""MONAI transforms that compute inter-slice residuals, to look at them or to use them in your own loss.
 
-The losses of this package make their targets from the label and need none of these. A residual is not equivariant to a
-flip of the slice axis (it shifts by one slice): compute it after the flips, never flip it.
+The losses of this package make their targets from the label and do not need these transforms. Flip the label first and
+compute the residual afterwards: a flip along the slice axis shifts a residual by one slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
@@ -28,17 +29,17 @@ __all__ = [
 
 
 class InterSliceResidual(Transform):
-    """Absolute difference of each slice of an image to the one before it (:func:`~monai_conres.inter_slice_residual`).
+    """Absolute difference of each slice to the slice before it (:func:`~monai_conres.inter_slice_residual`).
 
     Args:
         spatial_axis: index of the slice axis among the spatial axes.
 
     Shape:
-        ``(c, *spatial)``, array, tensor or ``MetaTensor`` (affine and other metadata are kept), to the same. For
-        batches call the function.
+        ``(c, *spatial)``, as array, tensor or ``MetaTensor`` (which keeps its metadata), to the same shape and type.
+        For a batch call the function.
 
     Raises:
-        ValueError: when the image has no spatial axis, or ``spatial_axis`` is none of them.
+        ValueError: when the image has no spatial axis, or ``spatial_axis`` does not exist.
 
     Example:
         >>> InterSliceResidual()(torch.tensor([[1.0, 4.0, 2.0]]))
@@ -48,24 +49,31 @@ class InterSliceResidual(Transform):
     backend = [TransformBackends.TORCH]
 
     def __init__(self, *, spatial_axis: int = -1) -> None:
-        self.spatial_axis = spatial_axis
+        self.function: Callable[[torch.Tensor], torch.Tensor] = partial(inter_slice_residual, spatial_axis=spatial_axis)
 
     def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
-        """Residual of ``img``."""
-        return _unbatched(lambda volume: inter_slice_residual(volume, spatial_axis=self.spatial_axis), img)
+        """The residual of ``img``."""
+        volume = convert_to_tensor(img, track_meta=False)
+        if volume.ndim < 2:
+            raise ValueError(
+                f"expected an array of shape (c, *spatial), got {tuple(volume.shape)}; load it with "
+                "LoadImaged(ensure_channel_first=True)."
+            )
+        result = self.function(volume[None])[0]
+        return convert_to_dst_type(result, img, dtype=result.dtype)[0]
 
 
-class ResidualMask(Transform):
+class ResidualMask(InterSliceResidual):
     """Residual mask of a label (:func:`~monai_conres.residual_mask`): Eq. 1 and 13 of Zhang et al., 2021.
 
     Args:
-        num_classes: number of classes, background included, when the label holds class indices.
+        num_classes: number of classes with the background, for a label of class indices.
         include_background: False leaves out channel 0 of a one-hot label.
         spatial_axis: index of the slice axis among the spatial axes.
 
     Shape:
-        ``(c, *spatial)``, array, tensor or ``MetaTensor`` (affine and other metadata are kept), to one channel for each
-        foreground class. For batches call the function.
+        ``(c, *spatial)``, as array, tensor or ``MetaTensor`` (which keeps its metadata), to one channel for each
+        foreground class. For a batch call the function.
 
     Raises:
         ValueError: when shape, ``spatial_axis``, ``num_classes`` and values do not fit each other.
@@ -76,27 +84,12 @@ class ResidualMask(Transform):
                 [0, 1, 0, 1]])
     """
 
-    backend = [TransformBackends.TORCH]
-
     def __init__(
         self, *, num_classes: int | None = None, include_background: bool = True, spatial_axis: int = -1
     ) -> None:
-        self.num_classes = num_classes
-        self.include_background = include_background
-        self.spatial_axis = spatial_axis
-
-    def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
-        """Residual mask of the label ``img``."""
-
-        def mask(label: torch.Tensor) -> torch.Tensor:
-            return residual_mask(
-                label,
-                num_classes=self.num_classes,
-                include_background=self.include_background,
-                spatial_axis=self.spatial_axis,
-            )
-
-        return _unbatched(mask, img)
+        self.function = partial(
+            residual_mask, num_classes=num_classes, include_background=include_background, spatial_axis=spatial_axis
+        )
 
 
 class InterSliceResiduald(MapTransform):
@@ -105,8 +98,8 @@ class InterSliceResiduald(MapTransform):
     Args:
         keys: keys of the images.
         spatial_axis: see :class:`InterSliceResidual`.
-        new_key_prefix: the result goes to this prefix and the image's key.
-        allow_missing_keys: True passes over keys that are not there.
+        new_key_prefix: prefix of the image's key in the key of the result.
+        allow_missing_keys: True skips keys that do not exist.
 
     Example:
         >>> data = InterSliceResiduald("image")({"image": torch.tensor([[1.0, 4.0, 2.0]])})
@@ -125,11 +118,11 @@ class InterSliceResiduald(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.transform: Transform = InterSliceResidual(spatial_axis=spatial_axis)
+        self.transform = InterSliceResidual(spatial_axis=spatial_axis)
         self.new_key_prefix = new_key_prefix
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        """``data`` with the residuals added."""
+        """``data`` and the residuals."""
         return {**data, **{f"{self.new_key_prefix}{key}": self.transform(data[key]) for key in self.key_iterator(data)}}
 
 
@@ -141,16 +134,14 @@ class ResidualMaskd(InterSliceResiduald):
         num_classes: see :class:`ResidualMask`.
         include_background: see :class:`ResidualMask`.
         spatial_axis: see :class:`ResidualMask`.
-        new_key_prefix: the result goes to this prefix and the label's key.
-        allow_missing_keys: True passes over keys that are not there.
+        new_key_prefix: prefix of the label's key in the key of the result.
+        allow_missing_keys: True skips keys that do not exist.
 
     Example:
         >>> data = ResidualMaskd("label", num_classes=2)({"label": torch.tensor([[0, 1, 1, 0]])})
         >>> data["residual_label"]
         tensor([[0, 1, 0, 1]])
     """
-
-    backend = ResidualMask.backend
 
     def __init__(
         self,
@@ -166,18 +157,6 @@ class ResidualMaskd(InterSliceResiduald):
         self.transform = ResidualMask(
             num_classes=num_classes, include_background=include_background, spatial_axis=spatial_axis
         )
-
-
-def _unbatched(function: Callable[[torch.Tensor], torch.Tensor], img: NdarrayOrTensor) -> NdarrayOrTensor:
-    """Apply a function of ``(b, c, *spatial)`` to ``(c, *spatial)``; the result is of the type of ``img``."""
-    volume = convert_to_tensor(img, track_meta=False)
-    if volume.ndim < 2:
-        raise ValueError(
-            f"expected an array of shape (c, *spatial), got {tuple(volume.shape)}; load it with "
-            "LoadImaged(ensure_channel_first=True)."
-        )
-    result = function(volume[None])[0]
-    return convert_to_dst_type(result, img, dtype=result.dtype)[0]
 
 
 InterSliceResidualD = InterSliceResidualDict = InterSliceResiduald
