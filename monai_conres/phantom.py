@@ -1,7 +1,7 @@
-"""Phantoms: made-up brains with nested, deforming tumors in several noisy modalities, to try things out on.
+"""Phantoms: artificial brains with nested tumors in four noisy modalities, to try things out.
 
-``python -m monai_conres.phantom FOLDER`` writes a data set in the layout of the Medical Segmentation Decathlon, or with
-``--layout brats`` in that of BraTS 2018.
+``python -m monai_conres.phantom FOLDER`` writes a data set in the layout of the Medical Segmentation Decathlon, or of
+BraTS 2018 with ``--layout brats``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,16 +33,16 @@ _CONTRAST = np.array([[1.0, 1.45, 1.2, 1.4], [1.0, 0.85, 0.7, 0.85], [1.0, 0.95,
 def tumor_phantom(
     size: Sequence[int] = (48, 56, 40), *, spacing: Sequence[float] = (1.0, 1.0, 1.0), seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Make one brain with a tumor that moves and changes its form from slice to slice.
+    """Make one brain with a tumor that moves and changes its shape from slice to slice.
 
     Args:
         size: number of voxels along x, y and z.
-        spacing: size of a voxel, in mm; structures have the same form in mm whatever it is.
-        seed: the same seed gives the same phantom.
+        spacing: voxel size in mm. The shapes in mm do not depend on it.
+        seed: seed of the random numbers.
 
     Returns:
-        The image, ``(4, x, y, z)`` in float32, 0 outside of the head, and the label, ``(x, y, z)`` in uint8 with 1
-        edema, 2 necrosis and 3 enhancing tumor; 2 and 3 lie inside of 1.
+        The image ``(4, x, y, z)`` in float32, 0 outside the head, and the label ``(x, y, z)`` in uint8: 1 is edema,
+        2 necrosis, 3 enhancing tumor. The edema encloses the other two classes.
 
     Raises:
         ValueError: when ``size`` or ``spacing`` are not three positive numbers.
@@ -55,25 +57,25 @@ def tumor_phantom(
     random = np.random.default_rng(seed)
     extent = np.array(size) * spacing
     position = np.stack(np.meshgrid(*((np.arange(n) + 0.5) / n for n in size), indexing="ij")) - 0.5  # -0.5 to 0.5
-    edge = _shaped(extent)
 
     head = np.linalg.norm(position / 0.46, axis=0) + 0.05 * _smooth(random, size, 4) < 1
-    # the tumor's center wanders with z, its radius (a share of the shortest extent) with the direction
+    # the tumor's center moves with z, its radius (a share of the shortest extent) depends on the direction
     center = random.uniform(-0.15, 0.15, 3)
     waves = [np.sin(random.uniform(4, 9) * position[2] + random.uniform(0, 6)) for _ in range(2)]
     wander = np.stack([random.uniform(-0.12, 0.12) * wave for wave in waves] + [np.zeros(size)])
     radius = random.uniform(0.2, 0.3) * extent.min()
-    distance = np.linalg.norm((position - _shaped(center) - wander) * edge, axis=0) / radius
+    offset = position - center[:, None, None, None] - wander
+    distance = np.linalg.norm(offset * extent[:, None, None, None], axis=0) / radius
     whole = head & (distance * np.exp(0.22 * _smooth(random, size, 6)) < 1)
     inner = distance * np.exp(0.25 * _smooth(random, size, 6))
     core = whole & (inner < 0.68)
     necrosis = core & (inner + 0.12 * _smooth(random, size, 8) < 0.4)
-    label = (whole.astype(np.uint8) + 2 * core - necrosis).astype(np.uint8)  # 1, 1 + 2 - 1, 1 + 2
+    label = np.select([necrosis, core, whole], [2, 3, 1]).astype(np.uint8)
 
     texture = 0.12 * _smooth(random, size, 10)
     image = np.empty((len(MODALITIES), *size), dtype=np.float32)
     for channel, contrast in enumerate(_CONTRAST):
-        # no two patients alike: the contrast of each structure differs, and the whole scale
+        # patients differ: in the contrast of each structure and in the scale
         differences = (contrast - 1) * random.uniform(0.55, 1.1, 4)
         tissue = 1 + differences[label] + texture * (1 + 0.5 * random.normal())
         field = np.exp(0.15 * _smooth(random, size, 2))
@@ -90,17 +92,17 @@ def write_phantom_dataset(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     seed: int = 0,
 ) -> None:
-    """Write phantoms as a data set in the layout of the Medical Segmentation Decathlon. It is there complete or not.
+    """Write phantoms in the layout of the Medical Segmentation Decathlon. An interrupted run leaves no folder behind.
 
     Args:
         folder: a folder that does not exist yet.
         cases: number of cases.
         size: number of voxels along x, y and z.
-        spacing: size of a voxel, in mm.
-        seed: seed of the first case; the others count on.
+        spacing: voxel size in mm.
+        seed: seed of the first case; case ``n`` has ``seed + n``.
 
     Raises:
-        ValueError: when ``folder`` exists, or an argument does not make sense.
+        ValueError: when ``folder`` exists.
 
     Example:
         >>> import tempfile
@@ -109,21 +111,18 @@ def write_phantom_dataset(
         >>> sorted(os.listdir(folder))
         ['dataset.json', 'imagesTr', 'labelsTr']
     """
-    _check_new(folder, cases)
     affine = np.diag([*spacing, 1.0])
-    with atomic_path(folder) as temporary:
+    training = [{kind: f"./{kind}sTr/phantom_{n:03d}.nii.gz" for kind in ("image", "label")} for n in range(cases)]
+    with _new_folder(folder) as temporary:
         for kind in ("imagesTr", "labelsTr"):
             (temporary / kind).mkdir(parents=True)
-        training = []
-        for number in range(cases):
+        for number, case in enumerate(training):
             image, label = tumor_phantom(size, spacing=spacing, seed=seed + number)
-            entry = {kind: f"./{kind}sTr/phantom_{number:03d}.nii.gz" for kind in ("image", "label")}
-            nib.save(nib.Nifti1Image(np.moveaxis(image, 0, -1), affine), temporary / entry["image"])
-            nib.save(nib.Nifti1Image(label, affine), temporary / entry["label"])
-            training.append(entry)
+            nib.save(nib.Nifti1Image(np.moveaxis(image, 0, -1), affine), temporary / case["image"])
+            nib.save(nib.Nifti1Image(label, affine), temporary / case["label"])
         description = {
             "name": "Phantom",
-            "description": "made-up brains with nested tumors",
+            "description": "artificial brains with nested tumors",
             "tensorImageSize": "4D",
             "modality": {str(number): name for number, name in enumerate(MODALITIES)},
             "labels": {str(number): name for number, name in enumerate(("background", *CLASSES))},
@@ -143,12 +142,9 @@ def write_phantom_brats(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     seed: int = 0,
 ) -> None:
-    """Write phantoms in the layout, geometry and label values of BraTS 2018. It is there complete or not.
+    """Write phantoms in the layout, orientation and label values of BraTS 2018.
 
-    The arguments are those of :func:`write_phantom_dataset`.
-
-    Raises:
-        ValueError: when ``folder`` exists, or an argument does not make sense.
+    Arguments and errors are those of :func:`write_phantom_dataset`.
 
     Example:
         >>> import tempfile
@@ -157,27 +153,24 @@ def write_phantom_brats(
         >>> sorted(os.listdir(os.path.join(folder, "LGG", "phantom_001")))[:2]
         ['phantom_001_flair.nii.gz', 'phantom_001_seg.nii.gz']
     """
-    _check_new(folder, cases)
-    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # LPS, as the challenge's
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # BraTS is stored in LPS
     affine[1, 3] = (size[1] - 1) * spacing[1]
-    with atomic_path(folder) as temporary:
+    label_values = np.array([0, 2, 1, 4], dtype=np.uint8)  # of background, edema, necrosis, enhancing tumor
+    with _new_folder(folder) as temporary:
         for number in range(cases):
             image, label = tumor_phantom(size, spacing=spacing, seed=seed + number)
             name = f"phantom_{number:03d}"
             case = temporary / ("HGG", "LGG")[number % 2] / name
             case.mkdir(parents=True)
-            values = np.array([0, 2, 1, 4], dtype=np.uint8)  # edema, necrosis and enhancing tumor are 1, 2, 3 here
-            volumes = {**dict(zip(("flair", "t1", "t1ce", "t2"), image, strict=True)), "seg": values[label]}
-            for kind, volume in volumes.items():
+            for kind, volume in zip(("flair", "t1", "t1ce", "t2", "seg"), (*image, label_values[label]), strict=True):
                 nib.save(nib.Nifti1Image(volume[::-1, ::-1], affine), case / f"{name}_{kind}.nii.gz")
 
 
-def _check_new(folder: str | os.PathLike, cases: int) -> None:
-    """Raise unless the folder can be made anew."""
+def _new_folder(folder: str | os.PathLike) -> AbstractContextManager[Path]:
+    """A temporary folder that gets the name ``folder`` at the end of the block."""
     if os.path.exists(folder):
         raise ValueError(f"expected a folder that does not exist yet, got {os.fspath(folder)}; remove it first.")
-    if cases < 1:
-        raise ValueError(f"expected 1 or more cases, got {cases}.")
+    return atomic_path(folder)
 
 
 def _smooth(random: np.random.Generator, size: Sequence[int], cells: int) -> np.ndarray:
@@ -185,10 +178,6 @@ def _smooth(random: np.random.Generator, size: Sequence[int], cells: int) -> np.
     coarse = torch.from_numpy(random.normal(size=(1, 1, *(cells,) * 3)))
     noise = F.interpolate(coarse, size=tuple(size), mode="trilinear", align_corners=True)[0, 0].numpy()
     return (noise - noise.mean()) / max(noise.std(), 1e-6)
-
-
-def _shaped(vector: np.ndarray) -> np.ndarray:
-    return vector[:, None, None, None]
 
 
 def _main() -> None:

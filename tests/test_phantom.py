@@ -1,61 +1,57 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
+from runpy import run_module
 
 import nibabel as nib
 import numpy as np
 import pytest
 from monai.data import load_decathlon_datalist
 
-from monai_conres.phantom import tumor_phantom, write_phantom_dataset
+from monai_conres.phantom import tumor_phantom, write_phantom_brats, write_phantom_dataset
 
 SIZE = (28, 34, 22)
 
 
-def test_phantoms_are_reproducible_and_different():
+def test_phantom_depends_only_on_the_seed():
     image, label = tumor_phantom(SIZE, seed=3)
-    again, label_again = tumor_phantom(SIZE, seed=3)
-    np.testing.assert_array_equal(image, again)
-    np.testing.assert_array_equal(label, label_again)
-    other, _ = tumor_phantom(SIZE, seed=4)
-    assert np.abs(other - image).mean() > 1
+    same, other = tumor_phantom(SIZE, seed=3), tumor_phantom(SIZE, seed=4)
+    np.testing.assert_array_equal(image, same[0])
+    np.testing.assert_array_equal(label, same[1])
+    assert np.abs(other[0] - image).mean() > 1
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_structures_are_nested_and_deform_from_slice_to_slice(seed):
+def test_tumor_changes_from_slice_to_slice(seed):
     image, label = tumor_phantom(SIZE, seed=seed)
     assert image.shape == (4, *SIZE)
     assert image.dtype == np.float32
     assert np.unique(label).tolist() == [0, 1, 2, 3]
     assert (image[:, label > 0] > 0).all()  # inside the head
-    assert (image == 0).all(axis=0).mean() > 0.2  # and there is an outside
+    assert (image == 0).all(axis=0).mean() > 0.2  # voxels outside the head
     whole = label > 0
     assert 0.01 < whole.mean() < 0.3
     slices = [whole[..., s] for s in range(SIZE[2]) if whole[..., s].any()]
-    changed = [(a ^ b).sum() for a, b in pairwise(slices)]
-    assert np.median(changed) > 5
+    assert np.median([(a ^ b).sum() for a, b in pairwise(slices)]) > 5
 
 
-def test_contrast_is_not_enough_to_threshold():
-    """The task is to be learned: no threshold of one modality gives a good edema."""
+def test_no_threshold_segments_the_tumor():
     image, label = tumor_phantom(seed=0)
     head = image[0] > 0
-    thresholds = np.percentile(image[0][head], range(50, 100))
     truth = label > 0
+    thresholds = np.percentile(image[0][head], range(50, 100))
     dice = max(2 * ((image[0] > t) & truth).sum() / ((image[0] > t).sum() + truth.sum()) for t in thresholds)
     assert dice < 0.7
 
 
-def test_thick_slices_have_the_same_form_in_mm():
+def test_thick_slices_show_the_same_shape():
     _, thin = tumor_phantom((48, 48, 48), seed=5)
     _, thick = tumor_phantom((48, 48, 8), spacing=(1, 1, 6), seed=5)
     assert (thick > 0).mean() == pytest.approx((thin > 0).mean(), rel=0.3)
 
 
-def test_the_data_set_has_decathlon_layout(tmp_path):
+def test_data_set_has_decathlon_layout(tmp_path):
     folder = tmp_path / "Task00_Phantom"
     write_phantom_dataset(folder, cases=2, size=SIZE, spacing=(1, 1.5, 3), seed=7)
     cases = load_decathlon_datalist(str(folder / "dataset.json"), data_list_key="training")
@@ -70,7 +66,19 @@ def test_the_data_set_has_decathlon_layout(tmp_path):
     assert description["labels"]["3"] == "enhancing tumor"
 
 
-def test_an_interrupted_data_set_is_not_there(tmp_path, monkeypatch):
+def test_data_set_has_brats_orientation_and_labels(tmp_path):
+    write_phantom_brats(tmp_path / "Training", cases=2, size=SIZE, spacing=(1, 1.5, 3))
+    image, label = tumor_phantom(SIZE, spacing=(1, 1.5, 3), seed=1)
+    case = tmp_path / "Training" / "LGG" / "phantom_001" / "phantom_001"
+    t1ce, seg = (nib.load(f"{case}_{kind}.nii.gz") for kind in ("t1ce", "seg"))
+    assert nib.aff2axcodes(seg.affine) == ("L", "P", "S")
+    turned = nib.as_closest_canonical(seg)
+    values = {0: 0, 1: 2, 2: 1, 3: 4}  # edema, necrosis and enhancing tumor in the challenge
+    np.testing.assert_array_equal(np.asarray(turned.dataobj), np.vectorize(values.get)(label))
+    np.testing.assert_array_equal(np.asarray(nib.as_closest_canonical(t1ce).dataobj), image[2])
+
+
+def test_interrupted_data_set_leaves_nothing_behind(tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
@@ -80,19 +88,16 @@ def test_an_interrupted_data_set_is_not_there(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors(tmp_path):
-    with pytest.raises(ValueError, match="expected a folder that does not exist yet"):
-        write_phantom_dataset(tmp_path)
+def test_sizes_need_three_positive_numbers():
     with pytest.raises(ValueError, match="three positive numbers"):
         tumor_phantom((10, 10))
-    with pytest.raises(ValueError, match="1 or more cases"):
-        write_phantom_dataset(tmp_path / "data", cases=0)
 
 
-def test_command(tmp_path):
-    command = [sys.executable, "-m", "monai_conres.phantom", str(tmp_path / "data"), "--cases", "1"]
-    subprocess.run([*command, "--size", "12", "14", "10"], check=True)
-    assert (tmp_path / "data" / "imagesTr" / "phantom_000.nii.gz").is_file()
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "does not exist yet" in again.stderr
+def test_command_writes_a_data_set_once(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "data"
+    monkeypatch.setattr("sys.argv", ["phantom", str(folder), "--cases", "1", "--size", "12", "14", "10"])
+    run_module("monai_conres.phantom", run_name="__main__")
+    assert nib.load(folder / "imagesTr" / "phantom_000.nii.gz").shape == (12, 14, 10, 4)
+    with pytest.raises(SystemExit):
+        run_module("monai_conres.phantom", run_name="__main__")
+    assert "expected a folder that does not exist yet" in capsys.readouterr().err
