@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from runpy import run_module
+from runpy import run_path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from monai.data import load_decathlon_datalist
 
+from monai_conres import phantom
 from monai_conres.phantom import tumor_phantom, write_phantom_brats, write_phantom_dataset
 
 SIZE = (28, 34, 22)
@@ -96,8 +97,8 @@ def test_sizes_need_three_positive_numbers():
 def test_command_writes_a_data_set_once(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "data"
     monkeypatch.setattr("sys.argv", ["phantom", str(folder), "--cases", "1", "--size", "12", "14", "10"])
-    run_module("monai_conres.phantom", run_name="__main__")
+    run_path(phantom.__file__, run_name="__main__")
     assert nib.load(folder / "imagesTr" / "phantom_000.nii.gz").shape == (12, 14, 10, 4)
     with pytest.raises(SystemExit):
-        run_module("monai_conres.phantom", run_name="__main__")
+        run_path(phantom.__file__, run_name="__main__")
     assert "expected a folder that does not exist yet" in capsys.readouterr().err
