@@ -1,24 +1,20 @@
-"""What the example bundles are made of: data sets, structures of a label, seeded training, evaluation."""
+"""What the example bundles are made of: data sets, seeded training, trained networks and their scores."""
 
 from monai_conres.bundle.brats import read_brats
-from monai_conres.bundle.datalist import Datalist, check_voxels, load_volume, read_scans
+from monai_conres.bundle.datalist import Datalist, check_voxels, read_scans
 from monai_conres.bundle.decathlon import DecathlonDatalist, read_decathlon, training_plan
-from monai_conres.bundle.evaluation import (
-    CaseReport,
+from monai_conres.bundle.networks import (
     MeanProbability,
-    join_reports,
+    held_out_cases,
     load_networks,
+    same_classes,
     save_torchscript,
-    summarize,
+    stored_network,
+    stored_scans,
 )
 from monai_conres.bundle.pancreas import LoadPancreasCTd, read_pancreas_ct
-from monai_conres.bundle.structures import (
-    LabelToTargetd,
-    ProbabilityToLabeld,
-    label_values,
-    paint_structures,
-    structure_masks,
-)
+from monai_conres.bundle.report import CaseReport, join_reports, summarize
+from monai_conres.bundle.structures import LabelToTargetd, ProbabilityToLabeld
 from monai_conres.bundle.training import (
     EpochSeeds,
     LossCurve,
@@ -44,20 +40,20 @@ __all__ = [
     "TrainingCheckpoint",
     "check_voxels",
     "finalize_processes",
+    "held_out_cases",
     "join_reports",
-    "label_values",
     "load_networks",
-    "load_volume",
     "number_of_epochs",
-    "paint_structures",
     "read_brats",
     "read_decathlon",
     "read_pancreas_ct",
     "read_scans",
+    "same_classes",
     "save_torchscript",
     "seed_everything",
     "share_of_batch",
-    "structure_masks",
+    "stored_network",
+    "stored_scans",
     "summarize",
     "training_plan",
 ]

@@ -1,4 +1,4 @@
-"""The data of the BraTS challenges, as downloaded: 2018 to 2023, and the Decathlon's Task01."""
+"""The data of the BraTS challenges 2018 to 2023, as downloaded, and the Decathlon's Task01."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_conres.bundle.datalist import Datalist, check_same_grid, for_each, read_scans, repeated
+from monai_conres.bundle.datalist import Datalist, check_same_grid, for_each, read_scans
 from monai_conres.bundle.decathlon import read_decathlon
-from monai_conres.files import find_files
+from monai_conres.files import find_files, repeated
 
 __all__ = ["read_brats"]
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
-# the names of 2023; in 2020 the label of one case is called W39_1998.09.19_Segm.nii
+# The names of 2023. In 2020 the label of one case is called W39_1998.09.19_Segm.nii.
 _ALIASES = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "segm": "seg"}
 _FILE = re.compile(r".*[_-](flair|t1ce|t1|t2|t2f|t1n|t1c|t2w|seg|segm)\.nii(\.gz)?$", re.IGNORECASE)
 
 
 def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES, *, labels: bool = True) -> Datalist:
-    """Read the list of cases of a BraTS folder: one folder with the files of each case, at any depth.
+    """Read the cases of a BraTS folder: one folder with the files of each case, at any depth.
 
     ======================  =====================================  =============================================
     source                  files of a case                        values of necrosis, edema, enhancing tumor
@@ -34,19 +34,19 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
     Decathlon Task01        ``dataset.json``, ``imagesTr`` ...     2, 1, 3
     ======================  =====================================  =============================================
 
-    The structures are those of the challenge: ET, the enhancing tumor; WT, the whole tumor; TC, its core, which is all
-    but the edema. The headers of all files are looked at; :meth:`Datalist.check` looks at the rest.
+    The structures are the challenge's: ET is the enhancing tumor, WT the whole tumor, and TC the core, which is
+    everything except the edema. It reads the headers of all files. :meth:`Datalist.check` reads the voxels.
 
     Args:
         folder: the folder as downloaded, for example ``MICCAI_BraTS_2018_Data_Training``.
-        modalities: the sequences that make the channels of the image, in this order, by their names of 2018. Sequences
-            that are not named need not be there.
-        labels: False for scans without a label; of the Decathlon's Task01 those in ``imagesTs``.
+        modalities: the sequences that become the channels of the image, in this order, by their names of 2018. Other
+            sequences may be missing.
+        labels: False for scans without labels. In Task01 these are the scans of ``imagesTs``.
 
     Raises:
-        ValueError: when there are no cases, or those of two challenges, a sequence or label is missing or there twice,
-            a header cannot be read, or the files of a case are on different grids. It names case and file, a line for
-            each case.
+        ValueError: when there are no cases or cases of two challenges, a sequence or label is missing or there twice,
+            a header cannot be read, or the files of a case are on different grids. One line names case and file of
+            each error.
 
     Example:
         >>> import tempfile
@@ -60,36 +60,34 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
         {'ET': (4,), 'WT': (1, 2, 4), 'TC': (1, 4)}
     """
     folder = Path(folder)
-    unknown = sorted(set(modalities) - set(MODALITIES))
-    if unknown or not modalities or len(set(modalities)) < len(modalities):
+    if not modalities or set(modalities) - set(MODALITIES) or repeated(modalities):
         raise ValueError(f"expected modalities among {list(MODALITIES)}, each once, got {list(modalities)}.")
     if (folder / "dataset.json").is_file():
         return _read_task01(folder, modalities, labels)
 
     files: dict[Path, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    newer: set[bool] = set()
+    names_of_2023: set[bool] = set()
     for file in find_files(folder, "*.nii*"):
         if match := _FILE.match(file.name):
             kind = match[1].lower()
             if kind != "seg":
-                newer.add(kind in ("t2f", "t1n", "t1c", "t2w"))
+                names_of_2023.add(kind in ("t2f", "t1n", "t1c", "t2w"))
             files[file.parent][_ALIASES.get(kind, kind)].append(str(file))
     if not files:
         raise ValueError(
             f"expected a folder for each case with files such as CASE_flair.nii.gz or CASE-t2f.nii.gz in {folder}, "
             "found none; give the folder that the challenge's archive unpacks to."
         )
-    if len(newer) > 1:
+    if len(names_of_2023) > 1:
         raise ValueError(
-            f"expected the cases of one challenge in {folder}, got files of 2018's names (_t1ce) and of 2023's (-t1c), "
-            "whose labels have other values; read each in a folder of its own."
+            f"expected the cases of one challenge in {folder}, got files with names of 2018 (_t1ce) and of 2023 "
+            "(-t1c), whose labels have different values; read them from different folders."
         )
     kinds = [*modalities, "seg"] if labels else list(modalities)
     cases = for_each(lambda parent: _case(parent, files[parent], kinds), files)
     if (twice := repeated([case["name"] for case in cases])) is not None:
         raise ValueError(f"expected each case once in {folder}, got {twice} in two folders; keep one of them.")
-    necrosis, edema, enhancing = (1, 2, 3) if newer == {True} else (1, 2, 4)
-    return Datalist(cases, _structures(necrosis, edema, enhancing))
+    return Datalist(cases, _structures(1, 2, 3 if names_of_2023 == {True} else 4))
 
 
 def _case(folder: Path, files: dict[str, list[str]], kinds: Sequence[str]) -> dict[str, Any]:
@@ -100,22 +98,21 @@ def _case(folder: Path, files: dict[str, list[str]], kinds: Sequence[str]) -> di
             what = "label (_seg)" if kind == "seg" else f"sequence {kind}"
             raise ValueError(
                 f"expected one file for the {what} of case {folder.name} in {folder}, found "
-                f"{[Path(file).name for file in found] or 'none'} beside "
+                f"{[Path(file).name for file in found] or 'none'} among "
                 f"{sorted(Path(file).name for other in files.values() for file in other)}; fetch it again, or leave "
                 + ("the case out of training." if kind == "seg" else f"{kind} out of the modalities.")
             )
-    chosen = [files[kind][0] for kind in kinds]
-    check_same_grid(folder.name, chosen)
+    check_same_grid(folder.name, [files[kind][0] for kind in kinds])
     case: dict[str, Any] = {"name": folder.name, "image": [files[kind][0] for kind in kinds if kind != "seg"]}
     return {**case, "label": files["seg"][0]} if "seg" in kinds else case
 
 
 def _read_task01(folder: Path, modalities: Sequence[str], labels: bool) -> Datalist:
-    """The Decathlon's Task01: all four sequences in one file."""
+    """The Decathlon's Task01, where one file holds all four sequences."""
     if tuple(modalities) != MODALITIES:
         raise ValueError(
-            f"expected the modalities {list(MODALITIES)} for data in the Decathlon's layout, which has all of them in "
-            f"one file in this order, got {list(modalities)}."
+            f"expected the modalities {list(MODALITIES)} for Task01 of the Decathlon, whose files hold all of them in "
+            f"this order, got {list(modalities)}."
         )
     structures = _structures(necrosis=2, edema=1, enhancing=3)
     if not labels:
@@ -130,9 +127,5 @@ def _read_task01(folder: Path, modalities: Sequence[str], labels: bool) -> Datal
 
 
 def _structures(necrosis: int, edema: int, enhancing: int) -> dict[str, tuple[int, ...]]:
-    """The challenge's regions, in the order of its tables, with their values in one order: that of softmax classes."""
-    return {
-        "ET": (enhancing,),
-        "WT": (necrosis, edema, enhancing),
-        "TC": (necrosis, enhancing),
-    }
+    """The challenge's structures in the order of its tables. The order of the values is that of softmax classes."""
+    return {"ET": (enhancing,), "WT": (necrosis, edema, enhancing), "TC": (necrosis, enhancing)}

@@ -1,4 +1,4 @@
-"""Folders in the layout of the Medical Segmentation Decathlon: read, checked, split, and a plan to train on them."""
+"""Folders in the layout of the Medical Segmentation Decathlon, and a plan to train on them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from monai.data import load_decathlon_datalist
 
-from monai_conres.bundle.datalist import Datalist, read_header, repeated, stem, stored_axes
+from monai_conres.bundle.datalist import Datalist
+from monai_conres.files import read_header, repeated, stem, stored_axes
 
 __all__ = ["DecathlonDatalist", "read_decathlon", "training_plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecathlonDatalist(Datalist):
-    """What a data set in this layout consists of.
+    """Cases of a data set in this layout, and what is usual among them.
 
     Attributes:
         channels: number of channels of the images.
@@ -34,13 +36,13 @@ class DecathlonDatalist(Datalist):
 
 
 def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> DecathlonDatalist:
-    """Read the list of training cases of a data set in the layout of the Medical Segmentation Decathlon.
+    """Read the training cases of a data set in the layout of the Medical Segmentation Decathlon.
 
-    The headers of all files are looked at; :meth:`Datalist.check` looks at the rest.
+    It reads the headers of all files. :meth:`Datalist.check` reads the voxels.
 
     Args:
-        folder: the folder with ``dataset.json``. nnU-Net's ``splits_final.json`` beside it is optional.
-        nnunet_folds: True makes the five folds that nnU-Net makes, where there is no such file.
+        folder: the folder with ``dataset.json``. nnU-Net's ``splits_final.json`` next to that file is optional.
+        nnunet_folds: True makes the five folds that nnU-Net makes, if there is no ``splits_final.json``.
 
     Raises:
         ValueError: when ``dataset.json`` or a file it names is missing or cannot be read, image and label have
@@ -65,8 +67,7 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
             "files of the cases, their modalities and labels."
         )
     try:
-        description = json.loads(file.read_text())
-        labels = description["labels"]
+        labels = json.loads(file.read_text())["labels"]
         cases = load_decathlon_datalist(str(file), data_list_key="training")
         if not all(case[key] and isinstance(case[key], str) for case in cases for key in ("image", "label")):
             raise ValueError("an entry of 'training' without one file as 'image' and one as 'label'")
@@ -79,50 +80,29 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         ) from error
     shapes, spacings, channels = [], [], set()
     for case in cases:
-        for key in ("image", "label"):
-            if not Path(case[key]).is_file():
-                raise ValueError(f"expected the file {case[key]}, which {file} names, but it is missing; fetch it.")
-        image, label = (read_header(case[key]) for key in ("image", "label"))
-        if image.get_data_shape()[:3] != label.get_data_shape()[:3]:
-            raise ValueError(
-                f"expected image and label of the same size, got {image.get_data_shape()[:3]} in {case['image']} and "
-                f"{label.get_data_shape()[:3]} in {case['label']}; take the case out of {file} or mend it."
-            )
-        order = stored_axes(image)
-        if not np.array_equal(order, stored_axes(label)):
-            raise ValueError(
-                f"expected image and label of the same orientation, got others in the headers of {case['image']} and "
-                f"{case['label']}; mend the one that is wrong."
-            )
-        voxel, other = (np.asarray(header.get_zooms()[:3]) for header in (image, label))
-        if not np.allclose(voxel, other, rtol=0.01):
-            raise ValueError(
-                f"expected voxels of the same size in image and label, got {voxel} mm in {case['image']} and {other} "
-                f"mm in {case['label']}; mend the header that is wrong."
-            )
+        image = _check_files(case, file)
         case["name"] = stem(Path(case["image"]))
-        axes = order[:, 0].argsort()  # of RAS
-        shapes.append(np.asarray(image.get_data_shape())[axes])
-        spacings.append(voxel[axes])
-        channels.add(image.get_data_shape()[3] if len(image.get_data_shape()) > 3 else 1)
-    names = [case["name"] for case in cases]
+        shape, axes = image.get_data_shape(), stored_axes(image)[:, 0].argsort()  # the axes of RAS
+        shapes.append(np.asarray(shape)[axes])
+        spacings.append(np.asarray(image.get_zooms())[axes])
+        channels.add(shape[3] if len(shape) > 3 else 1)
+    names = sorted(case["name"] for case in cases)
     if (twice := repeated(names)) is not None:
         raise ValueError(
-            f"expected a file name of its own for the image of each case in {file}, got {twice!r} more than once; "
+            f"expected a different file name for the image of each case in {file}, got {twice!r} more than once; "
             "rename the files."
         )
     if len(channels) != 1:
-        raise ValueError(f"expected one number of channels in all images of {file}, got {sorted(channels)}.")
+        raise ValueError(f"expected the same number of channels in all images of {file}, got {sorted(channels)}.")
     splits = folder / "splits_final.json"
     try:
         folds = [set(split["val"]) for split in json.loads(splits.read_text())] if splits.is_file() else []
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected a list of {{'train': [...], 'val': [...]}} in {splits}, got {error!r}.") from error
-    classes = tuple(labels[key] for key in sorted(labels, key=int))
     if nnunet_folds and not folds:
-        names.sort()
-        order = np.random.RandomState(12345).permutation(len(names))
+        order = np.random.RandomState(12345).permutation(len(names))  # as nnU-Net
         folds = [{names[index] for index in part} for part in np.array_split(order, 5)]
+    classes = tuple(labels[key] for key in sorted(labels, key=int))
     return DecathlonDatalist(
         cases=cases,
         structures={name: (value,) for value, name in enumerate(classes) if value > 0},
@@ -134,18 +114,40 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
     )
 
 
+def _check_files(case: dict[str, Any], file: Path) -> Any:
+    """The header of the image. Raises unless image and label exist and their headers agree."""
+    for key in ("image", "label"):
+        if not Path(case[key]).is_file():
+            raise ValueError(f"expected the file {case[key]}, which {file} names, but it is missing; fetch it.")
+    image, label = (read_header(case[key]) for key in ("image", "label"))
+    sizes = [np.asarray(header.get_data_shape()[:3]) for header in (image, label)]
+    voxels = [np.asarray(header.get_zooms()[:3]) for header in (image, label)]
+    orientations = [stored_axes(header) for header in (image, label)]
+    for what, (one, other), tolerance in (
+        ("size", sizes, 0),
+        ("orientation", orientations, 0),
+        ("size of the voxels in mm", voxels, 0.01),
+    ):
+        if not np.allclose(one, other, rtol=tolerance):
+            raise ValueError(
+                f"expected the same {what} in image and label, got {one.tolist()} in {case['image']} and "
+                f"{other.tolist()} in {case['label']}; repair the header that is wrong, or take the case out of {file}."
+            )
+    return image
+
+
 def training_plan(
     shape: Sequence[float], spacing: Sequence[float], *, max_voxels: int, levels: int = 4
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Patch size and strides for volumes of some shape and spacing, in nnU-Net's manner.
+    """Patch size and strides for volumes of some shape and spacing, as nnU-Net plans them.
 
-    An axis is down-sampled while its voxels are shorter than twice the shortest ones, so thick slices are left
-    alone until the plane has caught up. The patch is of about the same length in mm along every axis.
+    An axis is down-sampled while its voxels are shorter than twice the shortest ones. So thick slices keep their number
+    until the plane has caught up. The patch has about the same length in mm along every axis.
 
     Args:
         shape: usual number of voxels along each axis.
         spacing: usual size of a voxel along each axis, in mm.
-        max_voxels: size of the patch, in voxels, roughly.
+        max_voxels: approximate size of the patch, in voxels.
         levels: number of resolutions of the network.
 
     Returns:
@@ -159,7 +161,7 @@ def training_plan(
     voxels = np.asarray(shape, dtype=float)
     strides = []
     for _ in range(levels - 1):
-        divisible = voxels >= 8  # 4 are left
+        divisible = voxels >= 8  # 4 voxels are left
         stride = np.where(divisible & (edges < 2 * edges.min(where=divisible, initial=np.inf)), 2, 1)
         strides.append(tuple(stride.tolist()))
         edges, voxels = edges * stride, voxels / stride

@@ -12,16 +12,16 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import optional_import
 
-from monai_conres.bundle.datalist import Datalist, for_each, load_header, load_volume, read_scans
+from monai_conres.bundle.datalist import Datalist, for_each, read_scans
 from monai_conres.bundle.decathlon import read_decathlon
-from monai_conres.files import find_files
+from monai_conres.files import find_files, load_header, load_volume
 
 pydicom, _ = optional_import("pydicom", descriptor="{}; install it with: pip install 'monai-conres[dicom]'")
 
 __all__ = ["LoadPancreasCTd", "read_pancreas_ct"]
 
-# the test cases of the four folds that Zhang et al., 2021, published
-_FOLDS = (
+# The test cases of the four folds that Zhang et al., 2021, published.
+FOLDS = (
     (10, 68, 44, 7, 70, 43, 80, 19, 3, 57, 74, 20, 50, 46, 9, 25, 6, 71, 72, 29),
     (60, 30, 37, 81, 64, 56, 79, 48, 76, 31, 27, 23, 16, 42, 63, 34, 65, 32, 24, 82),
     (11, 17, 15, 40, 18, 53, 35, 51, 26, 36, 8, 13, 67, 22, 12, 52, 59, 54, 66, 33, 73),
@@ -30,31 +30,32 @@ _FOLDS = (
 
 
 def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude: Sequence[int] = ()) -> Datalist:
-    """Read the list of cases of Pancreas-CT, with the published four folds, or of the Decathlon's Task07.
+    """Read the cases of Pancreas-CT with the published four folds, or the cases of the Decathlon's Task07.
 
-    Pancreas-CT is looked for as TCIA gives it: at any depth of ``folder``, ``PANCREAS_0001/.../*.dcm``, one DICOM
-    series for each case, and ``label0001.nii.gz`` of the archive of labels. Task07 has a ``dataset.json``, and its
-    pancreas and tumor are one structure here. Without labels, a folder of NIfTI files will do, too.
+    TCIA's files may be at any depth of ``folder``: ``PANCREAS_0001/.../*.dcm``, one DICOM series for each case, and
+    ``label0001.nii.gz`` from the archive of labels. Task07 has a ``dataset.json``; here its pancreas and tumor are one
+    structure. A folder of NIfTI files also works without labels.
 
     Args:
         folder: the folder with both downloads.
-        labels: False for scans without a label.
-        exclude: numbers of cases of Pancreas-CT to leave out; 25 and 70 are known to repeat other patients, and later
-            versions of the collection come without them.
+        labels: False for scans without labels. In Task07 these are the scans of ``imagesTs``.
+        exclude: numbers of cases of Pancreas-CT to leave out. 25 and 70 are known to repeat other patients, and later
+            versions of the collection leave them out.
 
     Raises:
-        ValueError: when there are no cases, a label is missing, or scan and label have different sizes. It names case
-            and file.
+        ValueError: when there are no cases, a label is missing, or scan and label have different sizes. The error
+            names case and file.
     """
     folder = Path(folder)
     if (folder / "dataset.json").is_file():
+        if not labels:
+            return read_scans(folder / "imagesTs", {"pancreas": (1, 2)})
         data = read_decathlon(folder)
         return Datalist(data.cases, {"pancreas": tuple(range(1, len(data.classes)))}, data.folds)
     series: dict[int, Path] = {}
     for file in find_files(folder, "*.dcm"):
         found = re.search(r"PANCREAS_(\d{4})", str(file.relative_to(folder)))
-        number = int(found[1]) if found else None
-        if number is None or number in exclude:
+        if found is None or (number := int(found[1])) in exclude:
             continue
         if series.setdefault(number, file.parent) != file.parent:
             raise ValueError(
@@ -70,51 +71,45 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
     files = {file.name.lower(): file for file in find_files(folder, "label*.nii.gz")} if labels else None
     cases = for_each(lambda number: _case(number, series[number], files), sorted(series))
     present = {case["name"] for case in cases}
-    return Datalist(cases, {"pancreas": (1,)}, [present & {_name(number) for number in fold} for fold in _FOLDS])
+    return Datalist(cases, {"pancreas": (1,)}, [present & {_name(number) for number in fold} for fold in FOLDS])
 
 
 class LoadPancreasCTd(MapTransform):
-    """Load image and label; a label of Pancreas-CT gets the geometry of its DICOM series.
+    """Load image and label. The label of a DICOM series gets the geometry of the series.
 
-    The NIfTI labels of the collection have a geometry of their own, in which they do not lie on the scans. Their voxels
-    are those of the series: column, row, and slice by instance number.
+    The NIfTI labels of Pancreas-CT have a geometry in which they do not lie on the scans. Their voxels are the voxels
+    of the series: column, row, and slice by instance number.
 
     Args:
-        keys: ``"image"`` and ``"label"``, or ``"image"`` alone: the label's geometry is that of the image.
-        allow_missing_keys: True passes over keys that are not there.
+        keys: ``"image"``, with or without ``"label"``.
+        allow_missing_keys: True skips missing keys.
 
     Raises:
-        ValueError: when ``"image"`` is not among the keys, a file cannot be read, or image and label have different
-            sizes. It names the file.
+        ValueError: when a file cannot be read, or image and label have different sizes. The error names the file.
 
     Note:
-        That the labels are stored in this order is what two public preprocessing codes for the collection agree on. It
-        has not been checked here on the data themselves: look at the pictures of the first evaluation.
+        Two public preprocessing codes for the collection agree on this order of the labels. It was not checked here on
+        the real data: look at the pictures of the first evaluation.
     """
 
     def __init__(self, keys: KeysCollection, *, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        if "image" not in self.keys:
-            raise ValueError(f"expected the key 'image', with or without 'label', got {self.keys}.")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """``data`` with the files replaced by what they hold, ``(1, *spatial)``."""
+        """``data`` with files replaced by volumes ``(1, *spatial)``."""
         loaded = dict(data)
         for key in self.key_iterator(loaded):
             loaded[key] = load_volume(data[key])
         if "label" in self.keys and "label" in data and Path(data["image"]).is_dir():
             image, label = loaded["image"], loaded["label"]
             if image.shape != label.shape:
-                raise ValueError(
-                    f"expected a label of size {tuple(image.shape[1:])}, that of the series in {data['image']}, got "
-                    f"{tuple(label.shape[1:])} in {data['label']}; fetch both again, or exclude the case."
-                )
+                raise _size_error(image.shape[1:], data["image"], label.shape[1:], data["label"])
             label.affine = image.affine.clone()
         return loaded
 
 
 def _case(number: int, series: Path, labels: Mapping[str, Path] | None) -> dict[str, Any]:
-    """One case, with its label where labels are asked for."""
+    """One case, with its label if ``labels`` are given."""
     case = {"name": _name(number), "image": str(series)}
     if labels is None:
         return case
@@ -124,24 +119,23 @@ def _case(number: int, series: Path, labels: Mapping[str, Path] | None) -> dict[
             f"expected the label of {_name(number)}, label{number:04d}.nii.gz, found none; fetch TCIA_pancreas_labels, "
             "or exclude the case."
         )
-    _check_size(case, label)
-    return {**case, "label": str(label)}
-
-
-def _check_size(case: Mapping[str, Any], label: Path) -> None:
-    """Raise unless a series has as many columns, rows and slices as its label."""
-    slices = find_files(case["image"], "*.dcm")
+    slices = find_files(series, "*.dcm")
     try:
         header = pydicom.dcmread(slices[0], stop_before_pixels=True)
         size = (int(header.Columns), int(header.Rows), len(slices))
     except Exception as error:
         raise ValueError(f"expected a DICOM file, cannot read {slices[0]} ({error}); fetch it again.") from error
-    shape = tuple(load_header(label).get_data_shape()[:3])  # its geometry is not that of the series
-    if shape != size:
-        raise ValueError(
-            f"expected a label of size {size}, that of the series in {case['image']}, got {shape} in {label}; fetch "
-            f"both again, or exclude {case['name']}."
-        )
+    shape = load_header(label).get_data_shape()[:3]
+    if tuple(shape) != size:
+        raise _size_error(size, series, shape, label)
+    return {**case, "label": str(label)}
+
+
+def _size_error(size: Sequence[int], series: str | Path, found: Sequence[int], label: str | Path) -> ValueError:
+    return ValueError(
+        f"expected a label of the size {tuple(size)} of the series in {series}, got {tuple(found)} in {label}; fetch "
+        "both again, or exclude the case."
+    )
 
 
 def _name(number: int) -> str:

@@ -1,18 +1,15 @@
-"""Training that can be interrupted and repeated: each epoch depends on a seed and its number, and on nothing before it.
+"""Training that can be interrupted and repeated: each epoch depends only on a seed and its number.
 
-So a run that was killed goes on as if nothing had happened, whatever the number of workers, and several processes train
-on the same batches as one.
+A killed run therefore continues as if nothing had happened, with any number of workers, and several processes train on
+the same batches as one process.
 """
 
 from __future__ import annotations
 
-import copy
-import csv
-import json
+import dataclasses
 import os
 import random
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
@@ -27,7 +24,8 @@ from monai.utils import ensure_tuple, optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import get_worker_info
 
-from monai_conres.files import atomic_path
+from monai_conres.files import atomic_path, network_entry, plain_values, save_network, write_csv
+from monai_conres.scans import ScanSettings
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -47,13 +45,13 @@ __all__ = [
 
 
 class SeededDataset(CacheDataset):
-    """MONAI's ``CacheDataset`` whose random transforms depend on the seed, the epoch and the case alone.
+    """MONAI's ``CacheDataset``, whose random transforms depend only on the seed, the epoch and the case.
 
     Args:
         data: the cases.
         transform: a list of transforms, or a ``Compose``.
         seed: seed of the random transforms.
-        cache_rate: share of the cases that is kept in memory after the transforms before the first random one.
+        cache_rate: share of the cases that stay in memory after the transforms before the first random one.
         num_workers: number of threads that fill the cache.
 
     Example:
@@ -74,39 +72,31 @@ class SeededDataset(CacheDataset):
         num_workers: int | None = 1,
     ) -> None:
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it, too
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a new epoch
         transform = transform if isinstance(transform, Compose) else Compose(transform)
-        self._thread = threading.get_ident()
-        self._transforms: dict[int, Compose] = {}  # of other threads
         super().__init__(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
 
     @property
     def epoch(self) -> int:
-        """The epoch that the random transforms draw for."""
+        """The epoch for which the random transforms draw."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew for another epoch. Call it before the loader's iterator is made, as :class:`EpochSeeds` does."""
+        """Draw for another epoch. Call this before the loader makes its iterator, as :class:`EpochSeeds` does."""
         self._epoch.fill_(epoch)
 
     def _transform(self, index: int) -> Any:
-        own, thread = self, threading.get_ident()
-        if thread != self._thread:  # a random state of its own, or threads would disturb each other's draws
-            if thread not in self._transforms:
-                self._transforms[thread] = copy.deepcopy(self.transform)
-            own = copy.copy(self)
-            own.transform = self._transforms[thread]
         seed = _seed(self.seed, self.epoch, index % len(self))
-        own.transform.set_random_state(seed=seed)
-        if get_worker_info() is not None:  # the generators of a worker, for transforms without one of their own
+        self.transform.set_random_state(seed=seed)
+        if get_worker_info() is not None:  # a worker's global generators, for transforms without their own
             torch.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
-        return super(SeededDataset, own)._transform(index)
+        return super()._transform(index)
 
 
 class EpochSeeds:
-    """A handler that seeds each epoch: the data set's random transforms, and torch's generator (dropout).
+    """A handler that seeds each epoch: the random transforms of a data set, and torch's generator for dropout.
 
     Args:
         dataset: a :class:`SeededDataset`, or anything with ``set_epoch``.
@@ -118,27 +108,27 @@ class EpochSeeds:
         self.seed = seed
 
     def attach(self, engine: Engine) -> None:
-        """Called at the start of each epoch of ``engine``, before its first batch is drawn."""
+        """Run at the start of each epoch of ``engine``, before its first batch."""
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Seed the present epoch."""
+        """Seed the current epoch."""
         self.dataset.set_epoch(engine.state.epoch)
         torch.manual_seed(_seed(self.seed, engine.state.epoch, idist.get_rank()))
 
 
 class LossCurve:
-    """A handler that keeps the mean loss of each epoch, over all processes, and writes it to a CSV file.
+    """A handler that writes the mean loss of each epoch, over all processes, to a CSV file.
 
     Args:
         path: name of the file.
-        optimizer: its learning rate is noted, too.
+        optimizer: the file also holds its learning rate.
     """
 
     def __init__(self, path: str | os.PathLike, optimizer: torch.optim.Optimizer) -> None:
         self.path = Path(path)
         self.optimizer = optimizer
-        self.rows: list[list[float]] = []
+        self.rows: list[dict[str, float]] = []
         self._sum = torch.zeros(())
 
     def attach(self, engine: Engine) -> None:
@@ -152,98 +142,107 @@ class LossCurve:
         return {"rows": self.rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a curve."""
+        """Continue a curve."""
         self.rows = list(state["rows"])
 
     def _start(self, engine: Engine) -> None:
         self._sum = torch.zeros((), device=engine.state.device)
 
     def _add(self, engine: Engine) -> None:
-        self._sum += engine.state.output["loss"].detach()  # on the device: no waiting for it
+        self._sum += engine.state.output["loss"].detach()  # stays on the device, so that nothing waits
 
     def __call__(self, engine: Engine) -> None:
-        """Note the present epoch."""
-        loss = idist.all_reduce(self._sum.item() / engine.state.epoch_length) / idist.get_world_size()
-        self.rows.append([engine.state.epoch, engine.state.iteration, self.optimizer.param_groups[0]["lr"], loss])
+        """Write the curve with the current epoch."""
+        state = engine.state
+        loss = idist.all_reduce(self._sum.item() / state.epoch_length) / idist.get_world_size()
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.rows.append({"epoch": state.epoch, "iteration": state.iteration, "learning rate": rate, "loss": loss})
         if idist.get_rank() == 0:
-            engine.logger.info(f"epoch {engine.state.epoch}: mean loss {loss:.4f}")
-            with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
-                csv.writer(file).writerows([["epoch", "iteration", "learning rate", "loss"], *self.rows])
+            engine.logger.info(f"epoch {state.epoch}: mean loss {loss:.4f}")
+            write_csv(self.path, self.rows)
 
 
 class TrainingCheckpoint:
-    """A handler that writes one checkpoint, over and over, and goes on from it where there is one.
+    """A handler that writes ``checkpoint.pt`` into a run folder, and continues from that file if it exists.
 
-    The file is replaced when the new one is complete, so that neither a killed process nor a full disk costs the last
-    one. (MONAI's ``CheckpointSaver`` removes the old file first.) The trainer's own state is part of it. At the end,
-    the first object's weights, the network's, are written alone, for evaluation, and the settings beside them
-    (``model.pt.json``), for :func:`~monai_conres.bundle.evaluation.load_networks` to compare.
+    A new checkpoint replaces the old one only when it is complete. So a killed process or a full disk never costs the
+    last checkpoint. (MONAI's ``CheckpointSaver`` removes the old file first.) At the end of training the handler writes
+    ``model.pt`` and ``network.json``, which make the folder one complete network: see
+    :func:`~monai_conres.files.load_network`.
+
+    A run continues only with the settings that it was started with: ``scans``, ``training``, the network's arguments,
+    and kind and numbers of each optimizer. The learning rate of an optimizer may change, because schedules change it.
 
     Args:
-        path: name of the checkpoint.
-        objects: what to keep, by name, each with ``state_dict`` and ``load_state_dict``; the network first.
-        final_path: name of the file of the network's weights.
+        run_dir: the run folder.
+        objects: what the checkpoint holds, by name, each with ``state_dict`` and ``load_state_dict``. The first one is
+            the network.
+        scans: how a scan becomes the network's input.
+        training: further settings that must not change, such as the seed: plain values by name. ``"cases"`` are the
+            names of the training cases, which :func:`~monai_conres.bundle.load_networks` does not allow to be scored.
+        backbone: class and arguments of the backbone of an attached network, for ``network.json``.
         interval: number of epochs between checkpoints.
-        settings: what must not change when a run goes on, such as its seed: plain values (numbers, text, lists), by
-            name. ``"training_cases"`` are the names of the cases that the network is not to be scored with. Of a
-            network of this package, what its weights do not tell is added as ``"network"``, and of an optimizer its
-            kind and its numbers but for the learning rate, by its name in ``objects``.
 
     Raises:
-        ValueError: when a setting is no plain value, or the checkpoint that is there is of another configuration.
-        OSError: when a file cannot be written; the one before is still there.
+        ValueError: when a setting is not a plain value, or the checkpoint belongs to other settings.
+        OSError: when a file cannot be written. The previous file stays.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        run_dir: str | os.PathLike,
         objects: Mapping[str, Any],
         *,
-        final_path: str | os.PathLike,
+        scans: ScanSettings,
+        training: Mapping[str, Any] | None = None,
+        backbone: tuple[str, Mapping[str, Any]] | None = None,
         interval: int = 1,
-        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.run_dir = Path(run_dir)
+        self.path = self.run_dir / "checkpoint.pt"
         self.objects = dict(objects)
-        self.final_path = Path(final_path)
+        self.scans = scans
+        self.training = dict(training or {})
+        self.backbone = backbone
         self.interval = interval
         optimizers = {
-            name: optimizer_settings(thing)
+            name: _optimizer_settings(thing)
             for name, thing in self.objects.items()
             if isinstance(thing, torch.optim.Optimizer)
         }
-        self.settings = plain_values({**(settings or {}), "network": network_settings(self._network), **optimizers})
+        settings = {
+            "network": network_entry(self._network, backbone),
+            "scans": dataclasses.asdict(scans),
+            "training": self.training,
+        }
+        self.settings = plain_values({**settings, **optimizers})
 
     def attach(self, engine: Engine) -> None:
-        """Load at the start of ``engine``'s run, and save as it goes on; the last of its handlers."""
+        """Load when ``engine`` starts, and save after its epochs. Attach this handler last."""
         engine.add_event_handler(Events.STARTED, self.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def load(self, engine: Engine) -> None:
-        """Go on from the checkpoint, if there is one."""
+        """Continue from the checkpoint, if there is one."""
         if idist.get_rank() == 0:
-            for path in (self.path, self.final_path, settings_file(self.final_path)):
-                for left_over in path.parent.glob(f".{path.name}.*"):  # of a process killed while it wrote
-                    if left_over.is_dir():
-                        shutil.rmtree(left_over)
+            for name in ("checkpoint.pt", "model.pt", "network.json"):
+                for left_over in self.run_dir.glob(f".{name}.*/"):  # a killed process was writing
+                    shutil.rmtree(left_over)
         if not self.path.is_file():
             return
         max_epochs = engine.state.max_epochs
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            for name, value in self.settings.items():
-                if name not in state["settings"]:
-                    raise ValueError(f"it says nothing of {name}")
-                if (earlier := state["settings"][name]) != value:
-                    raise ValueError(f"not the same {name}: {_shortened(earlier)}, now {_shortened(value)}")
+            if changed := _differences(state["settings"], self.settings):
+                raise ValueError("; ".join(changed))
             for name, thing in self._parts(engine).items():
-                if name != "scaler" or state.get(name):  # that of a device without one is empty
+                if name != "scaler" or state.get(name):  # without mixed precision the scaler's state is empty
                     thing.load_state_dict(state[name])
         except Exception as error:
             raise ValueError(
-                f"expected a checkpoint of this configuration, cannot go on from {self.path} ({error}); give another "
-                "run_dir, or remove the file to start anew."
+                f"expected a checkpoint with the settings of this run, cannot continue from {self.path} ({error}); "
+                "give another run_dir, or remove the file to start again."
             ) from error
         engine.state.max_epochs = max_epochs
         engine.logger.info(f"going on after epoch {engine.state.epoch} from {self.path}")
@@ -251,75 +250,73 @@ class TrainingCheckpoint:
     def save(self, engine: Engine) -> None:
         """Write the checkpoint."""
         state = {name: thing.state_dict() for name, thing in self._parts(engine).items()}
-        _write(self.path, partial(torch.save, {**state, "settings": self.settings}))
+        self._write(partial(_save, {**state, "settings": self.settings}, self.path), self.path)
 
     def finish(self, engine: Engine) -> None:
-        """Write the checkpoint, the network's weights and the settings."""
+        """Write the checkpoint, ``model.pt`` and ``network.json``."""
         self.save(engine)
-        beside = settings_file(self.final_path)
-        if idist.get_rank() == 0:
-            beside.unlink(missing_ok=True)  # those of other weights
-        _write(self.final_path, partial(torch.save, self._network.state_dict()))
-        _write(beside, lambda temporary: temporary.write_text(json.dumps(self.settings, indent=1) + "\n"))
+        write = partial(save_network, backbone=self.backbone, training=self.training)
+        self._write(partial(write, self.run_dir, self._network, self.scans), self.run_dir / "model.pt")
 
     @property
-    def _network(self) -> Any:
+    def _network(self) -> nn.Module:
         network = next(iter(self.objects.values()))
         return network.module if isinstance(network, DistributedDataParallel) else network
 
     def _parts(self, engine: Engine) -> dict[str, Any]:
-        """All that has a state: in mixed precision the scale of the loss, too."""
+        """Everything with a state. Mixed precision adds the scale of the loss."""
         scaler = getattr(engine, "scaler", None)
         return {**self.objects, "trainer": engine, **({} if scaler is None else {"scaler": scaler})}
 
+    def _write(self, write: Callable[[], None], path: Path) -> None:
+        """Write in the first process only."""
+        if idist.get_rank() > 0:
+            return
+        try:
+            write()
+        except (OSError, RuntimeError) as error:  # torch raises its own error for a full disk
+            kept = "; the previous file is still there" if path.is_file() else ""
+            raise OSError(f"cannot write {path} ({error}): is the disk full?{kept}.") from error
 
-def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Kind and numbers of an optimizer, such as its weight decay, which loading a state would replace without a word.
 
-    Not the learning rate, nor switches such as ``fused``, which differ from one version of torch to the next.
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Kind and numbers of an optimizer, such as its weight decay, which ``load_state_dict`` silently replaces.
+
+    Switches such as ``fused`` do not count: they differ between versions of torch.
     """
 
-    def numbers(value: Any) -> bool:
+    def is_number(value: Any) -> bool:
         return all(isinstance(part, float | int) and not isinstance(part, bool) for part in ensure_tuple(value))
 
+    skipped = ("params", "lr", "initial_lr")
     groups = [
-        {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr") and numbers(value)}
+        {key: value for key, value in group.items() if key not in skipped and is_number(value)}
         for group in optimizer.param_groups
     ]
     return {"kind": type(optimizer).__name__, "groups": groups}
 
 
-def settings_file(weights: str | os.PathLike) -> Path:
-    """The file beside a network's weights that says how it was trained."""
-    return Path(weights).with_name(f"{Path(weights).name}.json")
-
-
-def network_settings(network: nn.Module) -> dict[str, Any]:
-    """What the weights of a network of this package do not tell; of any other nothing is known."""
-    return json.loads(json.dumps(getattr(network, "conres_settings", {}), default=str))
-
-
-def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a file gives them back, tuples as lists.
-
-    Raises:
-        ValueError: when one of them is no plain value.
-    """
-    try:
-        return {name: json.loads(json.dumps(value, allow_nan=False)) for name, value in settings.items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected settings that are plain values, such as int(...), str(...) or lists of these, got others among "
-            f"{list(settings)} ({error}); a checkpoint with others could not be loaded."
-        ) from error
+def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:
+    """One text for each setting that changed."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*earlier, *now])
+        return [text for key in keys for text in _differences(earlier.get(key), now.get(key), f"{name}.{key}")]
+    if earlier == now:
+        return []
+    one, other = (text if len(text := str(value)) < 100 else f"{text[:90]} ..." for value in (earlier, now))
+    return [f"{name.removeprefix('.')} was {one} and is now {other}"]
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch as MONAI's ``set_determinism``, but let cuDNN choose its algorithms.
+    """Seed Python, NumPy and torch like MONAI's ``set_determinism``, but let cuDNN choose its algorithms.
 
-    Where ``torch.backends.cudnn.deterministic`` is set, torch computes dilated convolutions, as in the network's
-    bottleneck, without cuDNN, which takes many times as long; and trilinear up-sampling on a GPU would still not repeat
-    to the last bit.
+    With ``torch.backends.cudnn.deterministic`` torch computes the dilated convolutions of the bottleneck without cuDNN,
+    which takes many times as long. Trilinear up-sampling on a GPU would still not repeat to the last bit.
     """
     set_determinism(seed)
     torch.backends.cudnn.deterministic = False
@@ -327,7 +324,7 @@ def seed_everything(seed: int) -> None:
 
 
 def number_of_epochs(iterations: int, loader: Sized) -> int:
-    """How many epochs make at least so many iterations.
+    """How many epochs have at least this number of iterations.
 
     Raises:
         ValueError: when the loader has no batch.
@@ -345,7 +342,7 @@ def share_of_batch(batch_size: int, processes: int) -> int:
     """How many cases of a batch each process takes.
 
     Raises:
-        ValueError: when the batch cannot be split evenly.
+        ValueError: when the processes cannot share the batch evenly.
 
     Example:
         >>> share_of_batch(9, 3)
@@ -359,10 +356,10 @@ def share_of_batch(batch_size: int, processes: int) -> int:
 
 
 def finalize_processes(network: nn.Module) -> None:
-    """End the process group of a network that may be a ``DistributedDataParallel``, after training.
+    """End the process group after training. The network may be a ``DistributedDataParallel``.
 
-    The wrapper gives up its hold on the group first. In torch 2.13 it ends the threads of gloo where it is the last to
-    hold it, and waits for them without releasing Python's lock, which they may be waiting for.
+    The wrapper releases the group first. Otherwise the wrapper of torch 2.13 is the last owner of the group: it waits
+    for the threads of gloo with Python's lock, which these threads may be waiting for.
     """
     if isinstance(network, DistributedDataParallel):
         network.reducer = network.logger = None
@@ -370,22 +367,5 @@ def finalize_processes(network: nn.Module) -> None:
 
 
 def _seed(*numbers: int) -> int:
-    """A seed made of several numbers; other numbers give another one."""
+    """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 100 else f"{text[:90]} ..."
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file in the first process."""
-    if idist.get_rank() > 0:
-        return
-    try:
-        with atomic_path(path) as temporary:
-            write(temporary)
-    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a full disk
-        kept = "; the one before is still there" if path.is_file() else ""
-        raise OSError(f"cannot write {path} ({error}): is the disk full?{kept}.") from error

@@ -1,0 +1,216 @@
+"""Scores of segmented cases: files for each case, one table of all cases, one table of several runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.metrics import compute_dice
+from monai.transforms import Orientation
+from monai.utils import convert_to_tensor, ensure_tuple, optional_import
+
+from monai_conres.files import atomic_path, load_volume, repeated, stem, write_csv, write_label_map
+from monai_conres.metrics import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
+from monai_conres.scans import structure_masks
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+Events, _ = optional_import("ignite.engine", name="Events")
+idist, _ = optional_import("ignite.distributed")
+
+__all__ = ["CaseReport", "join_reports", "summarize"]
+
+
+class CaseReport:
+    """A handler that measures, writes and draws each case of an evaluator, and writes a table of all cases.
+
+    It compares files: the prediction, in the geometry and with the label values of the data set, and the label on the
+    disk. Each of several processes takes its own cases, and the first process writes the table of all.
+
+    ======================  ============================================================================
+    file                    content
+    ======================  ============================================================================
+    ``NAME.nii.gz``         prediction
+    ``NAME.png``            slices of the image, the label and the prediction, in RAS orientation
+    ``cases.csv``           Dice, HD95 (mm) and NSD of each structure, a row for each case with a label
+    ``summary.json``        their means over the cases: see :func:`summarize`
+    ======================  ============================================================================
+
+    Args:
+        output_dir: folder for these files.
+        cases: the cases as in a :class:`~monai_conres.bundle.Datalist`. Cases without a label are not measured.
+        structures: the label values of each structure.
+        full: False measures only the Dice and writes only the tables, in seconds: for validation during training.
+        tolerance: tolerance of the NSD, in mm.
+        pictures: False leaves out the ``.png`` files.
+
+    Raises:
+        ValueError: when a process has no case, or a prediction would replace an image or a label.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        cases: Sequence[Mapping[str, Any]],
+        structures: Mapping[str, Sequence[int]],
+        *,
+        full: bool = True,
+        tolerance: float = 1.0,
+        pictures: bool = True,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.cases = {case["name"]: case for case in cases}
+        self.structures = structures
+        self.full = full
+        self.tolerance = tolerance
+        self.pictures = pictures
+        self.rows: list[dict[str, Any]] = []
+        if full:
+            self._check_places()
+
+    def _check_places(self) -> None:
+        files = [Path(file) for c in self.cases.values() for file in (*ensure_tuple(c["image"]), c.get("label", "/"))]
+        scans = {(file.parent.resolve(), stem(file).lower()): file for file in files}
+        for name in self.cases:
+            if (file := scans.get((self.output_dir.resolve(), name.lower()))) is not None:
+                raise ValueError(
+                    f"expected another folder for the predictions than {self.output_dir}, where the prediction of "
+                    f"{name} would take the name of {file}; give another output_dir."
+                )
+
+    def attach(self, engine: Engine) -> None:
+        """Report the cases of ``engine``, an evaluator whose output has a label map ``"pred"`` for each case."""
+        if engine.state.epoch_length == 0:
+            raise ValueError("expected at least one case for each process, got none for this one; start fewer.")
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _start(self, engine: Engine) -> None:
+        self.rows = []
+
+    def _add(self, engine: Engine) -> None:
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            case, prediction = self.cases[item["name"]], output["pred"]
+            label = load_volume(case["label"]) if "label" in case else None
+            if label is not None:
+                self.rows.append({"case": case["name"], **self._measure(prediction, label)})
+            if self.full:
+                write_label_map(self.output_dir / f"{case['name']}.nii.gz", prediction, prediction)
+                if self.pictures:
+                    self._draw(case, prediction, label)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the table of all cases. The mean Dice becomes one of the engine's metrics."""
+        rows = self.rows
+        if idist.get_world_size() > 1:
+            gathered: list[Any] = [None] * idist.get_world_size()
+            torch.distributed.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+        if not rows:
+            return
+        rows = sorted(rows, key=lambda row: row["case"])
+        summary = summarize(rows)
+        if idist.get_rank() == 0:
+            _write_tables(self.output_dir, rows, summary)
+            for key, value in summary.items():
+                low, high = value["interval"]
+                engine.logger.info(f"{key}: {value['mean']:.4f} (95 % interval {low:.4f} to {high:.4f})")
+        dice = [value["mean"] for key, value in summary.items() if key.startswith("Dice")]
+        engine.state.metrics["mean_dice"] = sum(dice) / len(dice)
+        engine.state.metrics |= {key: value["mean"] for key, value in summary.items()}
+
+    def _measure(self, prediction: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
+        spacing = prediction.pixdim.tolist() if isinstance(prediction, MetaTensor) else None
+        volumes = [convert_to_tensor(volume, track_meta=False) for volume in (prediction.cpu(), label)]
+        found: dict[str, dict[str, float]] = {"Dice": {}}
+        for structure, values in self.structures.items():  # one at a time: these are whole volumes in float32
+            masks = [structure_masks(volume, {structure: values})[None].float() for volume in volumes]
+            found["Dice"][structure] = compute_dice(*masks, ignore_empty=False).item()
+            if self.full:  # a poor prediction has a large surface, whose distances take minutes
+                hausdorff, surface = BratsHausdorffDistanceMetric(), BratsSurfaceDiceMetric(tolerance=self.tolerance)
+                found.setdefault("HD95", {})[structure] = hausdorff(*masks, spacing=spacing).item()
+                found.setdefault("NSD", {})[structure] = surface(*masks, spacing=spacing).item()
+        return {f"{metric} {name}": value for metric, row in found.items() for name, value in row.items()}
+
+    def _draw(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
+        from monai_conres.visualize import plot_slices, save_figure  # imports matplotlib
+
+        volumes = {"image": load_volume(ensure_tuple(case["image"])[0])[:1], "prediction": prediction.cpu()}
+        if label is not None:
+            volumes = {"image": volumes["image"], "label": label, "prediction": volumes["prediction"]}
+        drawn = {  # all in the prediction's geometry: the header of a label may differ from the scan's
+            title: Orientation("RAS", labels=None)(MetaTensor(volume.as_tensor(), affine=prediction.affine.cpu()))
+            for title, volume in volumes.items()
+        }
+        image = drawn.pop("image")
+        masks = {title: structure_masks(volume.as_tensor(), self.structures) for title, volume in drawn.items()}
+        figure = plot_slices(image, masks, class_names=list(self.structures), spacing=image.pixdim.tolist())
+        save_figure(figure, self.output_dir / f"{case['name']}.png")
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Mean, 95 % interval, smallest and largest value of each column of a table of cases.
+
+    The interval of the mean comes from a bootstrap over the cases: percentiles of 2,000 draws.
+
+    Example:
+        >>> summary = summarize([{"case": "a", "Dice ET": 0.5}, {"case": "b", "Dice ET": 1.0}])["Dice ET"]
+        >>> summary["mean"], summary["min"], summary["cases"]
+        (0.75, 0.5, 2)
+    """
+    draws = np.random.default_rng(seed).integers(len(rows), size=(2000, len(rows)))
+    summary = {}
+    for key in [key for key in rows[0] if key != "case"]:
+        values = np.array([float(row[key]) for row in rows])
+        summary[key] = {
+            "mean": values.mean().item(),
+            "interval": np.percentile(values[draws].mean(1), [2.5, 97.5]).tolist(),
+            "min": values.min().item(),
+            "max": values.max().item(),
+            "cases": len(rows),
+        }
+    return summary
+
+
+def join_reports(tables: Sequence[str | os.PathLike], folder: str | os.PathLike) -> str:
+    """Join the ``cases.csv`` of several runs into one in ``folder``, with its summary.
+
+    Returns:
+        The summary as a table in Markdown.
+
+    Raises:
+        ValueError: when a table cannot be read or has other columns than the first, or a case is in two tables.
+    """
+    rows: list[dict[str, Any]] = []
+    for table in tables:
+        try:
+            with open(table, newline="") as file:
+                found = list(csv.DictReader(file))
+        except OSError as error:
+            raise ValueError(f"expected a cases.csv, cannot read {table} ({error}).") from error
+        if not found or list(found[0]) != list((rows or found)[0]) or "case" not in found[0]:
+            raise ValueError(f"expected a cases.csv with cases, and the columns of {tables[0]}, got others in {table}.")
+        rows += found
+    if (twice := repeated([row["case"] for row in rows])) is not None:
+        raise ValueError(f"expected each case in one table, got {twice!r} more than once; join different folds.")
+    summary = summarize(rows)
+    _write_tables(Path(folder), rows, summary)
+    lines = ["| | mean | 95 % interval | min | max |", "|---|---:|---:|---:|---:|"]
+    for key, v in summary.items():
+        low, high = v["interval"]
+        lines.append(f"| {key} | {v['mean']:.4f} | {low:.4f} to {high:.4f} | {v['min']:.4f} | {v['max']:.4f} |")
+    return "\n".join(lines)
+
+
+def _write_tables(folder: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    write_csv(folder / "cases.csv", rows)
+    with atomic_path(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
