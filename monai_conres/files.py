@@ -1,43 +1,344 @@
-"""Files and folders that are there complete, or not at all."""
+"""Files: a trained network with its settings, scans and label maps, and files that are complete or absent."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+import importlib
+import json
+import math
 import os
 import re
+import runpy
 import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from monai.utils import convert_to_tensor, optional_import
 
+from monai_conres.attach import ConResWrapper
+from monai_conres.conresnet import ConResNet
+from monai_conres.decoder import ConResDecoder
+from monai_conres.scans import ScanSettings
+
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
-__all__ = ["atomic_path", "check_writable", "find_files", "load_volume", "read_header", "write_csv", "write_label_map"]
+__all__ = [
+    "ScanSettings",
+    "TrainedNetwork",
+    "atomic_path",
+    "build_network",
+    "check_writable",
+    "find_files",
+    "load_network",
+    "load_volume",
+    "network_entry",
+    "plain_values",
+    "read_header",
+    "read_network",
+    "save_network",
+    "write_csv",
+    "write_label_map",
+]
+
+FORMAT = 1  # of network.json
+CLASS, WRAPPER = "monai_conres.ConResNet", "monai_conres.ConResWrapper"
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """What :func:`load_network` returns.
+
+    Attributes:
+        network: the network in ``eval()`` mode on the CPU.
+        scans: how a scan becomes the network's input, and the output a label map.
+        training: what the saver noted about the training, such as the names of the training cases.
+    """
+
+    network: nn.Module
+    scans: ScanSettings
+    training: dict[str, Any]
+
+
+def save_network(
+    folder: str | os.PathLike,
+    network: nn.Module,
+    scans: ScanSettings,
+    *,
+    backbone: tuple[str, Mapping[str, Any]] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network's weights to ``model.pt`` and everything else to ``network.json``.
+
+    Call the function once before the training, too: then wrong settings do not cost a training. A killed process
+    leaves no ``network.json``, or one that belongs to ``model.pt``.
+
+    Args:
+        folder: the run folder. Files that are there are replaced.
+        network: a :class:`~monai_conres.ConResNet`, or what :func:`~monai_conres.attach_conres` returns. Any other
+            network needs ``backbone``.
+        scans: how a scan becomes the network's input, and the output a label map.
+        backbone: import path of the class and constructor arguments of the network that the decoder was attached to,
+            such as ``("monai.networks.nets.SegResNet", {"init_filters": 8})``. With ``None``, :func:`load_network`
+            asks for the backbone.
+        training: plain values about the training. ``"cases"`` are the names of the training cases.
+
+    Raises:
+        ValueError: when a value is not plain (see :func:`plain_values`), or network and scans do not fit each other.
+
+    Example:
+        >>> from monai_conres import ConResNet
+        >>> scans = ScanSettings(channels=["T1"], patch_size=[16, 16, 8], classes={"core": [1]}, activation="sigmoid")
+        >>> folder = tempfile.mkdtemp()
+        >>> save_network(folder, ConResNet(1, 1, channels=(8, 8), strides=(2,), blocks=(1, 1, 1)), scans)
+        >>> load_network(folder).scans == scans
+        True
+    """
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        network = network.module
+    entry = network_entry(network, backbone)
+    _check_fit(entry, scans)
+    content = {"format": FORMAT, "network": entry, "scans": dataclasses.asdict(scans), "training": dict(training or {})}
+    text = json.dumps(plain_values(content), indent=1) + "\n"
+    description = Path(folder, "network.json")
+    with atomic_path(Path(folder, "model.pt")) as temporary:
+        torch.save(network.state_dict(), temporary)
+        description.unlink(missing_ok=True)  # of the weights that are replaced now
+    with atomic_path(description) as temporary:
+        temporary.write_text(text)
+
+
+def load_network(
+    folder: str | os.PathLike,
+    *,
+    backbone: nn.Module | Callable[[], nn.Module] | str | None = None,
+    weights: str | os.PathLike = "model.pt",
+) -> TrainedNetwork:
+    """Build the network of a run folder and load its weights.
+
+    Loading imports the classes that ``network.json`` names, and importing a module runs its code. Load only folders
+    of people whose code you would run. The weights are read as tensors only.
+
+    Args:
+        folder: a folder that :func:`save_network` has written.
+        backbone: for an attached network whose backbone is not in the file, or is to be another: the network, a
+            function that makes it, or ``"module_or_file.py:function"``.
+        weights: name of the file of weights in the folder.
+
+    Raises:
+        ValueError: when a file is missing or cannot be read, a class cannot be imported or built, or the weights
+            belong to another network.
+    """
+    content = read_network(folder)
+    network = build_network(content["network"], backbone)
+    file = Path(folder, weights)
+    try:
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except FileNotFoundError as error:
+        raise ValueError(f"expected a network's weights in {file}, found no file; save the network again.") from error
+    except Exception as error:
+        raise ValueError(
+            f"expected the weights of the network of {folder}/network.json in {file}, cannot load them "
+            f"({_brief(error)}); the file is of another network, or the arguments in network.json are not those of the "
+            "training."
+        ) from error
+    return TrainedNetwork(network.cpu().eval(), content["scans"], content["training"])
+
+
+def read_network(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read ``network.json`` only: ``"network"`` for :func:`build_network`, ``"scans"`` and ``"training"``.
+
+    Raises:
+        ValueError: when the file is missing, cannot be read, is of a newer version or has other keys or values.
+    """
+    file = Path(folder, "network.json")
+    if not file.is_file():
+        raise ValueError(f"expected {file}, found no file; write it with save_network after the training.")
+    try:
+        content = plain_values(json.loads(file.read_text()), "the file")
+        if isinstance(content, dict) and content.get("format") != FORMAT:
+            raise ValueError(
+                f"expected format {FORMAT}, got {content.get('format')}; update monai_conres for a newer one"
+            )
+        _check_keys(content, "the file", "format", "network", "scans", "training")
+        network = content["network"]
+        wrapped = isinstance(network, dict) and network.get("class") == WRAPPER
+        _check_keys(network, "network", "class", *(("stages", "decoder", "backbone") if wrapped else ("arguments",)))
+        if wrapped and network["backbone"] is not None:
+            _check_keys(network["backbone"], "backbone", "class", "arguments")
+        content["scans"] = ScanSettings(**content["scans"])
+        _check_fit(network, content["scans"])
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"expected a network that save_network wrote, cannot read {file}: {error}") from error
+    return content
+
+
+def network_entry(network: nn.Module, backbone: tuple[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Class and constructor arguments of a network as plain values; the arguments are as in :func:`save_network`.
+
+    Raises:
+        ValueError: when they are not known, or are no plain values.
+    """
+    given = None if backbone is None else {"class": backbone[0], "arguments": backbone[1]}
+    if type(network).__module__.startswith("torch."):
+        raise ValueError(
+            f"expected a network, got a {type(network).__name__} of torch around one; give the network that you "
+            "compiled or wrapped."
+        )
+    entry: dict[str, Any]
+    if isinstance(network, ConResWrapper):
+        entry = {"class": WRAPPER, "stages": network.stages, "decoder": network.decoder.arguments, "backbone": given}
+    elif given is not None:
+        entry = given
+    elif isinstance(getattr(network, "arguments", None), dict):
+        cls = CLASS if type(network) is ConResNet else f"{type(network).__module__}.{type(network).__name__}"
+        entry = {"class": cls, "arguments": network.arguments}
+    else:
+        raise ValueError(
+            f"expected a ConResNet or what attach_conres returns, got a {type(network).__name__}; give its class and "
+            "arguments as backbone=(class, {...})."
+        )
+    return plain_values(entry, "network")
+
+
+def build_network(
+    entry: Mapping[str, Any], backbone: nn.Module | Callable[[], nn.Module] | str | None = None
+) -> nn.Module:
+    """Build a network with new weights from what :func:`network_entry` returns.
+
+    Args:
+        entry: class and arguments of the network.
+        backbone: as in :func:`load_network`.
+
+    Raises:
+        ValueError: when a class cannot be imported or built, or a backbone is missing.
+    """
+    if entry["class"] != WRAPPER:
+        if backbone is not None:
+            raise ValueError(f"expected no backbone for a {entry['class']}, which needs none; leave backbone out.")
+        return _construct(entry["class"], entry["arguments"])
+    network = _backbone(backbone, entry["backbone"])
+    try:
+        return ConResWrapper(network, _construct(ConResDecoder, entry["decoder"]), entry["stages"])
+    except AttributeError as error:
+        raise ValueError(
+            f"expected a backbone with the modules {entry['stages']}, got a {type(network).__name__} without one "
+            f"({error}); give the backbone that the decoder was attached to."
+        ) from error
+
+
+def plain_values(value: Any, name: str = "settings") -> Any:
+    """Numbers, text, lists, dicts, booleans and None, as a JSON file gives them back: tuples become lists.
+
+    Raises:
+        ValueError: for anything else, NaN and infinite numbers, keys that are no text, and text that starts with
+            ``$``, which MONAI's configurations would run. The error names the place.
+
+    Example:
+        >>> plain_values({"strides": (2, (2, 2, 1)), "norm": None})
+        {'strides': [2, [2, 2, 1]], 'norm': None}
+    """
+    if isinstance(value, Mapping) and all(isinstance(key, str) and not key.startswith("$") for key in value):
+        return {key: plain_values(part, f"{name}.{key}") for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(part, name) for part in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str) and not value.startswith("$"):
+        return str.__str__(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    raise ValueError(
+        f"expected plain values (finite numbers, text that does not start with $, lists, dicts, None) in {name}, got "
+        f"{value!r}; convert it, for example with int(...) or str(...)."
+    )
+
+
+def _check_keys(part: Any, name: str, *keys: str) -> None:
+    if not isinstance(part, dict) or set(part) != set(keys):
+        got = sorted(part) if isinstance(part, dict) else type(part).__name__
+        raise ValueError(f"expected the keys {sorted(keys)} in {name}, got {got}")
+
+
+def _check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
+    """Raise unless the channels of a network of this package are those of the scans."""
+    if entry["class"] == WRAPPER:
+        arguments, foreground = entry["decoder"], entry["decoder"]["out_channels"]
+    elif entry["class"] == CLASS:
+        arguments = entry["arguments"]
+        foreground = arguments["out_channels"] - (not arguments.get("include_background", True))
+    else:
+        return
+    expected = (len(scans.channels), scans.out_channels - (scans.activation == "softmax"))
+    if (got := (arguments["in_channels"], foreground)) != expected:
+        raise ValueError(
+            f"expected {expected[0]} image channels and {expected[1]} residual masks in the network, for the channels "
+            f"{list(scans.channels)} and the classes {list(scans.classes)} of the scans with a {scans.activation}, got "
+            f"{got[0]} and {got[1]}; softmax needs include_background=False."
+        )
+
+
+def _backbone(given: Any, entry: Mapping[str, Any] | None) -> nn.Module:
+    """The backbone that the user gives, else the backbone of the file."""
+    if isinstance(given, str):
+        place, _, name = given.rpartition(":")
+        try:
+            module = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
+            given = module[name]
+        except (ImportError, KeyError, OSError, ValueError) as error:
+            raise ValueError(
+                f"expected a backbone as module_or_file.py:function, cannot find {given} ({error!r})."
+            ) from error
+    if given is not None:
+        return given if isinstance(given, nn.Module) else given()
+    if entry is None:
+        raise ValueError(
+            "expected the backbone of the attached decoder, network.json does not have it; give backbone=, the network "
+            "or a function that makes it (on a command line: --backbone module_or_file.py:function)."
+        )
+    return _construct(entry["class"], entry["arguments"])
+
+
+def _construct(cls: str | type, arguments: Mapping[str, Any]) -> Any:
+    """Import and build a network."""
+    try:
+        if isinstance(cls, str):
+            module, _, name = cls.rpartition(".")
+            cls = getattr(importlib.import_module(module), name)
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError("it is no torch.nn.Module")
+        return cls(**arguments)
+    except Exception as error:
+        raise ValueError(
+            f"expected a network's class and its arguments, cannot build {cls} from {dict(arguments)} "
+            f"({_brief(error)}); install what it needs, or correct network.json."
+        ) from error
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path to write a file or make a folder at; it gets its name when the block ends without an error.
+    """A temporary path for a file or folder, which is renamed to ``path`` when the block ends without an error.
 
-    A file of that name is replaced, a folder of that name is an error. Folders on the way are made.
-
-    Args:
-        path: name of the file or folder.
+    A file at ``path`` is replaced. Missing parent folders are made.
 
     Raises:
-        OSError: when ``path`` is a folder already and has something in it.
+        OSError: when ``path`` is a folder with files in it.
 
     Example:
         >>> folder = tempfile.mkdtemp()
@@ -58,11 +359,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows by the names of their columns, in the order in which they come; what a row lacks stays empty.
-
-    Args:
-        path: name of the file.
-        rows: values by column.
+    """Write a table. A row holds values by column; a value that a row does not have stays empty.
 
     Example:
         >>> file = Path(tempfile.mkdtemp(), "cases.csv")
@@ -77,16 +374,10 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> Non
 
 
 def check_writable(folder: str | os.PathLike) -> None:
-    """Make a folder, and see that files can be written to it, before hours of work end in an error.
-
-    Args:
-        folder: name of the folder.
+    """Make a folder and try to write to it, before hours of work end in an error.
 
     Raises:
         ValueError: when that is not possible.
-
-    Example:
-        >>> check_writable(tempfile.mkdtemp())
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -97,10 +388,9 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
-    """Files at any depth whose names match a pattern in lower case, sorted; the case of the names does not matter.
+    """Files at any depth whose names match a pattern in lower case, sorted. The case of the names does not matter.
 
-    Hidden files and folders, as some systems leave beside others, are passed over. Folders that are links are looked
-    into, too, each folder once.
+    Hidden files and folders are left out. Links to folders are followed, each folder once.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
@@ -122,7 +412,7 @@ def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
 
 
 def is_named(name: str, pattern: str) -> bool:
-    """Whether the name of a file, which is not hidden, matches a pattern in lower case; its own case does not matter.
+    """Whether the name of a file matches a pattern in lower case and is not hidden.
 
     Example:
         >>> is_named("SCAN.NII.GZ", "*.nii*"), is_named(".scan.nii", "*.nii*")
@@ -132,12 +422,12 @@ def is_named(name: str, pattern: str) -> bool:
 
 
 def load_volume(file: str | os.PathLike) -> MetaTensor:
-    """Load an image or label, ``(c, *spatial)`` in float32: a NIfTI file, or a folder with one DICOM series.
+    """Load an image or label ``(c, *spatial)`` in float32 from a NIfTI file, or from a folder with one DICOM series.
 
-    A series is read with pydicom, its slices in the order of their instance numbers.
+    pydicom reads the series, with the slices in the order of their instance numbers.
 
     Raises:
-        ValueError: when it cannot be read to its end. It names the file.
+        ValueError: when the file cannot be read to its end. The error names the file.
     """
     try:
         return _loader(Path(file).is_dir(), threading.get_ident())(file)
@@ -147,16 +437,16 @@ def load_volume(file: str | os.PathLike) -> MetaTensor:
 
 @lru_cache
 def _loader(dicom: bool, thread: int) -> LoadImage:
-    """One for each thread: the reader of DICOM series keeps the names of the files as it reads them."""
-    # without a reader's name, a folder would go to ITK where that is installed, which orders slices by position
+    """One loader for each thread, because the reader of DICOM series keeps the names of the files that it reads."""
+    # ITK would read a folder otherwise, where it is installed; ITK orders slices by position
     return LoadImage(reader="PydicomReader" if dicom else None, ensure_channel_first=True)
 
 
 def read_header(file: str | os.PathLike) -> Any:
-    """The header of a NIfTI file of a volume, which has voxels of one size, whichever part of it is asked.
+    """The checked header of a NIfTI file with a volume: affine and pixdim give the same size of a voxel.
 
     Raises:
-        ValueError: when it cannot be read, is of no volume, or contradicts itself. It names the file.
+        ValueError: when the header cannot be read, has no volume or contradicts itself. The error names the file.
     """
     header = load_header(file)
     affine, voxel = header.get_best_affine(), np.asarray(header.get_zooms()[:3])
@@ -176,26 +466,26 @@ def read_header(file: str | os.PathLike) -> Any:
 
 
 def load_header(file: str | os.PathLike) -> Any:
-    """The header of a NIfTI file, whatever it says.
+    """The header of a NIfTI file, unchecked.
 
     Raises:
-        ValueError: when it cannot be read. It names the file.
+        ValueError: when the header cannot be read. The error names the file.
     """
     try:
         header = nib.load(file).header
-        header.get_best_affine()  # what other formats do not have
+        header.get_best_affine()  # other formats do not have an affine
     except Exception as error:
         raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
     return header
 
 
 def stored_axes(header: Any) -> np.ndarray:
-    """For each axis of a stored volume the axis of RAS that it runs along, and 1 or -1 for its direction."""
+    """For each axis of a stored volume, the axis of RAS along which it runs, and its direction, 1 or -1."""
     return nib.io_orientation(header.get_best_affine())
 
 
 def repeated(names: Sequence[str]) -> str | None:
-    """The first name that is there more than once, if there is one.
+    """The first name that occurs more than once, or None.
 
     Example:
         >>> repeated(["a", "b", "c", "b"])

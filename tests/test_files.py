@@ -1,11 +1,274 @@
+"""Run folders, scans on disk, and files that are complete or absent."""
+
 from __future__ import annotations
 
+import json
+import os
+
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
+import torch.nn as nn
+from monai.networks.nets import SegResNet
 
-from monai_conres.files import atomic_path, find_files
+from monai_conres import ConResNet, attach_conres
+from monai_conres.files import (
+    atomic_path,
+    find_files,
+    load_network,
+    load_volume,
+    network_entry,
+    plain_values,
+    read_network,
+    save_network,
+    write_label_map,
+)
+from monai_conres.scans import ScanSettings
+
+SMALL = {"channels": (8, 16), "strides": ((2, 2, 1),), "blocks": (1, 1, 1)}
+SEGRESNET = {"init_filters": 8, "in_channels": 2, "out_channels": 3, "blocks_down": [1, 1], "blocks_up": [1]}
+BACKBONE = ("monai.networks.nets.SegResNet", SEGRESNET)
+TRAINING = {"cases": ["a", "b"], "seed": 3}
 
 
-def test_a_file_is_replaced_when_complete(tmp_path):
+def scan_settings(**changes) -> ScanSettings:
+    settings = {
+        "channels": ("T1", "T2"),
+        "patch_size": (16, 16, 8),
+        "classes": {"edema": (2,), "core": (4, 1)},
+        "activation": "sigmoid",
+        "spacing": (1.0, 1.0, 2.5),
+        "normalization": ({"name": "NormalizeIntensity", "nonzero": True, "channel_wise": True},),
+        "flip_axes": ((0,), (0, 1)),
+    }
+    return ScanSettings(**settings | changes)
+
+
+def attached(**arguments) -> nn.Module:
+    torch.manual_seed(1)
+    return attach_conres(SegResNet(**SEGRESNET), in_channels=2, include_background=False, width=8, **arguments)
+
+
+def segresnet() -> nn.Module:
+    return SegResNet(**SEGRESNET)
+
+
+def outputs(network: nn.Module) -> tuple[torch.Tensor, ...]:
+    image = torch.randn(1, 2, 16, 16, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return network.eval()(image), *network.with_residual(image)
+
+
+def assert_same(network: nn.Module, other: nn.Module) -> None:
+    for expected, got in zip(outputs(network), outputs(other), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"out_channels": 2, "spatial_axis": 0, "norm": ("INSTANCE", {"affine": True}), "act": "relu"},
+        {"out_channels": 2, "context": "mapping", "fan_in_scaling": False, "align_corners": True},
+    ],
+)
+def test_conresnet_comes_back_with_its_arguments(tmp_path, arguments):
+    network = ConResNet(2, **arguments, **SMALL)
+    scans = scan_settings(spacing=[1, 1, 2.5])
+    save_network(tmp_path, network, scans, training=TRAINING)
+    loaded = load_network(tmp_path)
+    assert_same(network, loaded.network)
+    assert not loaded.network.training
+    assert loaded.scans == scans
+    assert loaded.training == TRAINING
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt", "network.json"]
+
+
+def test_attached_network_comes_back_without_tracing(tmp_path, monkeypatch):
+    network = attached(spatial_axis=1)
+    save_network(
+        tmp_path, network, scan_settings(activation="softmax", classes={"a": [1], "b": [2]}), backbone=BACKBONE
+    )
+    monkeypatch.setattr("monai_conres.attach.decoder_stages", None)
+    loaded = load_network(tmp_path).network
+    assert loaded.stages == network.stages
+    assert_same(network, loaded)
+
+
+def test_distributed_network_is_unwrapped(tmp_path):
+    network = ConResNet(2, 2, **SMALL)
+    save_network(tmp_path, nn.DataParallel(network), scan_settings())
+    assert_same(network, load_network(tmp_path).network)
+
+
+def test_compiled_network_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give the network that you compiled"):
+        save_network(tmp_path, torch.compile(ConResNet(2, 2, **SMALL)), scan_settings())
+
+
+@pytest.fixture
+def without_backbone(tmp_path):
+    network = attached()
+    save_network(tmp_path, network, scan_settings(activation="softmax", classes={"a": [1], "b": [2]}))
+    return tmp_path, network
+
+
+@pytest.mark.parametrize("kind", ["network", "function", "module", "file"])
+def test_backbone_is_given(without_backbone, kind):
+    folder, network = without_backbone
+    code = f"from monai.networks.nets import SegResNet\ndef build():\n    return SegResNet(**{SEGRESNET})\n"
+    (folder / "mine.py").write_text(code)
+    given = {
+        "network": segresnet(),
+        "function": segresnet,
+        "module": f"{__name__}:segresnet",
+        "file": f"{folder}/mine.py:build",
+    }
+    assert_same(network, load_network(folder, backbone=given[kind]).network)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (None, "--backbone module_or_file.py:function"),
+        ("nowhere.py:build", "cannot find nowhere.py:build"),
+        (nn.Conv3d(2, 3, 1), "got a Conv3d without one"),
+        (SegResNet(**SEGRESNET | {"init_filters": 16}), "cannot load them"),
+    ],
+)
+def test_wrong_backbone_is_an_error(without_backbone, backbone, message):
+    with pytest.raises(ValueError, match=message):
+        load_network(without_backbone[0], backbone=backbone)
+
+
+def test_plain_network_is_saved_with_class_and_arguments(tmp_path):
+    network = segresnet()
+    with pytest.raises(ValueError, match=r"got a SegResNet; give its class and arguments"):
+        save_network(tmp_path, network, scan_settings())
+    save_network(tmp_path, network, scan_settings(), backbone=BACKBONE)
+    state = load_network(tmp_path).network.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "expected format 1, got 2; update monai_conres"),
+        ({"chain": {}}, r"expected the keys .* in the file"),
+        ({"network": {"class": "monai_conres.ConResNet"}}, r"expected the keys \['arguments', 'class'\] in network"),
+        ({"network": {"class": "monai_conres.Nothing", "arguments": {}}}, "has no attribute 'Nothing'"),
+        ({"network": {"class": "nowhere.Network", "arguments": {}}}, "No module named 'nowhere'"),
+        ({"network": {"class": "os.getcwd", "arguments": {}}}, "it is no torch.nn.Module"),
+        ({"network": {"class": "torch.nn.Conv3d", "arguments": {"channels": 3}}}, "unexpected keyword argument"),
+        ({"scans": {"channels": ["T1"]}}, "missing 3 required keyword-only arguments"),
+        ({"training": {"note": "$import os"}}, r"in the file.training.note, got '\$import os'"),
+        ({"training": {"rate": float("nan")}}, "got nan"),
+    ],
+)
+def test_wrong_file_is_an_error(tmp_path, changes, message):
+    save_network(tmp_path, ConResNet(2, 2, **SMALL), scan_settings())
+    file = tmp_path / "network.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        load_network(tmp_path)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"network.json, found no file; write it with save_network"):
+        load_network(tmp_path)
+    save_network(tmp_path, ConResNet(2, 2, **SMALL), scan_settings())
+    with pytest.raises(ValueError, match=r"other.pt, found no file"):
+        load_network(tmp_path, weights="other.pt")
+    torch.save(ConResNet(2, 2, **SMALL | {"channels": (8, 32)}).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt, cannot load them .*the file is of another network"):
+        load_network(tmp_path)
+    (tmp_path / "network.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read .*network.json: Expecting"):
+        read_network(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("network", "changes"),
+    [
+        ({"out_channels": 3}, {}),
+        ({"out_channels": 2}, {"channels": ("T1",)}),
+        ({"out_channels": 4}, {"activation": "softmax"}),
+    ],
+)
+def test_scans_of_other_channels_are_refused(tmp_path, network, changes):
+    with pytest.raises(ValueError, match=r"image channels and \d residual masks in the network"):
+        save_network(tmp_path, ConResNet(2, **network, **SMALL), scan_settings(**changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_softmax_counts_the_values_of_classes_that_overlap(tmp_path):
+    classes = {"ET": (4,), "WT": (1, 2, 4)}  # background, 4, 1, 2
+    network = ConResNet(2, 4, include_background=False, **SMALL)
+    save_network(tmp_path, network, scan_settings(activation="softmax", classes=classes))
+    assert load_network(tmp_path).scans.out_channels == 4
+
+
+@pytest.mark.parametrize("value", [float("inf"), "$code", torch.relu, {1: "a"}, {"$a": 1}, np.zeros(2)])
+def test_other_than_plain_values_are_refused(value):
+    with pytest.raises(ValueError, match=r"expected plain values .* in settings.here"):
+        plain_values({"here": [value]})
+
+
+def test_network_entry_is_equal_after_a_trip_through_a_file(tmp_path):
+    network = attached()
+    entry = network_entry(network, BACKBONE)
+    save_network(
+        tmp_path, network, scan_settings(activation="softmax", classes={"a": [1], "b": [2]}), backbone=BACKBONE
+    )
+    assert read_network(tmp_path)["network"] == entry
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process."""
+
+
+@pytest.mark.parametrize(("number", "done"), [(1, False), (1, True), (2, False), (2, True)])
+def test_killed_saving_leaves_no_pair_of_two_networks(tmp_path, monkeypatch, number, done):
+    save_network(tmp_path, ConResNet(2, 2, dropout=0.25, **SMALL), scan_settings())
+    calls = []
+
+    def replace(*arguments) -> None:
+        calls.append(arguments)
+        if done or len(calls) < number:
+            rename(*arguments)
+        if len(calls) == number:
+            raise Killed
+
+    rename = os.rename
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(Killed):
+        save_network(tmp_path, ConResNet(2, 2, dropout=0.5, **SMALL), scan_settings())
+    if (number, done) == (2, True):
+        assert read_network(tmp_path)["network"]["arguments"]["dropout"] == 0.5
+    else:
+        with pytest.raises(ValueError, match=r"network.json, found no file"):
+            load_network(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_label_map_keeps_the_geometry_of_the_scan(tmp_path, ending):
+    affine = np.array([[0, -2.0, 0, 7], [1.5, 0, 0, 8], [0, 0, 3.0, 9], [0, 0, 0, 1]])
+    scan = nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), affine)
+    scan.set_sform(affine, code=4)
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    label = torch.arange(120).reshape(1, 4, 5, 6)
+    write_label_map(tmp_path / f"mask.{ending}", label, load_volume(tmp_path / "scan.nii.gz"))
+    written = nib.load(tmp_path / f"mask.{ending}")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), label[0].numpy())
+    assert written.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(written.affine, affine, atol=1e-5)
+    assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (4, 4)
+    assert written.header.get_xyzt_units()[0] == "mm"
+    with pytest.raises(TypeError, match="expected a MetaTensor"):
+        write_label_map(tmp_path / "other.nii", label, label)
+
+
+def test_file_is_replaced_when_complete(tmp_path):
     file = tmp_path / "a" / "table.md"
     for text in ("first", "second"):
         with atomic_path(file) as temporary:
@@ -16,15 +279,7 @@ def test_a_file_is_replaced_when_complete(tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_hidden_files_are_not_found(tmp_path):
-    for name in ("scan.nii", "._scan.nii", ".scan.nii"):  # as macOS leaves them on other file systems
-        (tmp_path / name).touch()
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "scan.nii").touch()
-    assert find_files(tmp_path, "*.nii") == [tmp_path / "scan.nii"]
-
-
-def test_a_folder_appears_when_complete(tmp_path):
+def test_folder_appears_when_complete(tmp_path):
     with atomic_path(tmp_path / "data") as temporary:
         temporary.mkdir()
         (temporary / "file").write_text("x")
@@ -35,7 +290,7 @@ def test_a_folder_appears_when_complete(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_nothing_is_left_of_what_was_interrupted(tmp_path, error):
+def test_interrupted_writing_leaves_nothing(tmp_path, error):
     def write() -> None:
         with atomic_path(tmp_path / "file") as temporary:
             temporary.write_text("half")
@@ -46,8 +301,16 @@ def test_nothing_is_left_of_what_was_interrupted(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_linked_folders_are_looked_into_once(tmp_path):
-    """A data set may be links to cases that are kept elsewhere."""
+def test_find_files_leaves_out_hidden_ones(tmp_path):
+    for name in ("scan.nii", "._scan.nii", ".scan.nii"):  # macOS leaves such files on other file systems
+        (tmp_path / name).touch()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "scan.nii").touch()
+    assert find_files(tmp_path, "*.nii") == [tmp_path / "scan.nii"]
+
+
+def test_find_files_follows_each_link_once(tmp_path):
+    """A data set may consist of links to cases elsewhere."""
     for folder in ("elsewhere/case1", "elsewhere/case2", "data/case3"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "scan.nii.gz").touch()

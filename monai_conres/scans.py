@@ -1,0 +1,276 @@
+"""How a scan becomes a network's input, and how the network's output becomes a label map.
+
+A class is a set of values of the label file, such as ``{"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)}`` of BraTS 2018. One
+class may contain another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
+from monai.transforms import Compose, EnsureTyped, LoadImaged, Orientation, Orientationd, Spacingd, SpatialResample
+from monai.transforms.intensity import dictionary as intensity_transforms
+from monai.utils import convert_to_dst_type, convert_to_tensor, optional_import
+
+nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
+
+__all__ = ["ScanSettings", "check_structures", "label_values", "paint_structures", "structure_masks"]
+
+Structures = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanSettings:
+    """How a scan becomes a network's input, and how the network's output becomes a label map.
+
+    :func:`~monai_conres.files.save_network` writes the settings beside the weights.
+
+    Attributes:
+        channels: names of the image's channels, in order.
+        patch_size: spatial size of the windows of :meth:`inferer`, in voxels.
+        classes: for each class its values in the label file, from 1 to 255.
+        activation: ``"sigmoid"``: the network has one channel for each class. ``"softmax"``: the network has a channel
+            for the background and one for each of :func:`label_values`.
+        orientation: directions of the three axes, as MONAI's ``Orientation`` names them.
+        spacing: size of a voxel in mm along each axis; ``None`` keeps the scan's own.
+        normalization: MONAI's intensity transforms by name, in order, with their arguments:
+            ``{"name": "NormalizeIntensity", "nonzero": True}``.
+        overlap: overlap of neighboring windows, as a fraction of the window.
+        flip_axes: sets of spatial axes to flip the image along at test time. :meth:`inferer` does not flip; give them
+            to ``monai_conres.bundle.MeanProbability``.
+
+    Raises:
+        ValueError: when a setting has a wrong value. The error names the setting.
+
+    Example:
+        >>> scans = ScanSettings(
+        ...     channels=("T1", "T2"),
+        ...     patch_size=(32, 32, 16),
+        ...     classes={"edema": (2,), "core": (1, 4)},
+        ...     activation="softmax",
+        ... )
+        >>> scans.out_channels  # the background and three values
+        4
+    """
+
+    channels: tuple[str, ...]
+    patch_size: tuple[int, ...]
+    classes: dict[str, tuple[int, ...]]
+    activation: str
+    orientation: str = "RAS"
+    spacing: tuple[float, ...] | None = None
+    normalization: tuple[dict[str, Any], ...] = ()
+    overlap: float = 0.25
+    flip_axes: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _tuples(getattr(self, field.name)))
+        flips = self.flip_axes
+        axes = set(self.orientation) if isinstance(self.orientation, str) else set()
+        checks = {
+            "channels": (_are(self.channels, str), "a list of names"),
+            "patch_size": (_are(self.patch_size, int, least=1, number=3), "three positive whole numbers"),
+            "classes": (isinstance(self.classes, dict) and self.classes, "values by class"),
+            "activation": (self.activation in ("sigmoid", "softmax"), "'sigmoid' or 'softmax'"),
+            "orientation": (len(axes) == 3 and all(axes & set(pair) for pair in ("LR", "PA", "IS")), "such as 'RAS'"),
+            "spacing": (self.spacing is None or _are(self.spacing, (int, float), least=1e-6, number=3), "None or 3 mm"),
+            "normalization": (_are(self.normalization, dict) or self.normalization == (), "a list of dicts"),
+            "overlap": (isinstance(self.overlap, (int, float)) and 0 <= self.overlap < 1, "0 or more, below 1"),
+            "flip_axes": (isinstance(flips, tuple) and all(_are(a, int, least=-3) for a in flips), "lists of axes"),
+        }
+        for name, (right, expected) in checks.items():
+            if not right:
+                raise ValueError(f"expected {name} of the scans to be {expected}, got {getattr(self, name)!r}.")
+        check_structures(self.classes)
+        self.normalize("image")
+
+    @property
+    def out_channels(self) -> int:
+        """How many channels the network's output has."""
+        return 1 + len(label_values(self.classes)) if self.activation == "softmax" else len(self.classes)
+
+    def normalize(self, keys: KeysCollection) -> Compose:
+        """The transforms of ``normalization`` for dictionaries.
+
+        Raises:
+            ValueError: when MONAI has no such intensity transform, or an argument is wrong.
+        """
+        transforms = []
+        for entry in self.normalization:
+            arguments = {key: value for key, value in entry.items() if key != "name"}
+            try:
+                transforms.append(getattr(intensity_transforms, f"{entry['name']}d")(keys, **arguments))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    "expected normalization of the scans to name intensity transforms of MONAI with their arguments, "
+                    f"such as {{'name': 'NormalizeIntensity', 'nonzero': True}}, got {entry!r} ({error!r})."
+                ) from error
+        return Compose(transforms)
+
+    def preprocessing(self, *, label: bool = False) -> Compose:
+        """The transforms from files to the network's input: they load, orient, resample and normalize.
+
+        They take a dictionary with the file or the files of ``"image"``. They replace the files by a ``MetaTensor``
+        ``(c, *spatial)``.
+
+        Args:
+            label: True also loads, orients and resamples ``"label"``, for training.
+        """
+        keys = ("image", "label") if label else ("image",)
+        spacing = Spacingd(keys, pixdim=self.spacing, mode=("bilinear", "nearest")[: len(keys)])
+        return Compose(
+            [
+                LoadImaged(keys, ensure_channel_first=True),
+                Orientationd(keys, axcodes=self.orientation, labels=None),
+                *([] if self.spacing is None else [spacing]),
+                *self.normalize("image").transforms,
+                EnsureTyped(keys, dtype=(torch.float32, torch.uint8)[: len(keys)]),
+            ]
+        )
+
+    def inferer(self, **kwargs: Any) -> SlidingWindowInferer:
+        """MONAI's sliding-window inferer with the settings' windows, blended with Gaussian weights.
+
+        Args:
+            kwargs: further arguments of ``SlidingWindowInferer``, such as ``device`` or ``sw_batch_size``.
+        """
+        return SlidingWindowInferer(
+            **{"roi_size": self.patch_size, "overlap": self.overlap, "mode": "gaussian", **kwargs}
+        )
+
+    def to_scan(self, prediction: torch.Tensor, image: MetaTensor) -> MetaTensor:
+        """Bring a prediction ``(c, *spatial)`` back to the voxels of the scan file: undo orientation and spacing.
+
+        Args:
+            prediction: logits or probabilities on the voxels of ``image``; resampled linearly.
+            image: the image, as :meth:`preprocessing` returns it.
+        """
+        stored = image.meta["original_affine"]
+        here = MetaTensor(convert_to_tensor(prediction, track_meta=False), meta=image.meta)
+        turned = Orientation("".join(nib.aff2axcodes(stored)), labels=None)(here)
+        if self.spacing is None:
+            return turned
+        back = SpatialResample(mode="bilinear", padding_mode="border")
+        return back(turned, dst_affine=stored, spatial_size=image.meta["spatial_shape"])
+
+    def to_labels(self, logits: torch.Tensor) -> torch.Tensor:
+        """A label map ``(1, *spatial)`` in uint8, with the label file's values, of logits ``(c, *spatial)``.
+
+        Raises:
+            ValueError: when the logits have another number of channels than :attr:`out_channels`.
+
+        Example:
+            >>> scans = ScanSettings(
+            ...     channels=["T1"], patch_size=[8, 8, 8], classes={"core": [4], "whole": [2, 4]}, activation="sigmoid"
+            ... )
+            >>> scans.to_labels(torch.tensor([[-2.0, -1.0, 3.0], [-1.0, 2.0, 1.0]]))
+            tensor([[0, 2, 4]], dtype=torch.uint8)
+        """
+        plain = convert_to_tensor(logits, track_meta=False)
+        if len(plain) != self.out_channels:
+            raise ValueError(
+                f"expected {self.out_channels} channels of logits for {list(self.classes)} with a {self.activation}, "
+                f"got {len(plain)}; give one case, (c, *spatial), without the batch dimension."
+            )
+        if self.activation == "softmax":
+            values = torch.tensor([0, *label_values(self.classes)], dtype=torch.uint8, device=plain.device)
+            label = values[plain.argmax(0, keepdim=True)]
+        else:
+            label = paint_structures(plain >= 0, self.classes)
+        return convert_to_dst_type(label, logits, dtype=torch.uint8)[0]
+
+
+def label_values(structures: Structures) -> list[int]:
+    """The values of a label map next to the background's 0, in the order in which the structures name them.
+
+    Two data sets with the same structures then have the same softmax classes, although the numbers differ. The example
+    has BraTS 2018 and the Decathlon's Task01: enhancing tumor, necrosis and edema.
+
+    Example:
+        >>> label_values({"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)})
+        [4, 1, 2]
+        >>> label_values({"ET": (3,), "WT": (2, 1, 3), "TC": (2, 3)})
+        [3, 2, 1]
+    """
+    return list(dict.fromkeys(value for values in structures.values() for value in values))
+
+
+def check_structures(structures: Structures) -> None:
+    """Raise unless each structure is a list of whole numbers from 1 to 255.
+
+    Label maps are stored in 8 bits, and 0 is the background.
+
+    Raises:
+        ValueError: when a structure is something else. The error names the structure.
+    """
+    for name, values in structures.items():
+        if not isinstance(values, Collection) or not all(isinstance(v, Integral) and 1 <= v <= 255 for v in values):
+            raise ValueError(
+                f"expected a list of values, whole numbers from 1 to 255, for each structure, got {values!r} for "
+                f"{name}; map other values of the labels first (MapLabelValued)."
+            )
+
+
+def structure_masks(label: torch.Tensor, structures: Structures) -> torch.Tensor:
+    """Masks ``(c, *spatial)`` in uint8, one channel for each structure, of a label map ``(1, *spatial)``.
+
+    Example:
+        >>> structure_masks(torch.tensor([[0, 1, 2, 4]]), {"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)})
+        tensor([[0, 0, 0, 1],
+                [0, 1, 1, 1],
+                [0, 1, 0, 1]], dtype=torch.uint8)
+    """
+    masks = [torch.isin(label, torch.tensor(values, device=label.device)) for values in structures.values()]
+    return torch.cat(masks).to(torch.uint8)
+
+
+def paint_structures(masks: torch.Tensor, structures: Structures) -> torch.Tensor:
+    """A label map ``(1, *spatial)`` in uint8 of masks ``(c, *spatial)``: the inverse of :func:`structure_masks`.
+
+    Where masks contradict each other, the structure with fewer values wins: an enhancing tumor outside the whole tumor
+    stays.
+
+    Raises:
+        ValueError: when every value of a structure also belongs to a smaller structure, or the number of masks is not
+            the number of structures.
+
+    Example:
+        >>> paint_structures(torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]]), {"core": (3,), "whole": (2, 3)})
+        tensor([[0, 2, 3, 3]], dtype=torch.uint8)
+    """
+    if len(masks) != len(structures):
+        raise ValueError(f"expected {len(structures)} masks, one for each of {list(structures)}, got {len(masks)}.")
+    label = torch.zeros_like(masks[:1], dtype=torch.uint8)
+    painted: set[int] = set()
+    order: list[tuple[int, int]] = []  # channel and value, the smallest structure first
+    for channel, (name, values) in sorted(enumerate(structures.items()), key=lambda item: len(item[1][1])):
+        own = next((value for value in values if value not in painted), None)
+        if own is None:
+            raise ValueError(f"expected a value of {name} that no smaller structure has, got {dict(structures)}.")
+        painted.update(values)
+        order.append((channel, own))
+    for channel, value in reversed(order):
+        label[masks[channel : channel + 1] > 0] = value
+    return label
+
+
+def _are(values: Any, kind: type | tuple[type, ...], *, least: float | None = None, number: int | None = None) -> bool:
+    """Whether values are a tuple of ``number`` values, else one or more, of a kind and not below ``least``."""
+    right = isinstance(values, tuple) and len(values) > 0 and all(isinstance(value, kind) for value in values)
+    return right and (number is None or len(values) == number) and (least is None or min(values) >= least)
+
+
+def _tuples(value: Any) -> Any:
+    """The value with tuples in the place of lists, as a file cannot tell the two apart."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_tuples, value))
+    return {key: _tuples(part) for key, part in value.items()} if isinstance(value, Mapping) else value
