@@ -1,4 +1,4 @@
-"""Surfaces against the volume and area of a ball, and where they are drawn."""
+"""Surfaces against volume and area of a ball, and where they are drawn."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SPACING = (1.0, 1.0, 2.0)
 CENTER = np.array([18.0, 17.0, 22.0])  # mm
 
 
-def ball(radius: float, size: tuple = SIZE, spacing: tuple = SPACING, center: np.ndarray = CENTER) -> np.ndarray:
+def ball(radius: float, size: tuple = SIZE, spacing: tuple = SPACING) -> np.ndarray:
     position = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), axis=-1) * spacing
-    return np.linalg.norm(position - center, axis=-1) < radius
+    return np.linalg.norm(position - CENTER, axis=-1) < radius
 
 
 def volume_and_area(vertices: np.ndarray, faces: np.ndarray) -> tuple[float, float]:
@@ -24,9 +24,8 @@ def volume_and_area(vertices: np.ndarray, faces: np.ndarray) -> tuple[float, flo
     return (a * np.cross(b, c)).sum() / 6, np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2
 
 
-@pytest.mark.parametrize(("factor", "tolerance"), [(1, 0.03), (5, 0.06)])
-def test_a_ball_has_its_volume_area_and_place(factor, tolerance):
-    """Of 12 voxels, and of so many that the mesh is coarser than the voxels."""
+@pytest.mark.parametrize(("factor", "tolerance"), [(1, 0.03), (5, 0.06)])  # 5: the mesh is coarser than the voxels
+def test_mesh_of_a_ball_has_its_volume_and_area(factor, tolerance):
     spacing = tuple(edge / factor for edge in SPACING)
     vertices, faces = surface_mesh(ball(12.3, tuple(n * factor for n in SIZE), spacing), spacing)
     volume, area = volume_and_area(vertices, faces)  # positive: the faces look outward
@@ -37,9 +36,9 @@ def test_a_ball_has_its_volume_area_and_place(factor, tolerance):
     assert len(faces) < 40_000
 
 
-def test_small_structures_stay():
+def test_mesh_keeps_single_voxels():
     mask = np.zeros((9, 9, 9), dtype=bool)
-    mask[4, 2, 6] = True  # a voxel
+    mask[4, 2, 6] = True
     mask[0, :, 0] = True  # a line along the border
     vertices, faces = surface_mesh(mask, (1, 1, 3))
     assert np.isfinite(vertices).all()
@@ -49,42 +48,35 @@ def test_small_structures_stay():
     assert vertices[~near].max(axis=0)[1] > 7.5
 
 
-def test_all_panels_show_the_same_box_to_scale():
-    large, small = ball(12.3), ball(6.1)
-    figure = plot_surfaces({"reference": large, "predicted": small}, class_names=["ball"], spacing=SPACING)
+def test_surfaces_share_one_box_in_true_proportions():
+    figure = plot_surfaces({"reference": ball(12.3), "predicted": ball(6.1)}, class_names=["ball"], spacing=SPACING)
     first, second = figure.axes
-    for get in ("get_xlim", "get_ylim", "get_zlim"):
-        assert getattr(first, get)() == getattr(second, get)()
-    extent = np.array([np.ptp(limits) for limits in (first.get_xlim(), first.get_ylim(), first.get_zlim())])
-    np.testing.assert_allclose(first._box_aspect / extent, (first._box_aspect / extent)[0])
+    limits = np.array([first.get_xlim(), first.get_ylim(), first.get_zlim()])
+    np.testing.assert_array_equal(limits, [second.get_xlim(), second.get_ylim(), second.get_zlim()])
+    np.testing.assert_allclose(limits, np.transpose([CENTER - 12.3, CENTER + 12.3]), atol=2.5)
+    proportions = first._box_aspect / np.ptp(limits, axis=1)
+    np.testing.assert_allclose(proportions, proportions[0])
     assert [axes.get_title() for axes in figure.axes] == ["reference", "predicted"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ball"]
-    figure.canvas.draw()
-    low, high = np.transpose([first.get_xlim(), first.get_ylim(), first.get_zlim()])
-    np.testing.assert_allclose(low, CENTER - 12.3, atol=2.5)
-    np.testing.assert_allclose(high, CENTER + 12.3, atol=2.5)
 
 
-def test_a_class_that_encloses_another_is_translucent():
+def test_class_that_encloses_another_is_translucent():
     label = ball(12.3).astype(int)
     label[ball(6.1)] = 2
-    figure = plot_surfaces({"reference": label, "alone": (label == 2) * 2}, spacing=SPACING)
+    figure = plot_surfaces({"reference": label, "inner": (label == 2) * 2}, spacing=SPACING)
     figure.canvas.draw()
-    outer, inner = figure.axes
-    alpha = outer.collections[0].get_facecolor()[:, 3]
-    assert sorted(set(alpha.round(3).tolist())) == [0.4, 1.0]
-    (alone,) = inner.collections
-    colors = alone.get_facecolor()
+    both, inner = figure.axes
+    assert sorted(set(both.collections[0].get_facecolor()[:, 3].round(3).tolist())) == [0.4, 1.0]
+    colors = inner.collections[0].get_facecolor()
     assert (colors[:, 3] == 1).all()
-    # shaded, but all of one hue
+    # shaded, with one hue
     share = colors[:, :3] / colors[:, :3].max(axis=1, keepdims=True)
-    np.testing.assert_allclose(
-        share, np.tile(np.array(to_rgb(COLORS[1])) / max(to_rgb(COLORS[1])), (len(share), 1)), atol=0.02
-    )
+    hue = np.array(to_rgb(COLORS[1])) / max(to_rgb(COLORS[1]))
+    np.testing.assert_allclose(share, np.tile(hue, (len(share), 1)), atol=0.02)
     assert np.ptp(colors[:, 2]) > 0.2
 
 
-def test_surfaces_below_slices():
+def test_surfaces_fill_the_row_below_the_slices():
     label = ball(12.3).astype(int)
     image = np.zeros((1, *SIZE), dtype=np.float32)
     figure = plot_slices(image, {"a": label, "empty": label * 0}, residuals={"r": label}, slices=2, surfaces=True)
@@ -95,8 +87,8 @@ def test_surfaces_below_slices():
     assert len(figure.axes) - len(spaces) == 8
 
 
-def test_errors():
+def test_errors_name_what_is_expected():
     with pytest.raises(ValueError, match="one or more masks"):
         plot_surfaces({})
-    with pytest.raises(ValueError, match=r"\(4, 5, 6\).*got \(1, 4, 5, 7\)"):
+    with pytest.raises(ValueError, match=r"\(4, 5, 6\).*got shape \(1, 4, 5, 7\)"):
         plot_surfaces({"a": np.zeros((4, 5, 6), dtype=int), "b": np.zeros((4, 5, 7), dtype=int)})

@@ -1,9 +1,15 @@
-"""The paper's pictures from your own data: slices, residuals, surfaces, features and loss curves.
+"""The paper's figures from your own data: slices, residuals, surfaces, features and loss curves.
 
-Everything works without a display and returns a matplotlib ``Figure``, which a notebook shows and :func:`save_figure`
-writes. In a picture of a slice the first of its two axes goes from left to right and the second from bottom to top;
-after ``Orientationd("RAS")`` an axial slice has anterior at the top and the patient's right on the right.
+Every function returns a matplotlib ``Figure`` and needs no display. A notebook shows the figure, :func:`save_figure`
+writes it. In a slice the first of its two axes goes from left to right, the second from bottom to top. After
+``Orientationd("RAS")`` an axial slice has anterior at the top and the patient's right on the right side.
 """
+
+try:
+    import matplotlib  # noqa: F401
+    import skimage  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"{error}; install matplotlib and scikit-image: pip install 'monai-conres[plot]'") from error
 
 from monai_conres.visualize.capture import StageFeatures, capture_features
 from monai_conres.visualize.curves import plot_curves

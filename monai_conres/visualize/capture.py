@@ -1,4 +1,4 @@
-"""What a network's decoder computes, taken from a forward pass by hooks that are gone afterwards."""
+"""The features of a network's decoder, taken from a forward pass by hooks that are removed afterwards."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import torch
 import torch.nn as nn
 
 from monai_conres.conresnet import ConResNet
-from monai_conres.context import ContextResidualModule
+from monai_conres.decoder import ContextResidualModule
 
 __all__ = ["StageFeatures", "capture_features"]
 
 
 class StageFeatures(NamedTuple):
-    """What happened at one stage of a decoder: detached copies, ``(b, c, d, h, w)``, on the network's device.
+    """The features at one stage of a decoder: detached copies, ``(b, c, d, h, w)``, on the network's device.
 
     Attributes:
         features: ``F`` of Eq. 4 of Zhang et al., 2021, the segmentation features before the gate.
         residual: ``O_res`` of Eq. 5, the context residual features; ``None`` without a context residual module.
-        gate: what the gate adds to each feature, ``O_seg = F * (1 + gate)`` (Eq. 6), from 0 to 1; ``None`` without
-            attention. With ``zero_init`` it contains the learned strength, and may have any value.
-        gated: ``O_seg`` of Eq. 6, what the segmentation decoder goes on with; without attention the same as
-            ``features``.
+        gate: ``sigmoid(O_res)`` of Eq. 6, from 0 to 1, so that ``O_seg = F * (1 + gate)``; ``None`` without a gate.
+            With ``zero_init`` the gate contains the learned strength and may have any value.
+        gated: ``O_seg`` of Eq. 6, what the segmentation decoder goes on with; ``features`` without a gate.
 
     Example:
         >>> stage = StageFeatures(torch.ones(1, 8, 4, 6, 5), None, None, torch.ones(1, 8, 4, 6, 5))
@@ -43,20 +42,18 @@ class StageFeatures(NamedTuple):
 def capture_features(network: nn.Module, *, stages: Sequence[str] = ()) -> Iterator[list[StageFeatures]]:
     """Capture the features of each decoder stage, coarse to fine, in the forward passes of a ``with`` block.
 
-    The list that the block gets holds those of the last forward pass (in a sliding window: of the last window), and
-    stays filled afterwards. The network is left as it was, also after an error.
+    The block gets a list with the features of the last forward pass (of the last window in a sliding window). The list
+    stays filled after the block, and the network is unchanged.
 
     Args:
-        network: a :class:`~monai_conres.ConResNet`, its baseline, a network of :func:`~monai_conres.attach_conres`, or
-            any other together with ``stages``.
+        network: a :class:`~monai_conres.ConResNet`, a network from :func:`~monai_conres.attach_conres`, or any other
+            network together with ``stages``.
         stages: names of the modules whose outputs are the stages, coarse to fine, for a network without context
-            residual modules: ``wrapper.stages`` of the network with them, or those that
-            :func:`~monai_conres.decoder_stages` finds. ``"up#1"`` is the second call of ``"up"`` in a forward pass.
+            residual modules: ``wrapper.stages``, or the stages from :func:`~monai_conres.decoder_stages`. ``"up#1"``
+            is the second call of ``"up"`` in a forward pass.
 
     Raises:
-        ValueError: when ``stages`` is missing or superfluous, or names no module.
-        RuntimeError: when not every stage ran in the block. In ``eval()`` a network with ``attention=False`` leaves its
-            context residual decoder out; ``network.heads(image)`` runs it.
+        ValueError: when ``stages`` is missing, not needed or unknown, or when not every stage ran in the block.
 
     Example:
         >>> network = ConResNet(1, 2, channels=(8, 16, 32), strides=(2, 2), blocks=(1, 1, 1, 1)).eval()
@@ -68,89 +65,61 @@ def capture_features(network: nn.Module, *, stages: Sequence[str] = ()) -> Itera
         >>> torch.allclose(fine.gated, fine.features * (1 + fine.gate))
         True
     """
+    found: dict[int, StageFeatures] = {}
     captured: list[StageFeatures] = []
-    calls: Counter[int] = Counter()  # of the stages' modules, in this forward pass
+    calls: Counter[int] = Counter()  # of each stage's module in this forward pass
+
+    def hook(number: int, call: int | None) -> Callable[[nn.Module, Any, Any], None]:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            calls[number] += 1
+            if call is None or calls[number] == call + 1:
+                with torch.no_grad():
+                    found[number] = _stage_features(module, args, output)
+                captured[:] = [found[key] for key in sorted(found)]
+
+        return note
+
     modules = _stage_modules(network, stages)
-    hooks = [
-        module.register_forward_hook(_note(captured, number, call, calls))
-        for number, (module, call) in enumerate(modules)
-    ]
-    hooks.append(network.register_forward_pre_hook(lambda module, args: calls.clear()))
+    handles = [module.register_forward_hook(hook(number, call)) for number, (module, call) in enumerate(modules)]
+    handles.append(network.register_forward_pre_hook(lambda module, args: calls.clear()))
     try:
         yield captured
     finally:
-        for hook in hooks:
-            hook.remove()
-    if captured and len(captured) < len(modules):
-        raise RuntimeError(
-            f"expected every stage of {list(stages)} to run in a forward pass, in this order, got {len(captured)} of "
-            "them; leave out those that do not."
-        )
-    if not captured:
-        raise RuntimeError(
-            "expected a forward pass in the block that runs the stages, got none; capture the network itself, not its "
-            "compiled form, and in eval mode without attention call network.heads(image)."
+        for handle in handles:
+            handle.remove()
+    if len(captured) < len(modules):
+        raise ValueError(
+            f"expected a forward pass in the block that runs {len(modules)} stages, got {len(captured)} of them; call "
+            'the network itself, not its compiled form, and network.with_residual(image) for context="mapping".'
         )
 
 
 def _stage_modules(network: nn.Module, stages: Sequence[str]) -> list[tuple[nn.Module, int | None]]:
-    """The modules to listen to, coarse to fine, and to which of their calls; ``None`` is any."""
-    modules: list[nn.Module] = [
-        module for module in network.modules() if isinstance(module, ContextResidualModule) and module.mapping
-    ]
-    if modules and stages:
-        raise ValueError(f"expected no stages for a network with context residual modules, got {list(stages)}.")
-    if not modules and not stages and isinstance(network, ConResNet):
-        modules = list(network.decoder)
-    if modules:
-        return [(module, None) for module in modules]
-    if not stages:
-        raise ValueError(
-            f"expected stages for {type(network).__name__}, which has no context residual module: the names of the "
-            "modules whose outputs to capture, such as [stage.name for stage in decoder_stages(network, c).stages]."
-        )
+    """The module of each stage, coarse to fine, and the number of its call that counts; ``None`` is every call."""
+    own: list[nn.Module] = [module for module in network.modules() if isinstance(module, ContextResidualModule)]
+    if not own and isinstance(network, ConResNet):
+        own = list(network.decoder)
+    if own and stages:
+        raise ValueError(f"expected no stages for a network of this package, got {list(stages)}; leave them out.")
+    if own:
+        return [(module, None) for module in own]
     names = dict(network.named_modules())
-    parts = {stage: stage.partition("#") for stage in stages}
-    if unknown := [
-        stage
-        for stage, (name, mark, call) in parts.items()
-        if name not in names or (mark and not (call.isascii() and call.isdigit()))
-    ]:
-        raise ValueError(f"expected names of modules of {type(network).__name__}, got {unknown}; see named_modules().")
-    any_call = isinstance(network, ConResNet)  # there is one; its heads() begins a pass, too
-    return [(names[name], None if any_call else int(call or 0)) for name, _, call in parts.values()]
-
-
-def _note(
-    captured: list[StageFeatures], number: int, call: int | None, calls: Counter[int]
-) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook that notes stage ``number``, and forgets what a pass before has left from there on."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            return  # in the backward pass, activation checkpointing computes it again
-        calls[number] += 1
-        if call is not None and calls[number] != call + 1:
-            return
-        with torch.no_grad():
-            captured[number:] = [_stage_features(module, args, output)]
-
-    return hook
+    parts = [stage.partition("#") for stage in stages]
+    if not stages or not all(name in names for name, _, _ in parts):
+        raise ValueError(
+            f"expected names of modules of {type(network).__name__} as stages, got {list(stages)}; "
+            "decoder_stages(network, in_channels) shows them."
+        )
+    return [(names[name], int(call or 0)) for name, _, call in parts]
 
 
 def _stage_features(module: nn.Module, args: Any, output: Any) -> StageFeatures:
+    """Copies, because the network may change its features in place afterwards."""
     if not isinstance(module, ContextResidualModule):
-        features = _copy(output)
+        features = output.detach().clone()
         return StageFeatures(features, None, None, features)
-    gated, residual = output
-    gate = None
-    if module.attention:
-        # not gated / features - 1, which has no value where features are zero
-        gate = _copy(module.gate(residual if module.expand is None else module.expand(residual)))
-    features = _copy(args[0])
-    return StageFeatures(features, _copy(residual), gate, features if gate is None else _copy(gated))
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A network may go on to change its features in place."""
-    return tensor.detach().clone()
+    features, (gated, residual) = args[0].detach().clone(), output
+    if module.context != "attention":
+        return StageFeatures(features, residual.detach().clone(), None, features)
+    # gated / features - 1 has no value where a feature is zero
+    return StageFeatures(features, residual.detach().clone(), module.gate(residual), gated.detach().clone())

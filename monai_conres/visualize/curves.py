@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-from monai.utils import optional_import
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from monai_conres.visualize.panels import COLORS, INSTALL
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-else:
-    MaxNLocator, _ = optional_import("matplotlib.ticker", name="MaxNLocator", descriptor=INSTALL)
-    Figure, _ = optional_import("matplotlib.figure", name="Figure", descriptor=INSTALL)
+from monai_conres.visualize.panels import COLORS
 
 __all__ = ["plot_curves"]
 
@@ -27,13 +20,12 @@ def plot_curves(
 
     Args:
         curves: values by title, from the first step on.
-        window: number of steps that the line is a mean of, up to and including its own; the values themselves are
-            drawn pale behind it. The axis says so.
+        window: the line is the mean of this many values, up to its own step. The single values are pale.
         name: what the values are.
-        step: what there is one value for.
+        step: what each value belongs to.
 
     Raises:
-        ValueError: when there is no curve, ``window`` is not positive, or a curve is shorter than ``window``.
+        ValueError: when there is no curve, or a curve is shorter than ``window``.
 
     Example:
         >>> figure = plot_curves({"baseline": [4, 3, 2], "ConResNet": [3, 2, 1]}, window=2)
@@ -46,8 +38,7 @@ def plot_curves(
     figure = Figure(figsize=(5.5, 3.2), layout="constrained")
     axes = figure.subplots()
     for number, (title, values) in enumerate(curves.items()):
-        # the blue and the orange that differ most come first
-        color = COLORS[(4, 5, 2, 6, 0, 1, 3)[number % len(COLORS)]]
+        color = COLORS[(4, 5, 2, 6, 0, 1, 3)[number % len(COLORS)]]  # blue and orange differ most
         mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
         if window > 1:
             axes.plot(np.arange(1, len(values) + 1), values, color=color, alpha=0.2, linewidth=0.7)

@@ -1,47 +1,39 @@
-"""What the pictures share: arrays checked and cut into slices, panels in true proportions, masks in their colors."""
+"""What the figures share: checked arrays, slices in true proportions, masks in their colors."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
 from monai.config import NdarrayOrTensor
-from monai.utils import convert_to_numpy, optional_import
+from monai.utils import convert_to_numpy
 
 from monai_conres.files import atomic_path
-from monai_conres.residual import check_values, slice_dim
-
-INSTALL = "{}; install it with: pip install 'monai-conres[plot]'"
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import to_rgb
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
-    from matplotlib.patches import Patch
-else:
-    Figure, _ = optional_import("matplotlib.figure", name="Figure", descriptor=INSTALL)
-    Patch, _ = optional_import("matplotlib.patches", name="Patch", descriptor=INSTALL)
-    to_rgb, _ = optional_import("matplotlib.colors", name="to_rgb", descriptor=INSTALL)
+from monai_conres.residual import slice_dim
 
 __all__ = ["COLORS", "save_figure"]
 
-#: colors of the classes, distinguishable to the color-blind (Okabe and Ito, 2008)
+#: colors of the classes that color-blind readers can tell apart (Okabe and Ito, 2008)
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-OPACITY = 0.55
-PANEL = 1.9  # inches, of the longer edge
-Window: TypeAlias = tuple[float, float]
-Masks: TypeAlias = Mapping[int, np.ndarray]
+PANEL = 1.9  # length of a panel's longer edge, in inches
+Window: TypeAlias = tuple[float, float]  # values of the first and the last color
+Masks: TypeAlias = Mapping[int, np.ndarray]  # booleans (d, h, w) by number of the foreground class, from 0
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 150) -> None:
-    """Write a figure as a PNG file. A file of that name is replaced when the new one is complete, not before.
+    """Write a figure as a PNG file. An existing file is replaced only when the new one is complete.
 
     Args:
-        figure: a figure of one of the functions here.
-        path: name of the file; folders on the way are made.
+        figure: a figure from one of the functions here.
+        path: name of the file. Missing folders are made.
         dpi: dots per inch.
 
     Example:
@@ -53,100 +45,125 @@ def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 150) -> N
         figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.05)
 
 
-def slice_axis(spatial_axis: int) -> int:
-    """``spatial_axis`` as a number from 0 to 2."""
-    return slice_dim(5, spatial_axis) - 2
+class View:
+    """How volumes of one size are cut into slices and drawn.
 
+    Args:
+        size: number of voxels along each axis.
+        spatial_axis: index of the slice axis among the three spatial axes.
+        spacing: voxel size in mm.
+    """
 
-def to_numpy(array: NdarrayOrTensor) -> np.ndarray:
-    """An array of any kind, in this machine's order of bytes; numpy has no bfloat16."""
-    if isinstance(array, torch.Tensor) and array.dtype == torch.bfloat16:
-        array = array.float()
-    converted = convert_to_numpy(array)
-    return converted.astype(converted.dtype.newbyteorder("="), copy=False)
+    def __init__(self, size: tuple[int, ...], spatial_axis: int, spacing: Sequence[float]) -> None:
+        self.size = size
+        self.axis = slice_dim(5, spatial_axis) - 2
+        self.plane = [axis for axis in range(3) if axis != self.axis]
+        self.spacing = [spacing[axis] for axis in self.plane]
 
+    def figure(
+        self, rows: Sequence[str], columns: Sequence[str], *, extra: float = 0.0
+    ) -> tuple[Figure, list[list[Axes]]]:
+        """A figure of equal panels in the shape of a slice, with names of rows and columns and ``extra`` inches."""
+        width, height = (self.size[axis] * edge for axis, edge in zip(self.plane, self.spacing, strict=True))
+        scale = PANEL / max(width, height)
+        figsize = (len(columns) * (width * scale + 0.06) + 0.4, len(rows) * (height * scale + 0.06) + 0.7 + extra)
+        figure = Figure(figsize=figsize, layout="compressed")
+        grid = figure.subplots(len(rows), len(columns), squeeze=False).tolist()
+        for panels, name in zip(grid, rows, strict=True):
+            panels[0].set_ylabel(name, fontsize=9)
+        for axes, title in zip(grid[0], columns, strict=True):
+            axes.set_title(title, fontsize=9)
+        return figure, grid
 
-def first_channel(image: NdarrayOrTensor) -> np.ndarray:
-    """The first channel of an image, ``(*spatial)``."""
-    volume = to_numpy(image)
-    volume = volume[0] if volume.ndim == 4 else volume
-    if volume.ndim != 3:
-        raise ValueError(
-            f"expected an image of shape (c, d, h, w) or (d, h, w), got {volume.shape}; take one of a batch."
+    def cut(self, volume: np.ndarray, number: int) -> np.ndarray:
+        """One slice ``(vertical, horizontal)``."""
+        if not 0 <= number < volume.shape[self.axis]:
+            raise ValueError(f"expected slices from 0 to {volume.shape[self.axis] - 1}, got {number}.")
+        return np.take(volume, number, axis=self.axis).T
+
+    def show(
+        self, axes: Axes, picture: np.ndarray, window: Window | None = None, *, colormap: str = "gray"
+    ) -> AxesImage:
+        """Draw one slice in its true proportions."""
+        horizontal, vertical = self.spacing
+        low, high = window or (None, None)
+        axes.set(xticks=[], yticks=[])
+        return axes.imshow(
+            picture,
+            cmap=colormap,
+            vmin=low,
+            vmax=high,
+            origin="lower",
+            aspect=vertical / horizontal,
+            interpolation="nearest",
         )
-    return volume.astype(np.float32)
 
+    def paint(
+        self, number: int, masks: Masks, background: np.ndarray, window: Window, *, opacity: float = 0.55
+    ) -> np.ndarray:
+        """Masks in their colors over one slice of the background, the largest mask first; ``(h, w, 3)``."""
+        low, high = window
+        gray = np.clip((self.cut(background, number) - low) / max(high - low, 1e-6), 0, 1)
+        picture = np.repeat(gray[..., None], 3, axis=-1)
+        pieces = {key: self.cut(mask, number) for key, mask in masks.items()}
+        for key, inside in sorted(pieces.items(), key=lambda item: -int(item[1].sum())):
+            picture[inside] = (1 - opacity) * gray[inside][:, None] + opacity * np.array(class_color(key))
+        return picture
 
-def all_channels(array: NdarrayOrTensor, size: tuple[int, ...] | None = None) -> np.ndarray:
-    """``(c, *spatial)``."""
-    channels = to_numpy(array)
-    channels = channels[None] if channels.ndim == 3 else channels
-    if channels.ndim != 4:
-        raise ValueError(f"expected an array of shape (c, d, h, w) or (d, h, w), got {channels.shape}.")
-    if size is not None and channels.shape[1:] != size:
-        raise ValueError(
-            f"expected an array of the image's spatial size {size}, with or without a channel, got {channels.shape}."
-        )
-    return channels
-
-
-def class_masks(mask: NdarrayOrTensor, size: tuple[int, ...] | None = None) -> Masks:
-    """Booleans ``(*spatial)`` by the number of the foreground class, from 0; of class indices those that are there."""
-    channels = np.ascontiguousarray(all_channels(mask, size))
-    if len(channels) > 1:
-        check_values(torch.from_numpy(channels), 2, "zeros and ones, or class indices in one channel")
-        return dict(enumerate(channels.astype(bool)))
-    values = np.unique(channels)
-    check_values(torch.from_numpy(values), 2**31, "class indices")
-    return {int(value) - 1: channels[0] == value for value in values if value > 0}
-
-
-def chosen_slices(slices: int | Sequence[int], take: Callable[[int], Sequence[int]]) -> Sequence[int]:
-    """The numbers of the slices, or as many as asked for."""
-    if isinstance(slices, (int, np.integer)):
-        slices = take(int(slices)) if slices > 0 else ()
-    if not len(slices):
-        raise ValueError("expected one or more slices to draw, got none.")
-    return slices
-
-
-def spread_slices(masks: Iterable[np.ndarray], size: tuple[int, ...], axis: int, count: int) -> list[int]:
-    """Numbers of slices, evenly spread over those where one of some masks ``(*spatial)`` is not empty."""
-    others = tuple(other for other in range(3) if other != axis)
-    filled = np.zeros(size[axis], dtype=bool)
-    for mask in masks:
-        filled |= mask.any(axis=others)
-    candidates = np.flatnonzero(filled) if filled.any() else np.arange(size[axis])
-    count = min(count, len(candidates))
-    return [int(candidates[round((2 * i + 1) * len(candidates) / (2 * count) - 0.5)]) for i in range(count)]
+    def spread_slices(self, masks: Iterable[np.ndarray], count: int) -> list[int]:
+        """Numbers of slices, evenly spread over the slices where a mask is not empty."""
+        filled = np.zeros(self.size[self.axis], dtype=bool)
+        for mask in masks:
+            filled |= mask.any(axis=tuple(self.plane))
+        candidates = np.flatnonzero(filled) if filled.any() else np.arange(len(filled))
+        count = min(count, len(candidates))
+        return [int(candidates[round((2 * i + 1) * len(candidates) / (2 * count) - 0.5)]) for i in range(count)]
 
 
 def adjacent_slices(middle: int, number: int, count: int) -> range:
-    """``count`` adjacent ones of ``number`` slices, around the one in the middle."""
+    """Numbers of ``count`` adjacent slices of ``number`` slices, around ``middle``."""
     first = min(max(0, middle - count // 2), max(0, number - count))
     return range(first, min(first + count, number))
 
 
-def cut(volume: np.ndarray, axis: int, number: int) -> np.ndarray:
-    """One slice, its first axis from left to right and its second from bottom to top."""
-    if not 0 <= number < volume.shape[axis]:
-        raise ValueError(f"expected slices from 0 to {volume.shape[axis] - 1}, got {number}.")
-    return np.take(volume, number, axis=axis).T
+def first_channel(image: NdarrayOrTensor) -> np.ndarray:
+    """The first channel of an image, ``(d, h, w)``."""
+    return all_channels(image)[0].astype(np.float32)
 
 
-def cut_masks(masks: Masks, axis: int, number: int) -> Masks:
-    """One slice of each mask."""
-    return {key: cut(mask, axis, number) for key, mask in masks.items()}
+def all_channels(array: NdarrayOrTensor, size: tuple[int, ...] | None = None) -> np.ndarray:
+    """Channels ``(c, d, h, w)`` of spatial size ``size``."""
+    if isinstance(array, torch.Tensor) and array.dtype == torch.bfloat16:  # numpy does not have it
+        array = array.float()
+    channels = convert_to_numpy(array)
+    channels = channels[None] if channels.ndim == 3 else channels
+    if channels.ndim != 4:
+        raise ValueError(
+            f"expected an array of shape (c, d, h, w) or (d, h, w), got {channels.shape}; take one image of a batch."
+        )
+    if size is not None and channels.shape[1:] != size:
+        raise ValueError(f"expected an array of the image's spatial size {size}, got shape {channels.shape}.")
+    return channels
 
 
-def paint_masks(background: np.ndarray, window: Window, masks: Masks, opacity: float = OPACITY) -> np.ndarray:
-    """Masks in their colors over a gray slice, the largest first, so that nested ones all show; ``(h, w, 3)``."""
-    low, high = window
-    gray = np.clip((background - low) / max(high - low, 1e-6), 0, 1)
-    picture = np.repeat(gray[..., None], 3, axis=-1)
-    for number, inside in sorted(masks.items(), key=lambda item: -int(item[1].sum())):
-        picture[inside] = (1 - opacity) * gray[inside][:, None] + opacity * np.array(class_color(number))
-    return picture
+def largest_channel(array: NdarrayOrTensor, size: tuple[int, ...]) -> np.ndarray:
+    """The largest value of all channels, ``(d, h, w)``."""
+    return all_channels(array, size).max(axis=0).astype(np.float32)
+
+
+def class_masks(mask: NdarrayOrTensor, size: tuple[int, ...]) -> Masks:
+    """Masks of the foreground classes: of every channel, or of the class indices that one channel has."""
+    channels = all_channels(mask, size)
+    if len(channels) > 1:
+        if not ((channels == 0) | (channels == 1)).all():
+            raise ValueError("expected channels of zeros and ones, or class indices in one channel, got other values.")
+        return dict(enumerate(channels.astype(bool)))
+    values = np.unique(channels)
+    if (values != np.round(values)).any() or values[0] < 0:
+        raise ValueError(
+            f"expected class indices 0, 1, ... in one channel, got values from {values[0]} to {values[-1]}."
+        )
+    return {int(value) - 1: channels[0] == value for value in values if value > 0}
 
 
 def class_color(number: int) -> tuple[float, float, float]:
@@ -154,54 +171,15 @@ def class_color(number: int) -> tuple[float, float, float]:
     return to_rgb(COLORS[number % len(COLORS)])
 
 
-def new_figure(
-    size: Sequence[int], axis: int, spacing: Sequence[float], rows: int, columns: int, *, extra: float = 0.0
-) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of equal panels in the shape of a slice, and ``extra`` inches of height."""
-    width, height = (size[other] * spacing[other] for other in range(3) if other != axis)
-    scale = PANEL / max(width, height)
-    figure = Figure(
-        figsize=(columns * (width * scale + 0.06) + 0.4, rows * (height * scale + 0.06) + 0.7 + extra),
-        layout="compressed",
-    )
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
-
-
-def show(
-    axes: Axes,
-    picture: np.ndarray,
-    window: Window | None,
-    spacing: Sequence[float],
-    axis: int,
-    *,
-    colormap: str = "gray",
-) -> AxesImage:
-    """Draw one slice in its true proportions."""
-    horizontal, vertical = (spacing[other] for other in range(3) if other != axis)
-    low, high = (None, None) if window is None else window
-    axes.set_xticks([])
-    axes.set_yticks([])
-    return axes.imshow(
-        picture,
-        cmap=colormap,
-        vmin=low,
-        vmax=high,
-        origin="lower",
-        aspect=vertical / horizontal,
-        interpolation="nearest",
-    )
-
-
 def value_window(pictures: Iterable[np.ndarray]) -> Window:
-    """The values that have the first and the last color: nearly all of those in some pictures of one size."""
+    """Values of the first and the last color: nearly all values of some pictures of one size."""
     low, high = np.percentile(np.stack(list(pictures)), (1, 99.5))
     return float(low), float(high)
 
 
 def class_legend(figure: Figure, masks: Iterable[Masks], names: Sequence[str]) -> None:
-    """Names of the foreground classes below the panels: those that have one, and those that are there."""
-    labels = {number: f"class {number + 1}" for number in sorted({number for mask in masks for number in mask})}
-    labels = dict(sorted((labels | dict(enumerate(names))).items()))
+    """Names of the foreground classes below the panels: named classes, and classes that a mask has."""
+    labels = {number: f"class {number + 1}" for mask in masks for number in mask} | dict(enumerate(names))
     if labels:
-        handles = [Patch(color=class_color(number), label=label) for number, label in labels.items()]
+        handles = [Patch(color=class_color(number), label=labels[number]) for number in sorted(labels)]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(labels), 4), fontsize=8, frameon=False)
