@@ -18,17 +18,15 @@ FOLDER = Path(__file__).parent / "notebooks"
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """A notebook with the outputs that it has now; an error in a cell is an error here."""
+    """The notebook with new outputs. An error in a cell is raised."""
     notebook = nbformat.read(path, as_version=4)
-    # without the times of day, so that a notebook which gives the same is the same file
-    client = NotebookClient(
+    return NotebookClient(
         notebook,
         timeout=1800,
-        record_timing=False,
+        record_timing=False,  # so that the same outputs give the same file
         coalesce_streams=True,
         resources={"metadata": {"path": str(FOLDER)}},
-    )
-    return client.execute()
+    ).execute()
 
 
 if __name__ == "__main__":
