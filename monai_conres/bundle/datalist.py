@@ -13,7 +13,7 @@ import numpy as np
 from monai.data import partition_dataset
 from monai.utils import ensure_tuple, optional_import
 
-from monai_conres.files import is_named, load_volume, read_header, repeated, stem
+from monai_conres.files import is_named, load_volume, read_header, repeated, stem, stored_axes
 from monai_conres.scans import check_structures
 
 tqdm, _ = optional_import("tqdm", name="tqdm", descriptor="{}; install it with: pip install 'monai-conres[examples]'")
@@ -181,20 +181,23 @@ def _load_checked(file: str | os.PathLike) -> Any:
     return volume
 
 
-def check_same_grid(name: str, files: Sequence[str]) -> None:
-    """Raise unless the NIfTI files of a case have the same size and geometry."""
-    first, *others = (read_header(file) for file in files)
-    for file, header in zip(files[1:], others, strict=True):
-        if header.get_data_shape()[:3] != first.get_data_shape()[:3]:
-            raise ValueError(
-                f"expected files of the same size in case {name}, got {first.get_data_shape()[:3]} in {files[0]} and "
-                f"{header.get_data_shape()[:3]} in {file}; take the case out or repair it."
-            )
-        if not np.allclose(header.get_best_affine(), first.get_best_affine(), atol=1e-2):
-            raise ValueError(
-                f"expected files of the same geometry in case {name}, got another affine in {file} than in "
-                f"{files[0]}; register them to each other, or repair the header."
-            )
+def check_same_grid(name: str, files: Sequence[str], *, origin: bool = True) -> None:
+    """Raise unless the NIfTI files of a case have the same size, axes, voxel size and, if asked, the same origin."""
+    headers = [read_header(file) for file in files]
+    checks: list[tuple[str, Callable, float]] = [
+        ("size", lambda header: header.get_data_shape()[:3], 0),
+        ("orientation", stored_axes, 0),
+        ("voxel size in mm", lambda header: header.get_zooms()[:3], 1e-2),
+        ("affine", lambda header: header.get_best_affine(), 1e-2),
+    ]
+    for what, read, tolerance in checks if origin else checks[:3]:
+        one, *others = (np.asarray(read(header)) for header in headers)
+        for file, other in zip(files[1:], others, strict=True):
+            if not np.allclose(one, other, rtol=tolerance, atol=tolerance):
+                raise ValueError(
+                    f"expected the same {what} in all files of case {name}, got {one.tolist()} in {files[0]} and "
+                    f"{other.tolist()} in {file}; repair the header that is wrong, or take the case out."
+                )
 
 
 def for_each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:

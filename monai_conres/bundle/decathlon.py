@@ -7,12 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from monai.data import load_decathlon_datalist
 
-from monai_conres.bundle.datalist import Datalist
+from monai_conres.bundle.datalist import Datalist, check_same_grid
 from monai_conres.files import read_header, repeated, stem, stored_axes
 
 __all__ = ["DecathlonDatalist", "read_decathlon", "training_plan"]
@@ -80,8 +79,12 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         ) from error
     shapes, spacings, channels = [], [], set()
     for case in cases:
-        image = _check_files(case, file)
+        for key in ("image", "label"):
+            if not Path(case[key]).is_file():
+                raise ValueError(f"expected the file {case[key]}, which {file} names, but it is missing; fetch it.")
         case["name"] = stem(Path(case["image"]))
+        check_same_grid(case["name"], [case["image"], case["label"]], origin=False)
+        image = read_header(case["image"])
         shape, axes = image.get_data_shape(), stored_axes(image)[:, 0].argsort()  # the axes of RAS
         shapes.append(np.asarray(shape)[axes])
         spacings.append(np.asarray(image.get_zooms())[axes])
@@ -112,28 +115,6 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         spacing=tuple(round(float(edge), 4) for edge in np.median(spacings, axis=0)),
         folds=folds,
     )
-
-
-def _check_files(case: dict[str, Any], file: Path) -> Any:
-    """The header of the image. Raises unless image and label exist and their headers agree."""
-    for key in ("image", "label"):
-        if not Path(case[key]).is_file():
-            raise ValueError(f"expected the file {case[key]}, which {file} names, but it is missing; fetch it.")
-    image, label = (read_header(case[key]) for key in ("image", "label"))
-    sizes = [np.asarray(header.get_data_shape()[:3]) for header in (image, label)]
-    voxels = [np.asarray(header.get_zooms()[:3]) for header in (image, label)]
-    orientations = [stored_axes(header) for header in (image, label)]
-    for what, (one, other), tolerance in (
-        ("size", sizes, 0),
-        ("orientation", orientations, 0),
-        ("size of the voxels in mm", voxels, 0.01),
-    ):
-        if not np.allclose(one, other, rtol=tolerance):
-            raise ValueError(
-                f"expected the same {what} in image and label, got {one.tolist()} in {case['image']} and "
-                f"{other.tolist()} in {case['label']}; repair the header that is wrong, or take the case out of {file}."
-            )
-    return image
 
 
 def training_plan(

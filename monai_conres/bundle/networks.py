@@ -156,8 +156,9 @@ def load_networks(
         scans = content["scans"] if scans is None else scans
         for name in ("channels", "classes", "activation", "orientation", "spacing", "normalization"):
             stored, here = getattr(content["scans"], name), getattr(scans, name)
-            # the values of a class may differ between data sets
-            if stored != here and not (name == "classes" and list(stored) == list(here)):
+            if name == "classes":  # the values may differ between data sets, the order may not
+                stored, here = list(stored), list(here)
+            if stored != here:
                 raise ValueError(
                     f"expected {name} {_plain(stored)}, with which {folder} was trained, got {_plain(here)}; average "
                     "networks that were trained in the same way."
@@ -272,7 +273,7 @@ def _folder_and_weights(run_dir: Run) -> tuple[Path, str]:
 def _check_agreement(folder: Path, name: str, stored: Any, given: Any) -> None:
     if name == "network_def#spatial_axis" and isinstance(given, int):
         stored, given = stored % 3, given % 3
-    if plain_values(stored) != plain_values(given):
+    if _plain(stored) != _plain(given):
         raise ValueError(
             f"expected {name} {_plain(stored)}, as in {folder / 'network.json'}, got {_plain(given)}; leave out "
             f"--{name}, or give the run_dir of a network that was trained with it."
@@ -280,7 +281,7 @@ def _check_agreement(folder: Path, name: str, stored: Any, given: Any) -> None:
 
 
 def _plain(value: Any) -> str:
-    """A short text without the difference of tuples and lists."""
+    """A text, for tuples the same as for lists. Two dictionaries need the same order."""
     return str(plain_values(value))
 
 

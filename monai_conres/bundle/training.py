@@ -10,8 +10,8 @@ import dataclasses
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence, Sized
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from monai.utils import ensure_tuple, optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import get_worker_info
 
-from monai_conres.files import atomic_path, network_entry, plain_values, save_network, write_csv
+from monai_conres.files import _check_fit, atomic_path, network_entry, plain_values, save_network, write_csv
 from monai_conres.scans import ScanSettings
 
 if TYPE_CHECKING:
@@ -76,17 +76,12 @@ class SeededDataset(CacheDataset):
         transform = transform if isinstance(transform, Compose) else Compose(transform)
         super().__init__(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
 
-    @property
-    def epoch(self) -> int:
-        """The epoch for which the random transforms draw."""
-        return int(self._epoch)
-
     def set_epoch(self, epoch: int) -> None:
         """Draw for another epoch. Call this before the loader makes its iterator, as :class:`EpochSeeds` does."""
         self._epoch.fill_(epoch)
 
     def _transform(self, index: int) -> Any:
-        seed = _seed(self.seed, self.epoch, index % len(self))
+        seed = _seed(self.seed, int(self._epoch), index % len(self))
         self.transform.set_random_state(seed=seed)
         if get_worker_info() is not None:  # a worker's global generators, for transforms without their own
             torch.manual_seed(seed)
@@ -212,10 +207,11 @@ class TrainingCheckpoint:
         }
         settings = {
             "network": network_entry(self._network, backbone),
-            "scans": dataclasses.asdict(scans),
+            "scans": {**dataclasses.asdict(scans), "classes": list(scans.classes.items())},  # their order counts
             "training": self.training,
         }
         self.settings = plain_values({**settings, **optimizers})
+        _check_fit(self.settings["network"], scans)  # not only after the training
 
     def attach(self, engine: Engine) -> None:
         """Load when ``engine`` starts, and save after its epochs. Attach this handler last."""
@@ -248,15 +244,18 @@ class TrainingCheckpoint:
         engine.logger.info(f"going on after epoch {engine.state.epoch} from {self.path}")
 
     def save(self, engine: Engine) -> None:
-        """Write the checkpoint."""
-        state = {name: thing.state_dict() for name, thing in self._parts(engine).items()}
-        self._write(partial(_save, {**state, "settings": self.settings}, self.path), self.path)
+        """Write the checkpoint, in the first process."""
+        if idist.get_rank() == 0:
+            state = {name: thing.state_dict() for name, thing in self._parts(engine).items()}
+            with _disk_errors(self.path), atomic_path(self.path) as temporary:
+                torch.save({**state, "settings": self.settings}, temporary)
 
     def finish(self, engine: Engine) -> None:
-        """Write the checkpoint, ``model.pt`` and ``network.json``."""
+        """Write the checkpoint, ``model.pt`` and ``network.json``, in the first process."""
         self.save(engine)
-        write = partial(save_network, backbone=self.backbone, training=self.training)
-        self._write(partial(write, self.run_dir, self._network, self.scans), self.run_dir / "model.pt")
+        if idist.get_rank() == 0:
+            with _disk_errors(self.run_dir / "model.pt"):
+                save_network(self.run_dir, self._network, self.scans, backbone=self.backbone, training=self.training)
 
     @property
     def _network(self) -> nn.Module:
@@ -268,20 +267,15 @@ class TrainingCheckpoint:
         scaler = getattr(engine, "scaler", None)
         return {**self.objects, "trainer": engine, **({} if scaler is None else {"scaler": scaler})}
 
-    def _write(self, write: Callable[[], None], path: Path) -> None:
-        """Write in the first process only."""
-        if idist.get_rank() > 0:
-            return
-        try:
-            write()
-        except (OSError, RuntimeError) as error:  # torch raises its own error for a full disk
-            kept = "; the previous file is still there" if path.is_file() else ""
-            raise OSError(f"cannot write {path} ({error}): is the disk full?{kept}.") from error
 
-
-def _save(state: Mapping[str, Any], path: Path) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Errors of the disk name the file. torch raises its own error for a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        kept = "; the previous file is still there" if path.is_file() else ""
+        raise OSError(f"cannot write {path} ({error}): is the disk full?{kept}.") from error
 
 
 def _optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -303,11 +297,11 @@ def _optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:
     """One text for each setting that changed."""
+    if earlier == now:
+        return []
     if isinstance(earlier, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*earlier, *now])
         return [text for key in keys for text in _differences(earlier.get(key), now.get(key), f"{name}.{key}")]
-    if earlier == now:
-        return []
     one, other = (text if len(text := str(value)) < 100 else f"{text[:90]} ..." for value in (earlier, now))
     return [f"{name.removeprefix('.')} was {one} and is now {other}"]
 

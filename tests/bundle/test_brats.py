@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from monai_conres.bundle import read_brats
-from monai_conres.bundle.structures import label_values, structure_masks
 from monai_conres.phantom import write_phantom_brats, write_phantom_dataset
+from monai_conres.scans import label_values, structure_masks
 
 SIZE = (12, 14, 10)
 NAMES_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
@@ -24,17 +24,15 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def test_phantoms_have_the_values_of_2018(folder):
-    case = folder / "HGG" / "phantom_000"
-    assert np.unique(nib.load(case / "phantom_000_seg.nii.gz").dataobj).tolist() == [0, 1, 2, 4]
-    assert nib.aff2axcodes(nib.load(case / "phantom_000_t2.nii.gz").affine) == ("L", "P", "S")
-
-
-def test_channels_are_in_the_order_of_the_modalities(folder):
+def test_channels_have_the_order_of_the_modalities(folder):
     data = read_brats(folder, ["t2", "flair"])
     assert [case["name"] for case in data.cases] == ["phantom_000", "phantom_002", "phantom_001", "phantom_003"]
     assert [file.rsplit("_", 1)[1] for file in data.cases[0]["image"]] == ["t2.nii.gz", "flair.nii.gz"]
     assert data.cases[0]["label"].endswith("HGG/phantom_000/phantom_000_seg.nii.gz")
+
+
+def test_hold_out_draws_cases_by_the_seed(folder):
+    data = read_brats(folder)
     training, validation = data.hold_out(1, seed=3)
     assert (len(training), len(validation)) == (3, 1)
     assert data.hold_out(1, seed=3)[1] == validation
@@ -49,11 +47,11 @@ def test_channels_are_in_the_order_of_the_modalities(folder):
         ("BraTS20_Training_001", {kind: f"BraTS20_Training_001_{kind}.nii" for kind in NAMES_2023}, 4),
         ("BraTS2021_00000", {kind: f"BraTS2021_00000_{kind}.nii.gz" for kind in NAMES_2023}, 4),
         ("BraTS-GLI-00000-000", {k: f"BraTS-GLI-00000-000-{name}.nii.gz" for k, name in NAMES_2023.items()}, 3),
-        # the label of this case, and of no other, has another name in 2020
+        # only the label of this case has another name in 2020
         ("BraTS20_Training_355", {k: f"x_{k}.nii" for k in NAMES_2023} | {"seg": "W39_1998.09.19_Segm.nii"}, 4),
     ],
 )
-def test_other_years(tmp_path, name, files, enhancing):
+def test_read_brats_takes_the_names_of_other_years(tmp_path, name, files, enhancing):
     for file in files.values():
         save(tmp_path / name / file)
     data = read_brats(tmp_path)
@@ -65,7 +63,7 @@ def test_other_years(tmp_path, name, files, enhancing):
     assert structure_masks(label, data.structures).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1], [0, 1, 0, 1]]
 
 
-def test_task01_has_other_values(tmp_path):
+def test_task01_has_other_label_values(tmp_path):
     write_phantom_dataset(tmp_path / "data", cases=2, size=SIZE)  # 1 edema, 2 necrosis, 3 enhancing tumor
     data = read_brats(tmp_path / "data")
     masks = structure_masks(torch.tensor([[0, 1, 2, 3]]), data.structures)
@@ -74,15 +72,15 @@ def test_task01_has_other_values(tmp_path):
         "WT": [0, 1, 1, 1],
         "TC": [0, 0, 1, 1],
     }
-    # a softmax has the same classes in the same order: enhancing tumor, necrosis, edema
+    # the softmax classes have the same order: enhancing tumor, necrosis, edema
     assert label_values(data.structures) == [3, 2, 1]
     write_phantom_brats(tmp_path / "2018", cases=1, size=SIZE)
     assert label_values(read_brats(tmp_path / "2018").structures) == [4, 1, 2]
-    with pytest.raises(ValueError, match=r"one file in this order, got .*'flair'"):
+    with pytest.raises(ValueError, match=r"Task01 .* in this order, got \['flair'\]"):
         read_brats(tmp_path / "data", ["flair"])
 
 
-def test_task01_without_labels(tmp_path):
+def test_task01_without_labels_reads_the_test_scans(tmp_path):
     write_phantom_dataset(tmp_path / "data", cases=2, size=SIZE)
     (tmp_path / "data" / "imagesTs").mkdir()
     (tmp_path / "data" / "imagesTr" / "phantom_001.nii.gz").rename(tmp_path / "data" / "imagesTs" / "BRATS_9.nii.gz")
@@ -92,7 +90,7 @@ def test_task01_without_labels(tmp_path):
     data.check(channels=4, progress=False)
 
 
-def test_two_challenges_in_one_folder(tmp_path):
+def test_two_challenges_in_one_folder_are_an_error(tmp_path):
     for kind, name in NAMES_2023.items():
         save(tmp_path / "old" / f"old_{kind}.nii.gz")
         save(tmp_path / "new" / f"new-{name}.nii.gz")
@@ -113,11 +111,15 @@ def test_errors_name_case_and_file(folder, tmp_path):
         read_brats(folder)  # all of it in one error
     moved.rename(other)
     assert len(read_brats(folder, ["flair"]).cases) == 4
-    save(t1, affine=np.diag([1, 1, 2, 1]))
-    with pytest.raises(ValueError, match=r"same geometry in case phantom_001.*phantom_001_t1\.nii\.gz"):
+    save(t1, affine=np.diag([-1, -1, 2, 1]))
+    with pytest.raises(ValueError, match=r"same voxel size.* of case phantom_001.*phantom_001_t1\.nii\.gz"):
         read_brats(folder)
     save(t1, size=(12, 14, 9), affine=np.eye(4))
-    with pytest.raises(ValueError, match=r"same size in case phantom_001.*12, 14, 9.*phantom_001_t1\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"same size in .* case phantom_001.*12, 14, 9.*phantom_001_t1\.nii\.gz"):
+        read_brats(folder)
+    moved = nib.load(case / "phantom_001_t2.nii.gz").affine + np.eye(4, k=3)
+    save(t1, affine=moved)
+    with pytest.raises(ValueError, match=r"same affine in .* case phantom_001.*phantom_001_t1\.nii\.gz"):
         read_brats(folder)
     t1.write_bytes(whole[:100])
     with pytest.raises(ValueError, match=r"cannot read .*phantom_001_t1\.nii\.gz"):
@@ -149,7 +151,7 @@ def test_errors_name_case_and_file(folder, tmp_path):
         read_brats(tmp_path / "empty")
 
 
-def test_real_data(real_data):
+def test_read_brats_reads_real_data(real_data):
     data = read_brats(real_data / "BraTS_sample", ["flair", "t1ce"])
     assert len(data.cases) == 6
     assert data.structures["ET"] == (4,)

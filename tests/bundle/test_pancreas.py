@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from monai_conres.bundle import LoadPancreasCTd, check_voxels, load_volume, read_pancreas_ct
+from monai_conres.bundle import LoadPancreasCTd, check_voxels, read_pancreas_ct
+from monai_conres.bundle.pancreas import FOLDS
+from monai_conres.files import load_volume
 from monai_conres.phantom import write_phantom_dataset
 from tests.nih import ORIGIN, SPACING, write_pancreas_ct
 
@@ -18,25 +20,20 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def test_the_published_folds(folder):
+def test_published_folds_hold_each_case_once(folder):
+    assert sorted(number for fold in FOLDS for number in fold) == list(range(1, 83))
+    assert [len(fold) for fold in FOLDS] == [20, 20, 21, 21]
     data = read_pancreas_ct(folder)
     assert [case["name"] for case in data.cases] == [f"PANCREAS_00{n}" for n in ("01", "10", "25", "60")]
     assert data.structures == {"pancreas": (1,)}
     held_out = [[case["name"][-2:] for case in data.split(fold)[1]] for fold in (0, 1, 3)]
     assert held_out == [["10", "25"], ["60"], ["01"]]
-    assert [case["name"] for case in read_pancreas_ct(folder, exclude=[25, 70]).cases if "25" in case["name"]] == []
+    assert len(read_pancreas_ct(folder, exclude=[25, 70]).cases) == 3
     with pytest.raises(ValueError, match="fold from 0 to 3, got 4"):
         data.split(4)
 
 
-def test_the_folds_have_each_case_once():
-    from monai_conres.bundle.pancreas import _FOLDS
-
-    assert sorted(number for fold in _FOLDS for number in fold) == list(range(1, 83))
-    assert [len(fold) for fold in _FOLDS] == [20, 20, 21, 21]
-
-
-def test_image_and_label_lie_on_each_other_in_the_geometry_of_the_series(folder):
+def test_label_gets_the_geometry_of_the_series(folder):
     case = read_pancreas_ct(folder).cases[1]
     loaded = LoadPancreasCTd(["image", "label"])(case)
     image, label = loaded["image"], loaded["label"]
@@ -49,12 +46,11 @@ def test_image_and_label_lie_on_each_other_in_the_geometry_of_the_series(folder)
     check_voxels(case, {0, 1})
 
 
-def test_hidden_files_beside_the_slices(folder):
-    """As macOS leaves them; neither counted nor read."""
+def test_hidden_files_next_to_the_slices_do_not_count(folder):
+    """macOS leaves such files."""
     series = folder / "PANCREAS_0001" / "study" / "series"
-    file = next(series.glob("*.dcm"))
     expected = load_volume(series)
-    (series / f"._{file.name}").write_bytes(b"no DICOM")
+    (series / f"._{next(series.glob('*.dcm')).name}").write_bytes(b"no DICOM")
     case = read_pancreas_ct(folder).cases[0]
     assert case["image"] == str(series)
     torch.testing.assert_close(load_volume(case["image"]), expected)
@@ -68,11 +64,23 @@ def test_task07_has_one_structure(tmp_path):
     np.testing.assert_array_equal(loaded["label"][0], np.asarray(nib.load(data.cases[0]["label"]).dataobj))
 
 
+def test_task07_without_labels_reads_the_test_scans(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=3, size=(12, 14, 10))
+    (tmp_path / "data" / "imagesTs").mkdir()
+    (tmp_path / "data" / "imagesTr" / "phantom_001.nii.gz").rename(tmp_path / "data" / "imagesTs" / "pancreas_9.nii.gz")
+    data = read_pancreas_ct(tmp_path / "data", labels=False)
+    assert data.cases == [{"name": "pancreas_9", "image": str(tmp_path / "data" / "imagesTs" / "pancreas_9.nii.gz")}]
+    assert data.structures == {"pancreas": (1, 2)}
+
+
 def test_errors_name_case_and_file(folder, tmp_path):
     label = folder / "TCIA_pancreas_labels" / "label0010.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros((12, 14, 8), np.uint8), np.eye(4)), label)
-    with pytest.raises(ValueError, match=r"\(12, 14, 9\).*PANCREAS_0010.*\(12, 14, 8\) in .*label0010"):
+    message = r"\(12, 14, 9\).*PANCREAS_0010.*\(12, 14, 8\) in .*label0010"
+    with pytest.raises(ValueError, match=message):
         read_pancreas_ct(folder)
+    with pytest.raises(ValueError, match=message):
+        LoadPancreasCTd(["image", "label"])({"image": str(folder / "PANCREAS_0010/study/series"), "label": str(label)})
     label.unlink()
     with pytest.raises(ValueError, match=r"label of PANCREAS_0010, label0010\.nii\.gz"):
         read_pancreas_ct(folder)
