@@ -1,0 +1,740 @@
+"""The slice chain: what the residuals are for. Draw one slice, get the volume.
+
+Each in-plane position is a chain along the slices, a linear-chain conditional random field. With classes ``y_s`` of the
+slices ``s`` of one position, the unary potentials ``u_s(c)`` of the segmentation and the log-odds ``rho_s(k)`` that
+membership of class ``k`` changes between the slices ``s - 1`` and ``s``,
+
+``log p(y) = sum_s u_s(y_s) + sum_{s > 0, k > 0} rho_s(k) * [(y_s = k) != (y_{s-1} = k)] - log Z``.
+
+The bracket is the residual mask of the labelling (Eq. 1 and 13 of Zhang et al., 2021). The background, state 0, has no
+residual: ``rho_s(0) = 0``. A change from ``a`` to ``c`` costs ``rho_s(a) + rho_s(c)``, a product of two factors, so
+that a message along the chain costs O(C) for C states. Drawn voxels are clamped to what was drawn.
+
+``R`` residual channels with ``C = R + 1`` segmentation channels are classes of a softmax, one chain of ``C`` states for
+each position. ``R`` residual channels with ``C = R`` are independent sigmoids, ``R`` chains of two states.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.utils import convert_to_dst_type, convert_to_tensor
+
+from monai_conres.layers import resize_features
+from monai_conres.residual import check_values, class_masks, inter_slice_residual, slice_dim
+
+__all__ = [
+    "ChainLoss",
+    "ChainSettings",
+    "best_labelling",
+    "complete_mask",
+    "fit_chain",
+    "log_partition",
+    "next_slice",
+    "slice_marginals",
+]
+
+Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of two tensors
+
+# finite, because a logsumexp of nothing but -inf has NaN gradients; its exponential is zero
+IMPOSSIBLE = -1e6
+# positions that go through the chain together: on a CPU what fits the cache
+BLOCK = {"cpu": 8192}
+LARGE_BLOCK = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainSettings:
+    """Weights of the chain: how far it trusts segmentation, residual decoder and image.
+
+    ``u = tau * logits`` and ``rho = residual_scale * residual logits + image_contrast * |I_s - I_{s-1}| + offset``,
+    with the image ``I`` as the network sees it, averaged over its channels. ``dataclasses.asdict(settings)`` gives
+    plain values for a JSON file; ``ChainSettings(**values)`` reads them.
+
+    Args:
+        tau: weight of the segmentation, 0 or more.
+        residual_scale: weight of the residual logits, 0 or more.
+        image_contrast: weight of the image's inter-slice contrast, 0 or more.
+        offset: one number for all classes, or one for each class that has a residual.
+
+    Raises:
+        ValueError: when a number is not finite, or a weight is negative.
+
+    Example:
+        >>> from dataclasses import asdict
+        >>> settings = ChainSettings(tau=0.5, offset=[-2.0, -1.0])
+        >>> asdict(settings)
+        {'tau': 0.5, 'residual_scale': 1.0, 'image_contrast': 1.0, 'offset': (-2.0, -1.0)}
+        >>> ChainSettings(**asdict(settings)) == settings
+        True
+    """
+
+    tau: float = 1.0
+    residual_scale: float = 1.0
+    image_contrast: float = 1.0
+    # the weighted loss of Eq. 8 raises the residual logits by log(w_1 / w_0), 1 to 2 for usual masks
+    offset: float | Sequence[float] = -2.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.offset, (int, float)):
+            object.__setattr__(self, "offset", tuple(float(value) for value in self.offset))
+        weights = torch.tensor([self.tau, self.residual_scale, self.image_contrast])
+        if not (weights.isfinite().all() and weights.min() >= 0 and torch.tensor(self.offset).isfinite().all()):
+            raise ValueError(
+                f"expected finite numbers, and weights of 0 or more, got {self}; fit_chain finds the weights of a "
+                "network on its training cases."
+            )
+
+
+# Equations of one block of chains. Shapes: unary (slices, states, positions); steps (slices - 1, states, positions),
+# where steps[s - 1] holds rho between the slices s - 1 and s, with the zeros of the background.
+
+
+def _others(values: torch.Tensor, add: Operation) -> torch.Tensor:
+    """For each state, the sum of ``values`` over all *other* states.
+
+    It joins a running sum from the left and one from the right. The total minus the own term would cancel.
+    """
+    states = values.unbind()
+    left = list(accumulate(states[:-1], add))  # left[c]: states 0 to c
+    right = list(accumulate(states[:0:-1], add))[::-1]  # right[c]: states c + 1 to the last
+    return torch.stack([right[0], *map(add, left, right[1:]), left[-1]])
+
+
+def _messages(unary: torch.Tensor, steps: torch.Tensor, add: Operation) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the slices before tell each slice: ``m_0 = 0``, and with the scores ``f = u_{s-1} + m_{s-1}``
+
+    ``m_s(c) = add(f(c), rho_s(c) + add over a != c of (f(a) + rho_s(a)))``.
+
+    ``add`` is ``logaddexp`` for marginals and ``maximum`` for the best labelling. The maximum of each message is taken
+    off, so that long chains keep their digits. The second result is the sum of these maxima, ``(positions)``.
+    """
+    messages = [torch.zeros_like(unary[0])]
+    scale = torch.zeros_like(unary[0, 0])
+    for u, rho in zip(unary[:-1], steps, strict=True):
+        score = u + messages[-1]
+        message = add(score, rho + _others(score + rho, add))
+        top = message.detach().amax(0)
+        messages.append(message - top)
+        scale = scale + top
+    return torch.stack(messages), scale
+
+
+def _scores(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Log marginals up to a constant for each voxel: unary, message from the left, message from the right."""
+    left, _ = _messages(unary, steps, torch.logaddexp)
+    right, _ = _messages(unary.flip(0), steps.flip(0), torch.logaddexp)
+    return unary + left + right.flip(0)
+
+
+def _log_marginals(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    return _scores(unary, steps).log_softmax(1)
+
+
+def _log_odds(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Log-odds of the marginals of two-state chains, ``(slices, 1, positions)``."""
+    return _scores(unary, steps).diff(dim=1)
+
+
+def _log_partition(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """``log Z`` of each chain, ``(1, 1, positions)``."""
+    messages, scale = _messages(unary, steps, torch.logaddexp)
+    return (scale + (unary[-1] + messages[-1]).logsumexp(0))[None, None]
+
+
+def _best_labelling(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """States of the most probable labelling (Viterbi), ``(slices, 1, positions)``."""
+    scores = unary + _messages(unary, steps, torch.maximum)[0]
+    states = [scores[-1].argmax(0, keepdim=True)]
+    for score, rho in zip(scores[:-1].flip(0), steps.flip(0), strict=True):
+        following = states[-1]
+        stay, change = score.gather(0, following), score + rho + rho.gather(0, following)
+        states.append(change.scatter(0, following, stay).argmax(0, keepdim=True))
+    return torch.stack(states[::-1])
+
+
+def _is_background(unary: torch.Tensor, steps: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Positions where no marginal of a foreground state exceeds ``tolerance``, by a bound that needs no messages.
+
+    Relative to the labelling that is background everywhere, a foreground voxel contributes at most its unary
+    potential and the positive parts of both of its changes: ``d_s = sum_k exp(u_s(k) - u_s(0) + max(rho_s(k), 0) +
+    max(rho_{s+1}(k), 0))``. So ``p(y_s > 0) <= d_s * prod_t (1 + d_t) <= d_s * exp(sum_t d_t)``.
+    """
+    gain = steps[:, 1:].clamp(min=0)
+    bound = unary[:, 1:] - unary[:, :1]
+    bound[1:] += gain
+    bound[:-1] += gain
+    bound = bound.exp().sum(1)
+    return bound.amax(0) * bound.sum(0).exp() < tolerance
+
+
+def _marginal_states(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The state with the largest marginal, ``(slices, 1, positions)``; background where nothing else can be."""
+    uncertain = ~_is_background(unary, steps, tolerance=0.49)  # below one half, so the result is exact
+    states = unary.new_zeros(len(unary), 1, unary.shape[2], dtype=torch.int16)
+    if uncertain.any():
+        scores = _scores(unary[..., uncertain], steps[..., uncertain])
+        states[..., uncertain] = scores.max(1, keepdim=True).indices.to(torch.int16)  # argmax takes 8 times as long
+    return states
+
+
+def _entropies(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Entropy of each marginal in nats, ``(slices, 1, positions)``; zero where nothing but background can be."""
+    uncertain = ~_is_background(unary, steps, tolerance=1e-6)
+    log_p = _log_marginals(unary[..., uncertain], steps[..., uncertain])
+    entropies = unary.new_zeros(len(unary), 1, unary.shape[2])
+    entropies[..., uncertain] = -(log_p.exp() * log_p).sum(1, keepdim=True)
+    return entropies
+
+
+# From volumes to blocks of chains and back.
+
+
+def _along_slices(
+    equation: Operation,
+    unary: torch.Tensor,
+    residual: torch.Tensor,
+    drawn: torch.Tensor | None,
+    spatial_axis: int,
+) -> torch.Tensor:
+    """``equation`` of the chains of all positions; its result as a volume."""
+    dim = slice_dim(unary.ndim, spatial_axis)
+    classes, foreground = unary.shape[1], residual.shape[1]
+    is_sigmoid = classes == foreground
+    _check_shapes(unary, residual, drawn)
+    dtype = torch.promote_types(torch.promote_types(unary.dtype, residual.dtype), torch.float32)
+
+    def as_chains(volume: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, c, *spatial) to blocks of (slices, states, positions); sigmoids are positions of their own."""
+        volume = convert_to_tensor(volume, track_meta=False)
+        if is_sigmoid:
+            volume = volume.reshape(-1, 1, *volume.shape[2:])
+        block = BLOCK.get(volume.device.type, LARGE_BLOCK)
+        return volume.movedim((dim, 1), (0, 1)).flatten(2).split(block, dim=2)
+
+    def chain(unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        unary = unary.to(dtype).contiguous()
+        steps = F.pad(residual[1:].to(dtype), (0, 0, 1, 0))  # the background has no residual
+        if is_sigmoid:
+            unary = F.pad(unary, (0, 0, 1, 0))  # logits are log-odds, relative to the background
+        if drawn is not None:
+            states = torch.arange(unary.shape[1], dtype=drawn.dtype, device=unary.device)[:, None]
+            unary = unary.masked_fill((drawn >= 0) & (drawn != states), IMPOSSIBLE)
+        return equation(unary, steps)
+
+    volumes = (unary, residual) if drawn is None else (unary, residual, drawn)
+    blocks = [chain(*block) for block in zip(*map(as_chains, volumes), strict=True)]
+    result = torch.cat(blocks, dim=2)
+    batch = len(unary) * foreground if is_sigmoid else len(unary)
+    in_plane = [size for d, size in enumerate(unary.shape) if d > 1 and d != dim]
+    result = result.unflatten(2, (batch, *in_plane)).movedim((0, 1), (dim, 1))
+    return result.reshape(len(unary), -1, *result.shape[2:]).contiguous()  # nll_loss has no gradient otherwise
+
+
+def _check_shapes(unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None) -> None:
+    """Raise unless the tensors are of one size, and their channels fit each other."""
+    classes, foreground = unary.shape[1], residual.shape[1]
+    if foreground < 1 or classes not in (foreground, foreground + 1):
+        raise ValueError(
+            f"expected as many residual channels as segmentation channels (sigmoids), or one less (a softmax with the "
+            f"background in channel 0), got {foreground} and {classes}; give both outputs of network.with_residual."
+        )
+    expected = {"residual": (residual, foreground)}
+    if drawn is not None:
+        expected["drawn"] = (drawn, 1 if classes > foreground else classes)
+    for name, (tensor, channels) in expected.items():
+        shape = (len(unary), channels, *unary.shape[2:])
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"expected {name} of shape {shape} for a segmentation of shape {tuple(unary.shape)}, got "
+                f"{tuple(tensor.shape)}; give tensors of the same scan, with class indices in one channel for a "
+                "softmax and one channel for each sigmoid."
+            )
+
+
+def slice_marginals(
+    unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None = None, *, spatial_axis: int = -1
+) -> torch.Tensor:
+    """Marginals of the slice chain by forward-backward, exact and differentiable.
+
+    Args:
+        unary: ``(b, c, *spatial)``, the unary potentials: logits of the segmentation, or log probabilities of a
+            softmax. They may carry a weight.
+        residual: ``(b, r, *spatial)``, the log-odds ``rho`` that a voxel differs from the slice before it. Those of the
+            first slice are never used. ``c = r + 1`` is a softmax, ``c = r`` are sigmoids.
+        drawn: voxels to clamp, of an integer dtype; negative where nothing is drawn. ``(b, 1, *spatial)`` class indices
+            for a softmax, ``(b, c, *spatial)`` zeros and ones for sigmoids.
+        spatial_axis: index of the slice axis among the spatial axes.
+
+    Returns:
+        ``(b, c, *spatial)`` in float32 or wider: log marginals for a softmax, log-odds of the marginals for sigmoids.
+        So a ``softmax`` (``sigmoid``) of the result gives the marginals, and a loss for ``unary`` takes the result.
+        Excluded states have about -1e6.
+
+    Raises:
+        ValueError: when shapes do not fit each other, or ``spatial_axis`` is none of the spatial axes.
+
+    Example:
+        >>> unary, residual = torch.zeros(1, 1, 4), torch.full((1, 1, 4), -2.0)
+        >>> drawn = torch.tensor([[[-1, 1, -1, -1]]])  # the second of four slices is drawn inside
+        >>> slice_marginals(unary, residual, drawn).sigmoid()
+        tensor([[[0.8808, 1.0000, 0.8808, 0.7900]]])
+    """
+    is_softmax = unary.shape[1] > residual.shape[1]
+    return _along_slices(_log_marginals if is_softmax else _log_odds, unary, residual, drawn, spatial_axis)
+
+
+def log_partition(
+    unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None = None, *, spatial_axis: int = -1
+) -> torch.Tensor:
+    """``log Z`` of each chain: the logarithm of the summed weights of all labellings that agree with ``drawn``.
+
+    ``log_partition(u, rho, drawn) - log_partition(u, rho)`` is the log likelihood of what was drawn.
+
+    Arguments and errors are those of :func:`slice_marginals`.
+
+    Returns:
+        ``(b, 1, *spatial)`` for a softmax, ``(b, c, *spatial)`` for sigmoids, with one slice along the slice axis.
+
+    Example:
+        >>> log_partition(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3)).exp().round()  # 2 ** 3 labellings of weight 1
+        tensor([[[8.]]])
+    """
+    return _along_slices(_log_partition, unary, residual, drawn, spatial_axis)
+
+
+def best_labelling(
+    unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None = None, *, spatial_axis: int = -1
+) -> torch.Tensor:
+    """The most probable labelling of each chain, by the Viterbi algorithm.
+
+    Arguments and errors are those of :func:`slice_marginals`.
+
+    Returns:
+        ``int64``: class indices ``(b, 1, *spatial)`` for a softmax, zeros and ones ``(b, c, *spatial)`` for sigmoids.
+
+    Example:
+        >>> unary, residual = torch.zeros(1, 1, 4), torch.tensor([[[0.0, -9.0, 9.0, -9.0]]])
+        >>> best_labelling(unary, residual, torch.tensor([[[1, -1, -1, -1]]]))
+        tensor([[[1, 1, 0, 0]]])
+    """
+    return _along_slices(_best_labelling, unary, residual, drawn, spatial_axis)
+
+
+# What users call: from logits and drawn slices.
+
+
+def _potentials(
+    segmentation: torch.Tensor,
+    residual: torch.Tensor,
+    image: torch.Tensor | None,
+    spatial_axis: int,
+    *,
+    tau: Any,
+    residual_scale: Any,
+    image_contrast: Any,
+    offset: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``u`` and ``rho`` as :class:`ChainSettings` has them; the weights are numbers or tensors."""
+    foreground = residual.shape[1]
+    segmentation, residual = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (segmentation, residual))
+    offset = torch.as_tensor(offset, dtype=residual.dtype, device=residual.device)
+    if offset.ndim and len(offset) != foreground:
+        raise ValueError(
+            f"expected one offset for all classes, or one for each of {foreground}, got {len(offset)}; take the "
+            "settings that were fitted for this network."
+        )
+    rho = residual_scale * residual + offset.view(1, -1, *(1,) * (residual.ndim - 2))
+    if image is not None:
+        contrast = inter_slice_residual(image, spatial_axis=spatial_axis).to(residual.dtype)
+        rho = rho + image_contrast * contrast.mean(1, keepdim=True)
+    return tau * segmentation, rho
+
+
+def _broadcast(slices: torch.Tensor, ndim: int, dim: int) -> torch.Tensor:
+    """``(b, slices)`` as ``(b, 1, ..., slices, ..., 1)``."""
+    return slices.view(len(slices), *(slices.shape[1] if d == dim else 1 for d in range(1, ndim)))
+
+
+def _drawn_slices(
+    slices: Sequence[int] | Sequence[Sequence[int]] | None, labelled: torch.Tensor, dim: int
+) -> torch.Tensor:
+    """Which slices are drawn: booleans ``(b, slices)``. ``labelled`` has True where a voxel has a label."""
+    batch, size = len(labelled), labelled.shape[dim]
+    if slices is None:
+        drawn = labelled.movedim(dim, 1).flatten(2).any(2)
+    else:
+        nested = any(isinstance(case, (list, tuple)) for case in slices)
+        cases: list[Any] = list(slices) if nested else [slices] * batch
+        if len(cases) != batch:
+            raise ValueError(
+                f"expected one list of slices for each of {batch} cases, or one for all, got {len(cases)}."
+            )
+        drawn = torch.zeros(batch, size, dtype=torch.bool, device=labelled.device)
+        for number, case in enumerate(cases):
+            indices = [operator.index(index) for index in case]
+            if indices and not 0 <= min(indices) <= max(indices) < size:
+                raise ValueError(
+                    f"expected slices from 0 to {size - 1}, got {indices}; they count along spatial_axis, from 0."
+                )
+            drawn[number, indices] = True
+    if not drawn.any(1).all():
+        raise ValueError(
+            "expected at least one drawn slice in each case, got none; draw a slice, or name a slice that is drawn "
+            "empty with slices=[...]."
+        )
+    return drawn
+
+
+def _prepare(
+    segmentation: torch.Tensor,
+    residual: torch.Tensor | None,
+    drawn: torch.Tensor,
+    slices: Sequence[int] | Sequence[Sequence[int]] | None,
+    image: torch.Tensor | None,
+    settings: ChainSettings | None,
+    spatial_axis: int,
+    sigmoid: bool,
+    softmax: bool,
+    ignore_index: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``u``, ``rho``, the voxels to clamp and the drawn slices, with everything checked."""
+    dim = slice_dim(segmentation.ndim, spatial_axis)
+    segmentation, drawn = (convert_to_tensor(x, track_meta=False) for x in (segmentation, drawn))
+    classes = segmentation.shape[1]
+    if residual is None:
+        if image is None or sigmoid == softmax:
+            raise ValueError(
+                "expected image, and one of sigmoid=True and softmax=True, where residual is None; without a residual "
+                "decoder the image's contrast takes its place."
+            )
+        residual = segmentation.new_zeros(()).expand(len(segmentation), classes - softmax, *segmentation.shape[2:])
+    residual = convert_to_tensor(residual, track_meta=False)
+    _check_shapes(segmentation, residual, drawn)
+    is_softmax = classes > residual.shape[1]
+    if (sigmoid and is_softmax) or (softmax and not is_softmax):
+        raise ValueError(
+            f"expected {'softmax' if is_softmax else 'sigmoid'} for {classes} segmentation and {residual.shape[1]} "
+            f"residual channels, got sigmoid={sigmoid} and softmax={softmax}; leave out both."
+        )
+    rho_used = residual.narrow(dim, min(1, residual.shape[dim] - 1), max(1, residual.shape[dim] - 1))
+    if not torch.stack((*torch.aminmax(segmentation), *torch.aminmax(rho_used))).isfinite().all():  # NaN propagates
+        raise ValueError("expected finite logits, got NaN or infinity; give logits, not log probabilities of zeros.")
+    if image is not None:
+        image = convert_to_tensor(image, track_meta=False)
+        if len(image) != len(segmentation) or image.shape[2:] != segmentation.shape[2:]:
+            raise ValueError(
+                f"expected an image of the segmentation's size {tuple(segmentation.shape)}, got {tuple(image.shape)}; "
+                "give the image that the network saw."
+            )
+    ignored = torch.zeros_like(drawn, dtype=torch.bool) if ignore_index is None else drawn == ignore_index
+    is_drawn = _drawn_slices(slices, (drawn != 0) & ~ignored, dim)
+    known = _broadcast(is_drawn, drawn.ndim, dim) & ~ignored
+    expected = f"class indices from 0 to {classes - 1}" if is_softmax else "zeros and ones"
+    check_values(drawn[known].cpu(), classes if is_softmax else 2, f"{expected} in the drawn slices")
+    unary, rho = _potentials(segmentation, residual, image, spatial_axis, **vars(settings or ChainSettings()))
+    return unary, rho, drawn.to(torch.int16).masked_fill(~known, -1), is_drawn
+
+
+@torch.no_grad()
+def complete_mask(
+    segmentation: torch.Tensor,
+    residual: torch.Tensor | None,
+    drawn: torch.Tensor,
+    *,
+    slices: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    image: torch.Tensor | None = None,
+    settings: ChainSettings | None = None,
+    spatial_axis: int = -1,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    ignore_index: int | None = None,
+) -> torch.Tensor:
+    """Complete a volume from a few drawn slices: the class with the largest marginal in each voxel.
+
+    Args:
+        segmentation: ``(b, c, *spatial)`` logits, as ``network.with_residual(image)`` gives them.
+        residual: ``(b, r, *spatial)`` logits of the residual masks, from the same call. ``c = r + 1`` is a softmax,
+            ``c = r`` are sigmoids. ``None``: only the image's contrast tells where the mask changes.
+        drawn: what was drawn, of any dtype. ``(b, 1, *spatial)`` class indices for a softmax, ``(b, c, *spatial)``
+            zeros and ones for sigmoids. Slices that are not drawn may hold anything.
+        slices: indices of the drawn slices, from 0: one list for all cases, or one for each. ``None``: the slices with
+            any label. A slice that is drawn empty has to be named here.
+        image: ``(b, i, *spatial)`` as the network sees it, for the image contrast.
+        settings: weights of the chain; ``None`` is ``ChainSettings()``.
+        spatial_axis: index of the slice axis among the spatial axes.
+        sigmoid: True says that the segmentation has sigmoids, where ``residual`` is ``None``.
+        softmax: True says that the segmentation has a softmax, where ``residual`` is ``None``.
+        ignore_index: value of voxels that are not drawn, in slices that are drawn partly.
+
+    Returns:
+        The completed volume with the shape and dtype of ``drawn``. Drawn voxels keep what was drawn.
+
+    Raises:
+        ValueError: when shapes do not fit each other, no slice is drawn, a slice is outside the volume, logits are not
+            finite, or drawn values are no classes of the network.
+
+    Example:
+        >>> mask = torch.tensor([[[1, 1, 0, 0, 1]]])
+        >>> segmentation, residual = torch.zeros(1, 1, 5), torch.tensor([[[-9.0, -9.0, 9.0, -9.0, 9.0]]])
+        >>> drawn = torch.tensor([[[0, 1, 0, 0, 0]]])
+        >>> complete_mask(segmentation, residual, drawn, slices=[1])
+        tensor([[[1, 1, 0, 0, 1]]])
+    """
+    unary, rho, clamped, _ = _prepare(
+        segmentation, residual, drawn, slices, image, settings, spatial_axis, sigmoid, softmax, ignore_index
+    )
+    return convert_to_dst_type(_along_slices(_marginal_states, unary, rho, clamped, spatial_axis), drawn)[0]
+
+
+@torch.no_grad()
+def next_slice(
+    segmentation: torch.Tensor,
+    residual: torch.Tensor | None,
+    drawn: torch.Tensor,
+    *,
+    slices: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    image: torch.Tensor | None = None,
+    settings: ChainSettings | None = None,
+    spatial_axis: int = -1,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    ignore_index: int | None = None,
+) -> list[dict[int, float]]:
+    """Which slice to draw next: the slices that are not drawn, the most uncertain first.
+
+    Arguments and errors are those of :func:`complete_mask`.
+
+    Returns:
+        For each case, the entropy of the marginals of each slice that is not drawn, in nats, summed over its voxels, in
+        descending order. ``next(iter(ranking))`` is the slice to draw next, ``list(ranking)[:3]`` the next three.
+        Empty when all slices are drawn.
+
+    Example:
+        >>> segmentation, residual = torch.tensor([[[9.0, 2.0, 0.0, -1.0, -9.0]]]), torch.zeros(1, 1, 5)
+        >>> (ranking,) = next_slice(segmentation, residual, torch.tensor([[[1, 0, 0, 0, 0]]]))
+        >>> list(ranking)
+        [2, 3, 1, 4]
+    """
+    unary, rho, clamped, is_drawn = _prepare(
+        segmentation, residual, drawn, slices, image, settings, spatial_axis, sigmoid, softmax, ignore_index
+    )
+    entropies = _along_slices(_entropies, unary, rho, clamped, spatial_axis)
+    entropies = entropies.movedim(slice_dim(entropies.ndim, spatial_axis), 1).flatten(2).sum(2)
+    rankings = []
+    for entropy, known in zip(entropies.tolist(), is_drawn.tolist(), strict=True):
+        candidates = [index for index, is_known in enumerate(known) if not is_known]
+        rankings.append({index: entropy[index] for index in sorted(candidates, key=lambda i: -entropy[i])})
+    return rankings
+
+
+# Learning: the weights of the chain, and networks through the chain.
+
+
+def _evenly_spaced(extent: torch.Tensor, number: int) -> list[int]:
+    """``number`` slices, evenly spaced from the first to the last slice that ``extent``, ``(slices)``, has."""
+    inside = extent.nonzero()[:, 0].tolist() or [0, len(extent) - 1]
+    low, size = inside[0], inside[-1] - inside[0] + 1
+    return [low + (2 * i + 1) * size // (2 * number) for i in range(number)]
+
+
+def _sample(
+    case: Mapping[str, Any], drawn: Sequence[int], positions: int, spatial_axis: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """The chains of a case where something can change, ``(1, c, positions, slices)`` in float64.
+
+    These are segmentation, residual, image, label, and the label with -1 where it is not drawn, one for each number
+    of drawn slices. Chains that are background in label and segmentation add next to nothing to the likelihood.
+    """
+    if not {"segmentation", "label"} <= set(case):
+        raise ValueError(f"expected cases with the keys segmentation and label, got {sorted(case)}.")
+    volumes = {name: convert_to_tensor(value, track_meta=False) for name, value in case.items() if value is not None}
+    logits, label = volumes["segmentation"].float(), volumes["label"]
+    is_sigmoid = label.shape[1] == logits.shape[1]
+    foreground = logits.shape[1] - (not is_sigmoid)
+    if "residual" not in volumes:
+        volumes["residual"] = logits.new_zeros(()).expand(len(logits), foreground, *logits.shape[2:])
+    p = logits.sigmoid() if is_sigmoid else logits.softmax(1)[:, 1:]
+    dim = slice_dim(logits.ndim, spatial_axis)
+    changing = ((p > 1e-3).any(1) | (label > 0).any(1)).movedim(dim - 1, -1).any(-1)
+    chosen = torch.randperm(int(changing.sum()), generator=torch.Generator().manual_seed(0))[:positions]
+
+    def chains(volume: torch.Tensor) -> torch.Tensor:
+        return volume.movedim((dim, 1), (-1, -2))[changing][chosen].double().movedim(0, 1)[None]
+
+    states = chains(label).to(torch.int16)
+    visible = torch.full_like(states, -1).repeat(len(drawn), 1, 1, 1)
+    for case_visible, number in zip(visible, drawn, strict=True):
+        slices = _evenly_spaced((label > 0).movedim(dim, 0).flatten(1).any(1), number)
+        case_visible[..., slices] = states[0][..., slices]
+    image = chains(volumes["image"]) if "image" in volumes else None
+    return chains(volumes["segmentation"]), chains(volumes["residual"]), image, states, visible
+
+
+def fit_chain(
+    cases: Iterable[Mapping[str, Any]],
+    *,
+    drawn: Sequence[int] = (1, 2, 3),
+    positions: int = 1024,
+    max_iterations: int = 30,
+    spatial_axis: int = -1,
+) -> ChainSettings:
+    """Fit the weights of the chain by the likelihood of the slices that are not drawn, given the drawn ones.
+
+    It minimises ``log Z_drawn - log Z_label``, the negative log likelihood, for each voxel that is not drawn. The drawn
+    slices are evenly spaced within the extent of the label. The result is the same in each run. Take training cases,
+    never the ones that are scored.
+
+    Args:
+        cases: mappings with ``segmentation`` ``(b, c, *spatial)`` and ``residual`` ``(b, r, *spatial)``, logits as
+            ``network.with_residual(image)`` gives them; ``label``, class indices ``(b, 1, *spatial)`` for a softmax or
+            zeros and ones ``(b, c, *spatial)`` for sigmoids; ``image`` for the image contrast. Without ``residual`` or
+            ``image`` their weight is 0. All cases have the same keys.
+        drawn: numbers of drawn slices, fitted together.
+        positions: largest number of in-plane positions that are taken from each case.
+        max_iterations: largest number of steps of the optimizer (L-BFGS).
+        spatial_axis: index of the slice axis among the spatial axes.
+
+    Returns:
+        The fitted settings, with an offset for each class that has a residual.
+
+    Raises:
+        ValueError: when there is no case, a key is missing, or shapes do not fit each other.
+
+    Example:
+        >>> label = torch.zeros(1, 1, 3, 4, 6)
+        >>> label[:, :, 1:, 2:, 2:4] = 1
+        >>> settings = fit_chain([{"segmentation": 4 * label - 2 + torch.randn(label.shape), "label": label}])
+        >>> settings.offset[0] < 0  # neighbouring slices are alike
+        True
+    """
+    samples = [_sample(case, drawn, positions, spatial_axis) for case in cases]
+    if not samples:
+        raise ValueError("expected at least one case, got none; give training cases of the network.")
+    _, residual, image, *_ = samples[0]
+    # softplus keeps the weights positive; each of them starts at 1
+    weights = torch.ones(3, dtype=torch.float64).expm1().log().requires_grad_()
+    offset = torch.full((residual.shape[1],), -2.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights, offset], max_iter=max_iterations, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for segmentation, residual, image, label, visible in samples:
+            tau, scale, contrast = F.softplus(weights)
+            settings = {"tau": tau, "residual_scale": scale, "image_contrast": contrast, "offset": offset}
+            unary, rho = _potentials(segmentation, residual, image, -1, **settings)
+            # one case for each number of drawn slices
+            unary, rho, label = (x.expand(len(visible), *x.shape[1:]) for x in (unary, rho, label))
+            loss = (log_partition(unary, rho, visible) - log_partition(unary, rho, label)).sum()
+            loss = loss / (visible < 0).sum().clamp(min=1) / len(samples)
+            loss.backward()  # at once, so that memory holds the graph of one case
+            total += loss.detach()
+        return total
+
+    optimizer.step(closure)
+    tau, scale, contrast = F.softplus(weights).tolist()
+    return ChainSettings(
+        tau=tau,
+        residual_scale=scale if residual.any() else 0.0,
+        image_contrast=contrast if image is not None else 0.0,
+        offset=offset.tolist(),
+    )
+
+
+class ChainLoss(nn.Module):
+    """Training through the chain: the residual decoder learns what the segmentation does not know.
+
+    Add it to :class:`~monai_conres.ConResLoss`: ``loss(output, label) + weight * chain_loss(output, label)``.
+
+    Args:
+        segmentation_loss: loss of ``(logits, label)`` for the marginals. In each call and case, 0 to ``max_drawn``
+            random slices are clamped to the label. ``None`` takes the negative log likelihood of the label under the
+            chain for each voxel, ``log Z - log Z_label``, which needs no random slices.
+        settings: weights of the chain, fixed in training; ``None`` is ``ChainSettings()``. There is no image here.
+        max_drawn: largest number of drawn slices.
+        spatial_axis: index of the slice axis among the spatial axes, the same as the network's.
+
+    Shape:
+        ``output``: a :class:`~monai_conres.ConResOutput`. Of several segmentation outputs the last one of the label's
+        size counts. ``label``: class indices ``(b, 1, *spatial)`` or one-hot ``(b, c, *spatial)`` for a softmax, zeros
+        and ones ``(b, c, *spatial)`` for sigmoids. The result is a scalar in float32 or wider.
+
+    Raises:
+        ValueError: when shapes do not fit each other, or the output has no residuals.
+
+    Note:
+        Residual logits of a lower resolution are resized linearly. Such a head tells changes over two slices or more,
+        so the chain sees each change more than once; the decoder learns to allow for that.
+
+    Example:
+        >>> from monai_conres import ConResOutput
+        >>> output = ConResOutput(torch.randn(1, 1, 4, 4, 8, requires_grad=True), (torch.randn(1, 1, 4, 4, 8),))
+        >>> label = torch.randint(0, 2, (1, 1, 4, 4, 8)).float()
+        >>> (ChainLoss(nn.BCEWithLogitsLoss())(output, label) + ChainLoss()(output, label)).backward()
+    """
+
+    def __init__(
+        self,
+        segmentation_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        *,
+        settings: ChainSettings | None = None,
+        max_drawn: int = 3,
+        spatial_axis: int = -1,
+    ) -> None:
+        super().__init__()
+        if max_drawn < 0:
+            raise ValueError(f"expected max_drawn of 0 or more, got {max_drawn}.")
+        self.segmentation_loss = segmentation_loss
+        self.settings = settings or ChainSettings()
+        self.max_drawn = max_drawn
+        self.spatial_axis = spatial_axis
+
+    def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
+        """Loss of a network's ``output`` against ``label``."""
+        if not getattr(output, "residuals", ()):
+            raise ValueError(
+                "expected a ConResOutput with residuals, got none; call the network in train() mode, and build it with "
+                'context="attention" or "mapping".'
+            )
+        label = convert_to_tensor(label, track_meta=False)
+        segmentation = _full_size(output.segmentation, label)
+        residual = convert_to_tensor(output.residuals[0], track_meta=False)
+        if residual.shape[2:] != label.shape[2:]:
+            residual = resize_features(residual, label.shape[2:])
+        unary, rho = _potentials(segmentation, residual, None, self.spatial_axis, **vars(self.settings))
+        states = class_masks(label, rho.shape[1]).to(torch.int16)
+        if unary.shape[1] > rho.shape[1]:  # a softmax: class indices
+            classes = torch.arange(1, unary.shape[1], dtype=torch.int16, device=label.device)
+            states = (states.movedim(1, -1) * classes).sum(-1, dtype=torch.int16)[:, None]
+        dim = slice_dim(label.ndim, self.spatial_axis)
+        if self.segmentation_loss is None:
+            log_z_label = log_partition(unary, rho, states, spatial_axis=self.spatial_axis)
+            log_z = log_partition(unary, rho, spatial_axis=self.spatial_axis)
+            return (log_z - log_z_label).mean() / label.shape[dim]
+        is_drawn = torch.zeros(len(label), label.shape[dim], dtype=torch.bool)
+        for case in is_drawn:
+            number = int(torch.randint(min(self.max_drawn, len(case) - 1) + 1, ()))
+            case[torch.randperm(len(case))[:number]] = True
+        is_drawn = _broadcast(is_drawn, label.ndim, dim).to(label.device, non_blocking=True)
+        drawn = states.masked_fill(~is_drawn, -1)
+        return self.segmentation_loss(slice_marginals(unary, rho, drawn, spatial_axis=self.spatial_axis), label)
+
+
+def _full_size(segmentation: Any, label: torch.Tensor) -> torch.Tensor:
+    """The final one of a network's segmentation outputs: MONAI's DynUNet stacks them, others return several."""
+    if isinstance(segmentation, torch.Tensor):
+        segmentation = convert_to_tensor(segmentation, track_meta=False)
+        return segmentation[:, 0] if segmentation.ndim == label.ndim + 1 else segmentation
+    heads = list(segmentation.values() if isinstance(segmentation, Mapping) else segmentation)
+    full = [convert_to_tensor(head, track_meta=False) for head in heads if head.shape[2:] == label.shape[2:]]
+    if not full:
+        raise ValueError(f"expected a segmentation of the label's size {tuple(label.shape)}, got {len(heads)} others.")
+    return full[-1]
