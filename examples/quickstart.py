@@ -3,7 +3,8 @@
     python examples/quickstart.py                    # on phantoms, which it makes itself
     python examples/quickstart.py --data FOLDER      # on any data set in Medical Segmentation Decathlon layout
 
-The one difference between the two networks is context residual learning: ``mapping`` and ``attention``.
+The networks differ only in their argument ``context``. Each one is saved with everything that prediction needs:
+``load_network("demo/ConResNet")`` builds it again.
 """
 
 from __future__ import annotations
@@ -15,14 +16,10 @@ from pathlib import Path
 
 import torch
 from monai.data import CacheDataset, DataLoader
-from monai.inferers import SlidingWindowInferer
+from monai.metrics import compute_dice
 from monai.networks import one_hot
 from monai.transforms import (
     Compose,
-    EnsureTyped,
-    LoadImaged,
-    NormalizeIntensityd,
-    Orientationd,
     RandCropByLabelClassesd,
     RandScaleIntensityd,
     RandShiftIntensityd,
@@ -32,28 +29,18 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
-from monai_conres import BratsDiceMetric, BratsHausdorffDistanceMetric, ConResLoss, ConResNet, residual_mask
-from monai_conres.datasets import check_voxels, read_decathlon, training_plan
-from monai_conres.files import atomic_path, write_csv
+from monai_conres import BratsHausdorffDistanceMetric, ConResLoss, ConResNet, residual_mask
+from monai_conres.bundle import check_voxels, read_decathlon, seed_everything, training_plan
+from monai_conres.files import ScanSettings, TrainedNetwork, atomic_path, load_network, save_network, write_csv
 from monai_conres.phantom import write_phantom_dataset
-from monai_conres.training import seed_everything
 from monai_conres.visualize import plot_slices, save_figure
 
-NETWORKS = {
-    "baseline": {"mapping": False, "attention": False},
-    "ConResNet": {"mapping": True, "attention": True, "eval_residual": True},
-}
+CONTEXTS = {"baseline": "none", "ConResNet": "attention"}
 KEYS = ("image", "label")
-PREPARE = [
-    LoadImaged(KEYS, ensure_channel_first=True),
-    Orientationd(KEYS, axcodes="RAS", labels=None),  # the last axis now has the axial slices, spatial_axis=-1
-    NormalizeIntensityd("image", nonzero=True, channel_wise=True),
-    EnsureTyped(KEYS, dtype=(torch.float32, torch.uint8)),
-]
 
 
 def augmentations(patch: tuple[int, ...], classes: int) -> list:
-    """What is done anew each time a case is drawn."""
+    """The random transforms of a training case."""
     return [
         SpatialPadd(KEYS, spatial_size=patch),
         RandCropByLabelClassesd(KEYS, label_key="label", spatial_size=patch, num_classes=classes),
@@ -63,11 +50,11 @@ def augmentations(patch: tuple[int, ...], classes: int) -> list:
 
 
 def train(network: ConResNet, dataset: CacheDataset, options: argparse.Namespace, title: str) -> float:
-    """Train a network; the seconds it took."""
-    seed_everything(options.seed)  # the same patches in the same order for each network
+    """Train a network. Return the seconds that it took."""
+    seed_everything(options.seed)  # every network sees the same patches in the same order
     draws = RandomSampler(dataset, replacement=True, num_samples=options.iterations * options.batch_size)
     loader = DataLoader(dataset, batch_size=options.batch_size, sampler=draws)
-    loss_function = ConResLoss(softmax=True, to_onehot_y=True)
+    loss_function = ConResLoss(softmax=True)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
     schedule = PolynomialLR(optimizer, total_iters=options.iterations, power=0.9)
     network.train()
@@ -85,48 +72,47 @@ def train(network: ConResNet, dataset: CacheDataset, options: argparse.Namespace
 
 
 @torch.no_grad()
-def predict(
-    network: ConResNet, image: torch.Tensor, patch: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Class indices of one case, and the probabilities of its residual masks where the network predicts them."""
-    inferer = SlidingWindowInferer(patch, sw_batch_size=2, overlap=0.25, mode="gaussian")
-    output = inferer(image, network.eval())
-    segmentation, residual = output if isinstance(output, tuple) else (output, None)
-    return segmentation.argmax(1, keepdim=True), None if residual is None else residual.sigmoid()
+def predict(trained: TrainedNetwork, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The label map of one case, and the probabilities of its residual masks; the baseline predicts none."""
+    network, inferer = trained.network, trained.scans.inferer(sw_batch_size=2)
+    if network.arguments["context"] == "none":
+        return trained.scans.to_labels(inferer(image[None], network)[0]).cpu(), None
+    segmentation, residual = inferer(image[None], network.with_residual)
+    return trained.scans.to_labels(segmentation[0]).cpu(), residual[0].sigmoid().cpu()
 
 
-def evaluate(
-    network: ConResNet, dataset: CacheDataset, classes: tuple[str, ...], patch: tuple[int, ...], title: str, device: str
-) -> list[dict]:
+def evaluate(trained: TrainedNetwork, dataset: CacheDataset, title: str, device: str) -> list[dict]:
     """One row of values for each case."""
-    dice, distance = BratsDiceMetric(), BratsHausdorffDistanceMetric()
+    names = list(trained.scans.classes)
+    distance = BratsHausdorffDistanceMetric()
     rows = []
     for case in tqdm(dataset, desc=f"evaluate {title}"):
-        reference = case["label"][None].as_tensor()
-        image = case["image"][None].as_tensor().to(device)
+        image = case["image"].as_tensor().to(device)
         start = time.perf_counter()
-        predicted, residual = predict(network, image, patch)
-        predicted = predicted.cpu()
-        seconds = time.perf_counter() - start
-        masks = [one_hot(label, num_classes=len(classes))[:, 1:] for label in (predicted, reference)]
-        row = {"network": title, "case": case["name"], "inference (s)": seconds}
-        for name, value in zip(classes[1:], dice(*masks)[0], strict=True):
+        predicted, residual = predict(trained, image)
+        row = {"network": title, "case": case["name"], "inference (s)": time.perf_counter() - start}
+        masks = [
+            one_hot(label[None], num_classes=len(names) + 1)[:, 1:] for label in (predicted, case["label"].as_tensor())
+        ]
+        for name, value in zip(names, compute_dice(*masks, ignore_empty=False)[0], strict=True):
             row[f"Dice {name}"] = value.item()
-        for name, value in zip(classes[1:], distance(*masks, spacing=case["image"].pixdim.tolist())[0], strict=True):
+        for name, value in zip(names, distance(*masks, spacing=case["image"].pixdim.tolist())[0], strict=True):
             row[f"HD95 {name} (mm)"] = value.item()
-        # how well the change from slice to slice is known: that of the segmentation, and that the network predicts
+        # how well the changes from slice to slice are known, from the segmentation and from the residual decoder
         changes = [residual_mask(mask) for mask in masks]
-        row["Dice of residual masks (of the segmentation)"] = dice(*changes).mean().item()
+        row["Dice of residual masks (of the segmentation)"] = compute_dice(*changes, ignore_empty=False).mean().item()
         if residual is not None:
             # the loss gives a changed voxel about 4 times the weight of another: at 4 / (4 + 1) the odds are even
-            predicted_changes = (residual.cpu() > 0.8).float()
-            row["Dice of residual masks (predicted)"] = dice(predicted_changes, changes[1]).mean().item()
+            found = (residual[None] > 0.8).float()
+            row["Dice of residual masks (predicted)"] = (
+                compute_dice(found, changes[1], ignore_empty=False).mean().item()
+            )
         rows.append(row)
     return rows
 
 
 def table(rows: list[dict], totals: dict[str, dict]) -> str:
-    """Means over the cases, a column for each network, in Markdown."""
+    """Means over the cases in Markdown, one column for each network."""
     values = {name: dict(totals[name]) for name in totals}
     for name in totals:
         own = [row for row in rows if row["network"] == name]
@@ -153,51 +139,62 @@ def main(options: argparse.Namespace) -> None:
         data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(options.channels)
     )
     print(f"{len(training)} training and {len(validation)} validation cases, patch {patch}, strides {strides}")
-    training_set = CacheDataset(training, Compose(PREPARE + augmentations(patch, len(data.classes))), progress=False)
-    validation_set = CacheDataset(validation, Compose(PREPARE), progress=False)
+    scans = ScanSettings(
+        channels=tuple(map(str, range(data.channels))),
+        patch_size=patch,
+        classes=data.structures,
+        activation="softmax",
+        orientation="RAS",  # the last axis then counts axial slices: spatial_axis=-1
+        normalization=[{"name": "NormalizeIntensity", "nonzero": True, "channel_wise": True}],
+    )
+    prepare = scans.preprocessing(label=True)
+    augmented = Compose([*prepare.transforms, *augmentations(patch, len(data.classes))])
+    training_set = CacheDataset(training, augmented, progress=False)
+    validation_set = CacheDataset(validation, prepare, progress=False)
 
     networks, rows, totals = {}, [], {}
-    for title, parts in NETWORKS.items():
+    for title, context in CONTEXTS.items():
         seed_everything(options.seed)
         network = ConResNet(
             data.channels,
             len(data.classes),
-            residual_channels=len(data.classes) - 1,  # the background has no residual
+            include_background=False,  # the background has no residual
             channels=options.channels,
             strides=strides,
             blocks=(1,) * (len(options.channels) + 1),
-            **parts,
+            context=context,
         ).to(options.device)
         seconds = train(network, training_set, options, title)
-        rows += evaluate(network, validation_set, data.classes, patch, title, options.device)
+        notes = {"cases": [case["name"] for case in training], "seed": options.seed, "iterations": options.iterations}
+        save_network(options.out / title, network, scans, training=notes)
+        networks[title] = load_network(options.out / title)
+        networks[title].network.to(options.device)
+        rows += evaluate(networks[title], validation_set, title, options.device)
         totals[title] = {
             "parameters": f"{sum(parameter.numel() for parameter in network.parameters()):,}",
             "training (s)": f"{seconds:.0f}",
         }
-        networks[title] = network
-        with atomic_path(options.out / f"{title}.pt") as temporary:
-            torch.save(network.state_dict(), temporary)
 
     write_csv(options.out / "cases.csv", rows)
     with atomic_path(options.out / "table.md") as temporary:
         temporary.write_text(table(rows, totals))
     for case in list(validation_set)[:2]:
-        image = case["image"][None].as_tensor().to(options.device)
-        predictions = {title: predict(network, image, patch) for title, network in networks.items()}
+        image = case["image"].as_tensor().to(options.device)
+        predictions = {title: predict(trained, image) for title, trained in networks.items()}
         figure = plot_slices(
             case["image"],
-            {"reference": case["label"]} | {title: labels[0].cpu() for title, (labels, _) in predictions.items()},
+            {"reference": case["label"]} | {title: labels for title, (labels, _) in predictions.items()},
             residuals={
                 "residual": residual_mask(case["label"][None], num_classes=len(data.classes))[0],
-                "residual, predicted": predictions["ConResNet"][1][0].cpu(),
+                "residual, predicted": predictions["ConResNet"][1],
             },
             class_names=data.classes[1:],
             spacing=case["image"].pixdim.tolist(),
         )
         save_figure(figure, options.out / f"{case['name']}.png")
     print((options.out / "table.md").read_text())
-    print(f"Pictures, weights and the table are in {options.out}")
-    print("One seed and a short training: it shows that both learn, not which one is better.")
+    print(f"Pictures, networks and the table are in {options.out}")
+    print("One seed and a short training: this shows that both networks learn, not which one is better.")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The scripts of examples/, run as a user would, on little."""
+"""The scripts of examples/, run as a user would, on small data."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 import torch
 from matplotlib.image import imread
 from monai.networks import nets
 
-from monai_conres import ConResNet
+from monai_conres.files import load_network
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ("--iterations", "3", "--channels", "8", "8", "16", "--max-voxels", "8000")
@@ -52,12 +53,26 @@ def check_quickstart(out: Path, result: subprocess.CompletedProcess, cases: int,
 def test_quickstart_on_phantoms(tmp_path):
     result = run("quickstart.py", "--out", tmp_path, "--cases", "2", *SMALL)
     check_quickstart(tmp_path, result, cases=2, pictures=2)
-    weights = torch.load(tmp_path / "ConResNet.pt", weights_only=True)
-    network = ConResNet(4, 4, residual_channels=3, channels=(8, 8, 16), strides=(2, 2), blocks=(1, 1, 1, 1))
-    network.load_state_dict(weights)
-    assert "predicted" in result.stdout
+    for name, context in (("baseline", "none"), ("ConResNet", "attention")):
+        trained = load_network(tmp_path / name)
+        assert trained.network.arguments["context"] == context
+        assert len(trained.training["cases"]) == 2
+        assert trained.scans.classes == {"edema": (1,), "necrosis": (2,), "enhancing tumor": (3,)}
+    # the row of a case, computed again from the saved network
+    row = list(csv.DictReader((tmp_path / "cases.csv").open()))[-1]
+    folder = tmp_path / "Task00_Phantom"
+    scan = trained.scans.preprocessing()({"image": folder / "imagesTr" / f"{row['case']}.nii.gz"})["image"]
+    with torch.no_grad():
+        logits = trained.scans.inferer()(scan[None], trained.network)[0]
+    predicted = trained.scans.to_labels(trained.scans.to_scan(logits, scan))[0].numpy()
+    label = nib.load(folder / "labelsTr" / f"{row['case']}.nii.gz").get_fdata()
+    for value, name in enumerate(("edema", "necrosis", "enhancing tumor"), start=1):
+        sizes = (predicted == value).sum() + (label == value).sum()
+        dice = 2 * ((predicted == value) & (label == value)).sum() / sizes
+        assert float(row[f"Dice {name}"]) == pytest.approx(dice, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "classes"), [("Task04_Hippocampus", 2), ("CHAOS_T2SPIR", 4)])
 def test_quickstart_on_real_data(real_data, tmp_path, task, classes):
     result = run("quickstart.py", "--data", real_data / task, "--out", tmp_path, "--cases", "1", *SMALL)
@@ -67,17 +82,18 @@ def test_quickstart_on_real_data(real_data, tmp_path, task, classes):
 
 def test_attach_unet(tmp_path):
     dice = {}
-    for name, plain in (("plain", ["--plain"]), ("attached", [])):
+    for name, plain in (("UNet", ["--plain"]), ("ConResWrapper", [])):
         result = run("attach_unet.py", "--out", tmp_path, "--cases", "2", "--epochs", "1", *plain)
         assert result.returncode == 0, result.stderr[-3000:]
         (dice[name],) = re.findall(r"epoch 1: mean Dice (0\.\d+)", result.stdout)
-        weights = torch.load(tmp_path / "network.pt", weights_only=True)
-        assert any(key.startswith("decoder.heads") for key in weights) == (name == "attached")
-    assert dice["plain"] != dice["attached"]
+        trained = load_network(tmp_path)
+        assert type(trained.network).__name__ == name
+        assert trained.network(torch.zeros(1, 4, 32, 48, 32)).shape == (1, 4, 32, 48, 32)
+    assert dice["UNet"] != dice["ConResWrapper"]
 
 
 def test_attach_cost(tmp_path):
-    """Counts of one network, against the convolutions of the decoder counted by hand."""
+    """The counts of one network equal the decoder's convolutions, counted by hand."""
     result = run("benchmarks/attach_cost.py", "--out", tmp_path, "--no-times", "--networks", "SegResNet (16)")
     assert result.returncode == 0, result.stderr[-3000:]
     (row,) = csv.DictReader((tmp_path / "attach_cost.csv").open())
@@ -96,7 +112,7 @@ def test_attach_cost(tmp_path):
     assert float(row["multiply-adds, added"].removesuffix(" %")) == pytest.approx(100 * added / total, abs=0.3)
 
 
-def test_quickstart_says_what_is_wrong_with_the_data(tmp_path):
+def test_quickstart_names_what_is_wrong_with_the_data(tmp_path):
     result = run("quickstart.py", "--data", tmp_path, "--out", tmp_path / "out")
     assert result.returncode == 1
     assert "dataset.json" in result.stderr
