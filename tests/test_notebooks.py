@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import itertools
 import re
 from pathlib import Path
 
@@ -64,12 +63,3 @@ def test_notebook_stores_clean_outputs(path):
         assert output.get("name") != "stderr", text_of(output)
         # no paths of this machine, no progress bars
         assert not re.search(r"/(home|tmp|root|work|usr|Users)/|[A-Z]:\\|\d+%\|", text_of(output)), text_of(output)
-
-
-@every_notebook
-def test_notebook_has_one_title_and_skips_no_level(path):
-    headings = [re.findall(r"^(#+) ", cell.source, flags=re.MULTILINE) for cell in cells(path, "markdown")]
-    levels = [len(mark) for mark in itertools.chain(*headings)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from monai.data import CacheDataset, DataLoader, MetaTensor, PersistentDataset
+from monai.data import DataLoader, MetaTensor, PersistentDataset
 from monai.transforms import Compose, EnsureTyped, Flip, RandFlipd
 
 import monai_conres.transforms as transforms
@@ -71,18 +71,12 @@ def test_residual_mask_of_a_one_hot_label(classes):
     np.testing.assert_array_equal(got, expected_mask(classes).astype(bool))
 
 
-@pytest.mark.parametrize("dataset", ["cache", "persistent"])
-def test_transforms_run_in_datasets_and_workers(classes, dataset, tmp_path):
+def test_transforms_run_in_worker_processes(classes, tmp_path):
     data = [{"label": np.roll(classes, i, axis=2)} for i in range(4)]
     transform = Compose([ResidualMaskd("label", num_classes=3), EnsureTyped(["label", "residual_label"])])
-    if dataset == "cache":
-        cached = CacheDataset(data, transform, progress=False)
-    else:
-        cached = PersistentDataset(data, transform, cache_dir=tmp_path)
-    got = torch.cat([batch["residual_label"] for batch in DataLoader(cached, batch_size=2, num_workers=2)])
+    dataset = PersistentDataset(data, pickle.loads(pickle.dumps(transform)), cache_dir=tmp_path)
+    got = torch.cat([batch["residual_label"] for batch in DataLoader(dataset, batch_size=2, num_workers=2)])
     np.testing.assert_array_equal(got.numpy(), np.stack([expected_mask(item["label"]) for item in data]))
-    copy = pickle.loads(pickle.dumps(transform))
-    np.testing.assert_array_equal(copy(data[0])["residual_label"], got[0].numpy())
 
 
 def test_flipped_residual_is_shifted_by_one_slice(classes):

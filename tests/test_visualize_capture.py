@@ -146,23 +146,20 @@ class OneUpSampling(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = torch.nn.Conv3d(1, 4, 1)
         self.up = torch.nn.Upsample(scale_factor=2)
 
     def forward(self, x):
-        return self.up(self.up(self.conv(x)))
+        return self.up(self.up(x))
 
 
-@torch.no_grad()
 def test_stage_names_count_the_calls_of_a_module():
     network, image = OneUpSampling(), torch.randn(1, 1, 3, 4, 5)
-    coarse = network.up(network.conv(image))
-    for names, expected in ((["up", "up#1"], [coarse, network.up(coarse)]), (["up#1"], [network.up(coarse)])):
-        with capture_features(network, stages=names) as stages:
-            for given in (torch.zeros_like(image), image):
-                network(given)
-        for stage, features in zip(stages, expected, strict=True):
-            torch.testing.assert_close(stage.features, features, rtol=0, atol=0)
+    with capture_features(network, stages=["up", "up#1"]) as stages:
+        network(torch.zeros_like(image))
+        network(image)
+    for stage, factor in zip(stages, (2, 4), strict=True):
+        expected = image[0, 0].numpy().repeat(factor, 0).repeat(factor, 1).repeat(factor, 2)
+        np.testing.assert_array_equal(stage.features[0, 0], expected)
     with (
         pytest.raises(ValueError, match="runs 2 stages, got 1 of them"),
         capture_features(network, stages=["up", "up#7"]),

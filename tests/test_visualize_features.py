@@ -59,11 +59,8 @@ def test_feature_residuals_are_differences_of_slices(image, axis):
     middle = int((1 + 0.5) * (2, 4, 1)[axis])  # the image's slice in the middle of the features' slice
     np.testing.assert_array_equal(picture(figure.axes[0]), np.take(image[0], middle, axis=axis).T)
     assert len({tuple(axes.images[0].get_clim()) for axes in figure.axes[2:4]}) == 1
-
-
-def test_feature_residuals_default_to_the_middle(image):
-    figure = plot_feature_residuals(image, stage(1, 1, 1))
-    assert [axes.get_title() for axes in figure.axes[:4]] == [f"slice {number}" for number in (3, 4, 5, 6)]
+    middle = plot_feature_residuals(image, stage(1, 1, 1))
+    assert [axes.get_title() for axes in middle.axes[:4]] == [f"slice {number}" for number in (3, 4, 5, 6)]
 
 
 def test_attention_shows_features_with_and_without_gate(image):
