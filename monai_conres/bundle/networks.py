@@ -33,7 +33,7 @@ __all__ = [
     "stored_scans",
 ]
 
-Run = str | os.PathLike  # a run folder, or the file of weights in it
+Run = str | os.PathLike  # a folder with model.pt and network.json
 
 
 class MeanProbability(nn.Module):
@@ -132,7 +132,7 @@ def load_networks(
     """The networks of one or several run folders, in ``eval()`` mode on the CPU.
 
     Args:
-        run_dirs: run folders, or files of weights next to their ``network.json``.
+        run_dirs: one run folder or more.
         held_out: cases to be scored, as in a :class:`~monai_conres.bundle.Datalist`. Their names must not be names of
             training cases.
         scans: how the scans are prepared here. Channels, class names, activation, orientation, spacing and
@@ -145,12 +145,11 @@ def load_networks(
     """
     networks: list[nn.Module] = []
     for run_dir in ensure_tuple(run_dirs):
-        folder, weights = _folder_and_weights(run_dir)
-        content = read_network(folder)
+        content = read_network(run_dir)
         seen = set(content["training"].get("cases", ()))
         if shared := [case["name"] for case in held_out if case["name"] in seen]:
             raise ValueError(
-                f"expected cases that {folder} was not trained with, got {shared[:5]}, {len(shared)} of "
+                f"expected cases that {run_dir} was not trained with, got {shared[:5]}, {len(shared)} of "
                 f"{len(held_out)} in all; choose other cases, or an empty held_out to score training cases."
             )
         scans = content["scans"] if scans is None else scans
@@ -160,13 +159,11 @@ def load_networks(
                 stored, here = list(stored), list(here)
             if stored != here:
                 raise ValueError(
-                    f"expected {name} {_plain(stored)}, with which {folder} was trained, got {_plain(here)}; average "
+                    f"expected {name} {_plain(stored)}, with which {run_dir} was trained, got {_plain(here)}; average "
                     "networks that were trained in the same way."
                 )
-        if networks or network is None:
-            networks.append(load_network(folder, weights=weights).network)
-        else:
-            networks.append(network)
+        loaded = None if networks else network
+        networks.append(load_network(run_dir).network if loaded is None else loaded)
     return networks
 
 
@@ -176,7 +173,7 @@ def stored_network(run_dir: Run, default: Mapping[str, Any], **given: Any) -> nn
     As ``network_def`` of a configuration it gives MONAI's tools a network also before any training.
 
     Args:
-        run_dir: a run folder, or a file of weights next to its ``network.json``.
+        run_dir: a run folder.
         default: arguments of the untrained network.
         given: arguments from the command line, such as ``--network_def#context none``. They replace those of
             ``default``, and must agree with ``network.json``. ``None`` means not given.
@@ -189,20 +186,19 @@ def stored_network(run_dir: Run, default: Mapping[str, Any], **given: Any) -> nn
         1
     """
     given = {name: value for name, value in given.items() if value is not None}
-    folder, weights = _folder_and_weights(run_dir)
-    if not (folder / "network.json").is_file():
+    if (content := _content(run_dir)) is None:
         return ConResNet(**{**default, **given})
-    stored = read_network(folder)["network"].get("arguments", {})
+    stored = content["network"].get("arguments", {})
     for name, value in given.items():
-        _check_agreement(folder, f"network_def#{name}", stored.get(name), value)
-    return load_network(folder, weights=weights).network
+        _check_agreement(run_dir, f"network_def#{name}", stored.get(name), value)
+    return load_network(run_dir).network
 
 
 def stored_scans(run_dir: Run, default: Mapping[str, Any], **given: Any) -> ScanSettings:
     """The :class:`~monai_conres.files.ScanSettings` of a run folder, or of ``default`` without a ``network.json``.
 
     Args:
-        run_dir: a run folder, or a file of weights next to its ``network.json``.
+        run_dir: a run folder.
         default: settings for the untrained network.
         given: settings from the command line, such as ``--scans#overlap 0.5``. ``patch_size``, ``overlap`` and
             ``flip_axes`` replace those of the training. Others must agree with them. ``None`` means not given.
@@ -216,13 +212,12 @@ def stored_scans(run_dir: Run, default: Mapping[str, Any], **given: Any) -> Scan
         0.5
     """
     given = {name: value for name, value in given.items() if value is not None}
-    folder, _ = _folder_and_weights(run_dir)
-    if not (folder / "network.json").is_file():
+    if (content := _content(run_dir)) is None:
         return ScanSettings(**{**default, **given})
-    scans = read_network(folder)["scans"]
+    scans = content["scans"]
     changed = dataclasses.replace(scans, **given)
     for name in set(given) - {"patch_size", "overlap", "flip_axes"}:
-        _check_agreement(folder, f"scans#{name}", getattr(scans, name), getattr(changed, name))
+        _check_agreement(run_dir, f"scans#{name}", getattr(scans, name), getattr(changed, name))
     return changed
 
 
@@ -232,14 +227,13 @@ def held_out_cases(data: Datalist, run_dir: Run) -> list[dict[str, Any]]:
     Raises:
         ValueError: when the network was trained with all cases.
     """
-    folder, _ = _folder_and_weights(run_dir)
-    if not (folder / "network.json").is_file():
+    if (content := _content(run_dir)) is None:
         return data.cases
-    seen = set(read_network(folder)["training"].get("cases", ()))
+    seen = set(content["training"].get("cases", ()))
     cases = [case for case in data.cases if case["name"] not in seen]
     if not cases:
         raise ValueError(
-            f"expected cases that {folder} was not trained with, got only training cases; give the cases to score and "
+            f"expected cases that {run_dir} was not trained with, got only training cases; give the cases to score and "
             "an empty held_out, or a network that was trained with fewer cases."
         )
     return cases
@@ -265,17 +259,17 @@ def same_classes(structures: Mapping[str, Sequence[int]], scans: ScanSettings) -
     return structures
 
 
-def _folder_and_weights(run_dir: Run) -> tuple[Path, str]:
-    path = Path(run_dir)
-    return (path.parent, path.name) if path.suffix == ".pt" else (path, "model.pt")
+def _content(run_dir: Run) -> dict[str, Any] | None:
+    """What ``network.json`` says, if there is one."""
+    return read_network(run_dir) if Path(run_dir, "network.json").is_file() else None
 
 
-def _check_agreement(folder: Path, name: str, stored: Any, given: Any) -> None:
+def _check_agreement(run_dir: Run, name: str, stored: Any, given: Any) -> None:
     if name == "network_def#spatial_axis" and isinstance(given, int):
         stored, given = stored % 3, given % 3
     if _plain(stored) != _plain(given):
         raise ValueError(
-            f"expected {name} {_plain(stored)}, as in {folder / 'network.json'}, got {_plain(given)}; leave out "
+            f"expected {name} {_plain(stored)}, as in network.json of {run_dir}, got {_plain(given)}; leave out "
             f"--{name}, or give the run_dir of a network that was trained with it."
         )
 

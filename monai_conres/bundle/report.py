@@ -143,12 +143,12 @@ class CaseReport:
     def _draw(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
         from monai_conres.visualize import plot_slices, save_figure  # imports matplotlib
 
-        volumes = {"image": load_volume(ensure_tuple(case["image"])[0])[:1], "prediction": prediction.cpu()}
-        if label is not None:
-            volumes = {"image": volumes["image"], "label": label, "prediction": volumes["prediction"]}
+        image = load_volume(ensure_tuple(case["image"])[0])[:1]
+        volumes = {"image": image, "label": label, "prediction": prediction.cpu()}
         drawn = {  # all in the prediction's geometry: the header of a label may differ from the scan's
             title: Orientation("RAS", labels=None)(MetaTensor(volume.as_tensor(), affine=prediction.affine.cpu()))
             for title, volume in volumes.items()
+            if volume is not None
         }
         image = drawn.pop("image")
         masks = {title: structure_masks(volume.as_tensor(), self.structures) for title, volume in drawn.items()}
@@ -156,7 +156,7 @@ class CaseReport:
         save_figure(figure, self.output_dir / f"{case['name']}.png")
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean, 95 % interval, smallest and largest value of each column of a table of cases.
 
     The interval of the mean comes from a bootstrap over the cases: percentiles of 2,000 draws.
@@ -166,7 +166,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
         >>> summary["mean"], summary["min"], summary["cases"]
         (0.75, 0.5, 2)
     """
-    draws = np.random.default_rng(seed).integers(len(rows), size=(2000, len(rows)))
+    draws = np.random.default_rng(0).integers(len(rows), size=(2000, len(rows)))
     summary = {}
     for key in [key for key in rows[0] if key != "case"]:
         values = np.array([float(row[key]) for row in rows])

@@ -134,9 +134,9 @@ def test_with_residual_errors():
         MeanProbability([small(), small(spatial_axis=0)]).with_residual(image)
 
 
-def test_load_networks_loads_run_folders_and_files(runs):
+def test_load_networks_loads_one_or_more_run_folders(runs):
     image = torch.randn(1, 1, 8, 8, 8)
-    for given in (runs, [f"{run}/model.pt" for run in runs]):
+    for given in (runs, runs[0]):
         for seed, network in enumerate(load_networks(given)):
             torch.testing.assert_close(network(image), small(seed)(image))
     first, second = load_networks(runs, network=(loaded := stored_network(runs[0], {})))
@@ -188,7 +188,7 @@ def test_stored_network_without_a_run_takes_its_default(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"context": "none"}, r"network_def#context attention, as in .*network\.json, got none; leave out"),
+        ({"context": "none"}, r"network_def#context attention, as in network\.json of .*, got none; leave out"),
         ({"channels": [8, 8]}, r"network_def#channels \[8, 16\], as in .* got \[8, 8\]"),
         ({"spatial_axis": 0}, "network_def#spatial_axis 2"),
         ({"layers": 3}, "network_def#layers None"),
@@ -202,7 +202,7 @@ def test_stored_network_refuses_other_arguments(runs, given, message):
 def test_stored_scans_may_change_windows_only(runs, tmp_path):
     scans = stored_scans(runs[0], {"channels": ["FLAIR"]}, patch_size=[4, 8, 8], overlap=0.5, channels=["T1"])
     assert scans == dataclasses.replace(ScanSettings(**SCANS), patch_size=(4, 8, 8), overlap=0.5)
-    with pytest.raises(ValueError, match=r"scans#channels \['T1'\], as in .*network\.json, got \['T2'\]"):
+    with pytest.raises(ValueError, match=r"scans#channels \['T1'\], as in network\.json of .*, got \['T2'\]"):
         stored_scans(runs[0], SCANS, channels=["T2"])
     assert stored_scans(tmp_path, SCANS, channels=["T2"], overlap=None).channels == ("T2",)
 
