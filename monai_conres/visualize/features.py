@@ -36,7 +36,7 @@ def plot_feature_residuals(
     """Draw adjacent slices of features (columns): image, features, difference to the slice before (rows), as Fig. 3.
 
     Args:
-        image: ``(d, h, w)``, or ``(c, d, h, w)``, of which the first channel is drawn.
+        image: ``(d, h, w)`` or ``(c, d, h, w)``. The first channel is drawn.
         stage: a stage from :func:`capture_features`. Its features before the gate are drawn.
         slices: numbers of the features' slices, or how many adjacent slices to take in the middle.
         spatial_axis: index of the slice axis among the three spatial axes.
@@ -83,7 +83,7 @@ def plot_attention(
     Features without and with the gate have one color scale.
 
     Args:
-        image: ``(d, h, w)``, or ``(c, d, h, w)``, of which the first channel is drawn.
+        image: ``(d, h, w)`` or ``(c, d, h, w)``. The first channel is drawn.
         stage: a stage from :func:`capture_features`. The paper shows the last stage.
         residuals: residual masks or their probabilities by title, as in :func:`plot_slices`, to compare with.
         slices: numbers of the image's slices, or how many to spread over the slices where the first of ``residuals``
@@ -139,7 +139,7 @@ def plot_stages(
     Every panel has its own color scale, because features of different networks have no common unit.
 
     Args:
-        image: ``(d, h, w)``, or ``(c, d, h, w)``, of which the first channel is drawn.
+        image: ``(d, h, w)`` or ``(c, d, h, w)``. The first channel is drawn.
         networks: stages from :func:`capture_features` by the network's title. The features after the gate are drawn.
         slice_number: number of the image's slice; ``None`` is the middle.
         spatial_axis: index of the slice axis among the three spatial axes.

@@ -39,11 +39,11 @@ def plot_slices(
     """Draw slices (rows) of an image, of the image under each of several masks, and of residual masks (columns).
 
     Args:
-        image: ``(d, h, w)``, or ``(c, d, h, w)``, of which the first channel is drawn.
+        image: ``(d, h, w)`` or ``(c, d, h, w)``. The first channel is drawn.
         masks: masks by the title of their column: class indices ``(d, h, w)`` or ``(1, d, h, w)``, or zeros and ones
             ``(c, d, h, w)``.
-        residuals: residual masks or their probabilities by title, ``(d, h, w)`` or ``(c, d, h, w)``, of which the
-            largest channel is drawn. White is where a slice differs from the slice before it.
+        residuals: residual masks or their probabilities by title, ``(d, h, w)`` or ``(c, d, h, w)``. The largest
+            channel is drawn. White is where a slice differs from the slice before it.
         surfaces: True adds a row with the surface of each mask in space, see :func:`plot_surfaces`.
         slices: numbers of the slices, or how many to spread over the slices where the first mask is not empty.
         class_names: names of the foreground classes for the legend.
