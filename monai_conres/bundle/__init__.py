@@ -35,6 +35,7 @@ __all__ = [
     "LoadPancreasCTd",
     "LossCurve",
     "MeanProbability",
+    "ProbabilityInferer",
     "ProbabilityToLabeld",
     "SeededDataset",
     "TrainingCheckpoint",

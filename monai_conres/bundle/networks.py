@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.inferers import SlidingWindowInferer
 from monai.networks import eval_mode
 from monai.utils import ensure_tuple
 
@@ -25,6 +26,7 @@ from monai_conres.scans import ScanSettings, label_values
 
 __all__ = [
     "MeanProbability",
+    "ProbabilityInferer",
     "held_out_cases",
     "load_networks",
     "same_classes",
@@ -120,6 +122,37 @@ def _flip(volume: torch.Tensor, dims: list[int]) -> torch.Tensor:
 def _spatial_axis(network: nn.Module) -> int:
     """The slice axis of a network with residuals."""
     return next(module.spatial_axis for module in network.modules() if isinstance(module, ConResDecoder))
+
+
+class ProbabilityInferer(SlidingWindowInferer):
+    """MONAI's sliding-window inferer that blends probabilities: of a network of logits it takes the mean probability.
+
+    MONAI's tools, which know a network and an inferer, so get what :class:`MeanProbability` gives. A
+    :class:`MeanProbability` passes unchanged.
+
+    Args:
+        args: arguments of ``SlidingWindowInferer``, such as ``roi_size``.
+        softmax: as in :class:`MeanProbability`.
+        flip_axes: as in :class:`MeanProbability`.
+        kwargs: further arguments of ``SlidingWindowInferer``.
+
+    Example:
+        >>> ProbabilityInferer(roi_size=(4, 4, 4))(torch.zeros(1, 1, 4, 4, 6), nn.Identity()).unique()
+        tensor([0.5000])
+    """
+
+    def __init__(
+        self, *args: Any, softmax: bool = False, flip_axes: Sequence[Sequence[int]] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.softmax = softmax
+        self.flip_axes = flip_axes
+
+    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Probabilities of whole volumes ``(b, c, *spatial)``."""
+        if not isinstance(network, MeanProbability):
+            network = MeanProbability([network], softmax=self.softmax, flip_axes=self.flip_axes)
+        return super().__call__(inputs, network, *args, **kwargs)
 
 
 def load_networks(

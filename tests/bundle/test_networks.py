@@ -11,6 +11,7 @@ from monai_conres import ConResNet, inter_slice_residual
 from monai_conres.bundle import (
     Datalist,
     MeanProbability,
+    ProbabilityInferer,
     held_out_cases,
     load_networks,
     same_classes,
@@ -132,6 +133,15 @@ def test_with_residual_errors():
         MeanProbability([small(context="none")]).with_residual(image)
     with pytest.raises(ValueError, match=r"one slice axis, got spatial_axis \[0, 2\]"):
         MeanProbability([small(), small(spatial_axis=0)]).with_residual(image)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_probability_inferer_gives_the_mean_probability(softmax):
+    network, image = small(out_channels=3), torch.randn(1, 1, 8, 8, 12)
+    predictor = MeanProbability([network], softmax=softmax, flip_axes=[[0]])
+    inferer = ProbabilityInferer((8, 8, 12), softmax=softmax, flip_axes=[[0]])
+    for given in (network, predictor):
+        torch.testing.assert_close(inferer(image, given), predictor(image))
 
 
 def test_load_networks_loads_one_or_more_run_folders(runs):
