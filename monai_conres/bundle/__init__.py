@@ -5,6 +5,7 @@ from monai_conres.bundle.datalist import Datalist, check_voxels, read_scans
 from monai_conres.bundle.decathlon import DecathlonDatalist, read_decathlon, training_plan
 from monai_conres.bundle.networks import (
     MeanProbability,
+    ProbabilityInferer,
     held_out_cases,
     load_networks,
     same_classes,
