@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import tempfile
 import threading
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -125,7 +124,7 @@ def save_network(
 def load_network(
     folder: str | os.PathLike,
     *,
-    backbone: nn.Module | Callable[[], nn.Module] | str | None = None,
+    backbone: nn.Module | Callable[[], nn.Module] | None = None,
     weights: str | os.PathLike = "model.pt",
 ) -> TrainedNetwork:
     """Build the network of a run folder and load its weights.
@@ -135,8 +134,8 @@ def load_network(
 
     Args:
         folder: a folder that :func:`save_network` has written.
-        backbone: for an attached network whose backbone is not in the file, or is to be another: the network, a
-            function that makes it, or ``"module_or_file.py:function"``.
+        backbone: the backbone of an attached network, or a function that makes it; needed where ``network.json`` does
+            not have it.
         weights: name of the file of weights in the folder.
 
     Raises:
@@ -215,9 +214,7 @@ def network_entry(network: nn.Module, backbone: tuple[str, Mapping[str, Any]] | 
     return plain_values(entry, "network")
 
 
-def build_network(
-    entry: Mapping[str, Any], backbone: nn.Module | Callable[[], nn.Module] | str | None = None
-) -> nn.Module:
+def build_network(entry: Mapping[str, Any], backbone: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
     """Build a network with new weights from what :func:`network_entry` returns.
 
     Args:
@@ -231,12 +228,20 @@ def build_network(
         if backbone is not None:
             raise ValueError(f"expected no backbone for a {entry['class']}, which needs none; leave backbone out.")
         return _construct(entry["class"], entry["arguments"])
-    network = _backbone(backbone, entry["backbone"])
+    if backbone is None:
+        if entry["backbone"] is None:
+            raise ValueError(
+                "expected the backbone of the attached decoder, network.json does not have it; give backbone=, the "
+                "network or a function that makes it."
+            )
+        backbone = partial(_construct, entry["backbone"]["class"], entry["backbone"]["arguments"])
+    if not isinstance(backbone, nn.Module):
+        backbone = backbone()
     try:
-        return ConResWrapper(network, _construct(ConResDecoder, entry["decoder"]), entry["stages"])
-    except AttributeError as error:
+        return ConResWrapper(backbone, ConResDecoder(**entry["decoder"]), entry["stages"])
+    except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"expected a backbone with the modules {entry['stages']}, got a {type(network).__name__} without one "
+            f"expected a backbone with the modules {entry['stages']}, got a {type(backbone).__name__} without one "
             f"({error}); give the backbone that the decoder was attached to."
         ) from error
 
@@ -294,40 +299,18 @@ def _check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
         )
 
 
-def _backbone(given: Any, entry: Mapping[str, Any] | None) -> nn.Module:
-    """The backbone that the user gives, else the backbone of the file."""
-    if isinstance(given, str):
-        place, _, name = given.rpartition(":")
-        try:
-            module = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
-            given = module[name]
-        except (ImportError, KeyError, OSError, ValueError) as error:
-            raise ValueError(
-                f"expected a backbone as module_or_file.py:function, cannot find {given} ({error!r})."
-            ) from error
-    if given is not None:
-        return given if isinstance(given, nn.Module) else given()
-    if entry is None:
-        raise ValueError(
-            "expected the backbone of the attached decoder, network.json does not have it; give backbone=, the network "
-            "or a function that makes it (on a command line: --backbone module_or_file.py:function)."
-        )
-    return _construct(entry["class"], entry["arguments"])
-
-
-def _construct(cls: str | type, arguments: Mapping[str, Any]) -> Any:
+def _construct(cls: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Import and build a network."""
+    module, _, name = cls.rpartition(".")
     try:
-        if isinstance(cls, str):
-            module, _, name = cls.rpartition(".")
-            cls = getattr(importlib.import_module(module), name)
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        found = getattr(importlib.import_module(module), name)
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
             raise TypeError("it is no torch.nn.Module")
-        return cls(**arguments)
+        return found(**arguments)
     except Exception as error:
         raise ValueError(
-            f"expected a network's class and its arguments, cannot build {cls} from {dict(arguments)} "
-            f"({_brief(error)}); install what it needs, or correct network.json."
+            f"expected a network's class and its arguments, cannot build {cls} from {arguments} ({_brief(error)}); "
+            "install what it needs, or correct network.json."
         ) from error
 
 
