@@ -21,15 +21,8 @@ __all__ = ["LabelToTargetd", "ProbabilityToLabeld"]
 class _StructuresTransform(MapTransform):
     """Replaces volumes ``(c, *spatial)`` with 8-bit volumes that depend on the structures."""
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        structures: Mapping[str, Sequence[int]],
-        *,
-        softmax: bool = False,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, structures: Mapping[str, Sequence[int]], *, softmax: bool = False) -> None:
+        super().__init__(keys)
         check_structures(structures)
         self.structures = structures
         self.softmax = softmax
@@ -54,7 +47,6 @@ class LabelToTargetd(_StructuresTransform):
         structures: label values of each structure.
         softmax: False makes a mask of each structure, ``(c, *spatial)``. True makes class indices ``(1, *spatial)``:
             0 is the background, then the values follow in the order of :func:`~monai_conres.scans.label_values`.
-        allow_missing_keys: True skips missing keys.
 
     Raises:
         ValueError: when a label value is not from 1 to 255.
@@ -82,7 +74,6 @@ class ProbabilityToLabeld(_StructuresTransform):
         structures: label values of each structure.
         softmax: False for one channel of each structure, which is present from a probability of 0.5. True for the
             background and all values, where the largest probability wins.
-        allow_missing_keys: True skips missing keys.
 
     Raises:
         ValueError: when a label value is not from 1 to 255.

@@ -196,6 +196,7 @@ class TrainingCheckpoint:
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / "checkpoint.pt"
         self.objects = dict(objects)
+        self.network = next(iter(self.objects.values()))
         self.scans = scans
         self.training = dict(training or {})
         self.backbone = backbone
@@ -206,7 +207,7 @@ class TrainingCheckpoint:
             if isinstance(thing, torch.optim.Optimizer)
         }
         settings = {
-            "network": network_entry(self._network, backbone),
+            "network": network_entry(self.network, backbone),
             "scans": {**dataclasses.asdict(scans), "classes": list(scans.classes.items())},  # their order counts
             "training": self.training,
         }
@@ -223,8 +224,9 @@ class TrainingCheckpoint:
         """Continue from the checkpoint, if there is one."""
         if idist.get_rank() == 0:
             for name in ("checkpoint.pt", "model.pt", "network.json"):
-                for left_over in self.run_dir.glob(f".{name}.*/"):  # a killed process was writing
-                    shutil.rmtree(left_over)
+                for left_over in self.run_dir.glob(f".{name}.*"):
+                    if left_over.is_dir():  # a killed process was writing
+                        shutil.rmtree(left_over)
         if not self.path.is_file():
             return
         max_epochs = engine.state.max_epochs
@@ -255,12 +257,7 @@ class TrainingCheckpoint:
         self.save(engine)
         if idist.get_rank() == 0:
             with _disk_errors(self.run_dir / "model.pt"):
-                save_network(self.run_dir, self._network, self.scans, backbone=self.backbone, training=self.training)
-
-    @property
-    def _network(self) -> nn.Module:
-        network = next(iter(self.objects.values()))
-        return network.module if isinstance(network, DistributedDataParallel) else network
+                save_network(self.run_dir, self.network, self.scans, backbone=self.backbone, training=self.training)
 
     def _parts(self, engine: Engine) -> dict[str, Any]:
         """Everything with a state. Mixed precision adds the scale of the loss."""
