@@ -41,6 +41,7 @@ __all__ = [
     "TrainedNetwork",
     "atomic_path",
     "build_network",
+    "check_fit",
     "check_writable",
     "find_files",
     "load_network",
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 FORMAT = 1  # of network.json
-CLASS, WRAPPER = "monai_conres.ConResNet", "monai_conres.ConResWrapper"
+CONRESNET, WRAPPER = "monai_conres.ConResNet", "monai_conres.ConResWrapper"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def save_network(
     if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         network = network.module
     entry = network_entry(network, backbone)
-    _check_fit(entry, scans)
+    check_fit(entry, scans)
     content = {"format": FORMAT, "network": entry, "scans": dataclasses.asdict(scans), "training": dict(training or {})}
     text = json.dumps(plain_values(content), indent=1) + "\n"
     description = Path(folder, "network.json")
@@ -180,7 +181,7 @@ def read_network(folder: str | os.PathLike) -> dict[str, Any]:
         if wrapped and network["backbone"] is not None:
             _check_keys(network["backbone"], "backbone", "class", "arguments")
         content["scans"] = ScanSettings(**content["scans"])
-        _check_fit(network, content["scans"])
+        check_fit(network, content["scans"])
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"expected a network that save_network wrote, cannot read {file}: {error}") from error
     return content
@@ -204,7 +205,7 @@ def network_entry(network: nn.Module, backbone: tuple[str, Mapping[str, Any]] | 
     elif given is not None:
         entry = given
     elif isinstance(getattr(network, "arguments", None), dict):
-        cls = CLASS if type(network) is ConResNet else f"{type(network).__module__}.{type(network).__name__}"
+        cls = CONRESNET if type(network) is ConResNet else f"{type(network).__module__}.{type(network).__name__}"
         entry = {"class": cls, "arguments": network.arguments}
     else:
         raise ValueError(
@@ -275,17 +276,11 @@ def plain_values(value: Any, name: str = "settings") -> Any:
     )
 
 
-def _check_keys(part: Any, name: str, *keys: str) -> None:
-    if not isinstance(part, dict) or set(part) != set(keys):
-        got = sorted(part) if isinstance(part, dict) else type(part).__name__
-        raise ValueError(f"expected the keys {sorted(keys)} in {name}, got {got}")
-
-
-def _check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
-    """Raise unless the channels of a network of this package are those of the scans."""
+def check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
+    """Raise ``ValueError`` unless a network of this package has the channels of the scans."""
     if entry["class"] == WRAPPER:
         arguments, foreground = entry["decoder"], entry["decoder"]["out_channels"]
-    elif entry["class"] == CLASS:
+    elif entry["class"] == CONRESNET:
         arguments = entry["arguments"]
         foreground = arguments["out_channels"] - (not arguments.get("include_background", True))
     else:
@@ -297,6 +292,15 @@ def _check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
             f"{list(scans.channels)} and the classes {list(scans.classes)} of the scans with a {scans.activation}, got "
             f"{got[0]} and {got[1]}; softmax needs include_background=False."
         )
+
+
+_check_fit = check_fit
+
+
+def _check_keys(part: Any, name: str, *keys: str) -> None:
+    if not isinstance(part, dict) or set(part) != set(keys):
+        got = sorted(part) if isinstance(part, dict) else type(part).__name__
+        raise ValueError(f"expected the keys {sorted(keys)} in {name}, got {got}")
 
 
 def _construct(cls: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -312,6 +316,110 @@ def _construct(cls: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"expected a network's class and its arguments, cannot build {cls} from {arguments} ({_brief(error)}); "
             "install what it needs, or correct network.json."
         ) from error
+
+
+def load_volume(file: str | os.PathLike) -> MetaTensor:
+    """Load an image or label ``(c, *spatial)`` in float32 from a NIfTI file, or from a folder with one DICOM series.
+
+    pydicom reads the series, with the slices in the order of their instance numbers.
+
+    Raises:
+        ValueError: when the file cannot be read to its end. The error names the file.
+    """
+    try:
+        return _loader(Path(file).is_dir(), threading.get_ident())(file)
+    except Exception as error:
+        raise ValueError(f"expected an image, cannot read {file} ({_brief(error)}); fetch it again.") from error
+
+
+@lru_cache
+def _loader(dicom: bool, thread: int) -> LoadImage:
+    """One loader for each thread, because the reader of DICOM series keeps the names of the files that it reads."""
+    # ITK would read a folder otherwise, where it is installed; ITK orders slices by position
+    return LoadImage(reader="PydicomReader" if dicom else None, ensure_channel_first=True)
+
+
+def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTensor) -> None:
+    """Write a label map ``(1, *spatial)`` as 8-bit NIfTI in the geometry of a loaded image.
+
+    Args:
+        path: name of the file, ``.nii`` or ``.nii.gz``.
+        label: whole numbers from 0 to 255, on the voxel grid of ``like``.
+        like: the image, as :func:`load_volume` returns it, or a prediction brought back to the image's voxels. Its
+            affine is in mm.
+
+    Raises:
+        TypeError: when ``like`` has no affine.
+
+    Example:
+        >>> image = MetaTensor(torch.zeros(1, 4, 5, 6), affine=torch.diag(torch.tensor([2.0, 2.0, 3.0, 1.0])))
+        >>> file = Path(tempfile.mkdtemp(), "mask.nii.gz")
+        >>> write_label_map(file, torch.ones(1, 4, 5, 6), image)
+        >>> load_volume(file).shape, load_volume(file).pixdim.tolist()
+        (torch.Size([1, 4, 5, 6]), [2.0, 2.0, 3.0])
+    """
+    if not isinstance(like, MetaTensor):
+        raise TypeError(
+            f"expected a MetaTensor with the scan's affine, got a {type(like).__name__}; load the scan with "
+            "load_volume, or bring a prediction back with ScanSettings.to_scan or Invertd."
+        )
+    affine = like.affine.cpu().numpy()
+    written = nib.Nifti1Image(convert_to_tensor(label, track_meta=False).cpu().numpy()[0].astype(np.uint8), affine)
+    # The code names the space of the affine: the scanner's or a template's. A DICOM series has no code.
+    codes = [int(like.meta.get(key, 0)) for key in ("sform_code", "qform_code")]
+    code = next((code for code in codes if code), 1)
+    written.set_qform(affine, code=code)
+    written.set_sform(affine, code=code)
+    written.header.set_xyzt_units("mm")
+    with atomic_path(path) as temporary:
+        nib.save(written, temporary)
+
+
+def read_header(file: str | os.PathLike) -> Any:
+    """The checked header of a NIfTI file with a volume: affine and pixdim give the same size of a voxel.
+
+    Raises:
+        ValueError: when the header cannot be read, has no volume or contradicts itself. The error names the file.
+    """
+    header = load_header(file)
+    affine, voxel = header.get_best_affine(), np.asarray(header.get_zooms()[:3])
+    edges = nib.affines.voxel_sizes(affine)
+    if len(header.get_data_shape()) < 3:
+        raise ValueError(f"expected a volume in {file}, got the shape {header.get_data_shape()}; take the file out.")
+    if not abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges.prod():
+        raise ValueError(
+            f"expected an affine of three axes in the header of {file}, got {affine[:3].tolist()}; mend the header."
+        )
+    if not np.allclose(edges, voxel, rtol=0.01):
+        raise ValueError(
+            f"expected one size of the voxels in the header of {file}, got {edges.round(4).tolist()} mm in its affine "
+            f"and {voxel.round(4).tolist()} mm in its pixdim; mend the one that is wrong."
+        )
+    return header
+
+
+def load_header(file: str | os.PathLike) -> Any:
+    """The header of a NIfTI file, unchecked.
+
+    Raises:
+        ValueError: when the header cannot be read. The error names the file.
+    """
+    try:
+        header = nib.load(file).header
+        header.get_best_affine()  # other formats do not have an affine
+    except Exception as error:
+        raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
+    return header
+
+
+def stored_axes(header: Any) -> np.ndarray:
+    """For each axis of a stored volume, the axis of RAS along which it runs, and its direction, 1 or -1."""
+    return nib.io_orientation(header.get_best_affine())
+
+
+def stem(file: Path) -> str:
+    """The name of a NIfTI file without its ending."""
+    return re.sub(r"\.nii(\.gz)?$", "", file.name, flags=re.IGNORECASE)
 
 
 @contextmanager
@@ -404,69 +512,6 @@ def is_named(name: str, pattern: str) -> bool:
     return fnmatch(name.lower(), pattern) and not name.startswith(".")
 
 
-def load_volume(file: str | os.PathLike) -> MetaTensor:
-    """Load an image or label ``(c, *spatial)`` in float32 from a NIfTI file, or from a folder with one DICOM series.
-
-    pydicom reads the series, with the slices in the order of their instance numbers.
-
-    Raises:
-        ValueError: when the file cannot be read to its end. The error names the file.
-    """
-    try:
-        return _loader(Path(file).is_dir(), threading.get_ident())(file)
-    except Exception as error:
-        raise ValueError(f"expected an image, cannot read {file} ({_brief(error)}); fetch it again.") from error
-
-
-@lru_cache
-def _loader(dicom: bool, thread: int) -> LoadImage:
-    """One loader for each thread, because the reader of DICOM series keeps the names of the files that it reads."""
-    # ITK would read a folder otherwise, where it is installed; ITK orders slices by position
-    return LoadImage(reader="PydicomReader" if dicom else None, ensure_channel_first=True)
-
-
-def read_header(file: str | os.PathLike) -> Any:
-    """The checked header of a NIfTI file with a volume: affine and pixdim give the same size of a voxel.
-
-    Raises:
-        ValueError: when the header cannot be read, has no volume or contradicts itself. The error names the file.
-    """
-    header = load_header(file)
-    affine, voxel = header.get_best_affine(), np.asarray(header.get_zooms()[:3])
-    edges = nib.affines.voxel_sizes(affine)
-    if len(header.get_data_shape()) < 3:
-        raise ValueError(f"expected a volume in {file}, got the shape {header.get_data_shape()}; take the file out.")
-    if not abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges.prod():
-        raise ValueError(
-            f"expected an affine of three axes in the header of {file}, got {affine[:3].tolist()}; mend the header."
-        )
-    if not np.allclose(edges, voxel, rtol=0.01):
-        raise ValueError(
-            f"expected one size of the voxels in the header of {file}, got {edges.round(4).tolist()} mm in its affine "
-            f"and {voxel.round(4).tolist()} mm in its pixdim; mend the one that is wrong."
-        )
-    return header
-
-
-def load_header(file: str | os.PathLike) -> Any:
-    """The header of a NIfTI file, unchecked.
-
-    Raises:
-        ValueError: when the header cannot be read. The error names the file.
-    """
-    try:
-        header = nib.load(file).header
-        header.get_best_affine()  # other formats do not have an affine
-    except Exception as error:
-        raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
-    return header
-
-
-def stored_axes(header: Any) -> np.ndarray:
-    """For each axis of a stored volume, the axis of RAS along which it runs, and its direction, 1 or -1."""
-    return nib.io_orientation(header.get_best_affine())
-
-
 def repeated(names: Sequence[str]) -> str | None:
     """The first name that occurs more than once, or None.
 
@@ -477,47 +522,6 @@ def repeated(names: Sequence[str]) -> str | None:
     return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
-def stem(file: Path) -> str:
-    """The name of a NIfTI file without its ending."""
-    return re.sub(r"\.nii(\.gz)?$", "", file.name, flags=re.IGNORECASE)
-
-
 def _brief(error: Exception) -> str:
-    """The first line of what an error says."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTensor) -> None:
-    """Write a label map ``(1, *spatial)`` as 8-bit NIfTI in the geometry of a loaded image.
-
-    Args:
-        path: name of the file, ``.nii`` or ``.nii.gz``.
-        label: whole numbers from 0 to 255, on the voxel grid of ``like``.
-        like: the image, as :func:`load_volume` returns it, or a prediction brought back to the image's voxels. Its
-            affine is in mm.
-
-    Raises:
-        TypeError: when ``like`` has no affine.
-
-    Example:
-        >>> image = MetaTensor(torch.zeros(1, 4, 5, 6), affine=torch.diag(torch.tensor([2.0, 2.0, 3.0, 1.0])))
-        >>> file = Path(tempfile.mkdtemp(), "mask.nii.gz")
-        >>> write_label_map(file, torch.ones(1, 4, 5, 6), image)
-        >>> load_volume(file).shape, load_volume(file).pixdim.tolist()
-        (torch.Size([1, 4, 5, 6]), [2.0, 2.0, 3.0])
-    """
-    if not isinstance(like, MetaTensor):
-        raise TypeError(
-            f"expected a MetaTensor with the scan's affine, got a {type(like).__name__}; load the scan with "
-            "load_volume, or bring a prediction back with Invertd."
-        )
-    affine = like.affine.cpu().numpy()
-    written = nib.Nifti1Image(convert_to_tensor(label, track_meta=False).cpu().numpy()[0].astype(np.uint8), affine)
-    # The code names the space of the affine: the scanner's or a template's. A DICOM series has no code.
-    codes = [int(like.meta.get(key, 0)) for key in ("sform_code", "qform_code")]
-    code = next((code for code in codes if code), 1)
-    written.set_qform(affine, code=code)
-    written.set_sform(affine, code=code)
-    written.header.set_xyzt_units("mm")
-    with atomic_path(path) as temporary:
-        nib.save(written, temporary)
