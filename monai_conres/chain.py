@@ -179,9 +179,8 @@ def _marginal_states(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """The state with the largest marginal, ``(slices, 1, positions)``; background where nothing else can be."""
     uncertain = ~_is_background(unary, steps, tolerance=0.49)  # below one half, so the result is exact
     states = unary.new_zeros(len(unary), 1, unary.shape[2], dtype=torch.int16)
-    if uncertain.any():
-        scores = _scores(unary[..., uncertain], steps[..., uncertain])
-        states[..., uncertain] = scores.max(1, keepdim=True).indices.to(torch.int16)  # argmax takes 8 times as long
+    scores = _scores(unary[..., uncertain], steps[..., uncertain])
+    states[..., uncertain] = scores.max(1, keepdim=True).indices.to(torch.int16)  # argmax takes 8 times as long
     return states
 
 
@@ -198,44 +197,37 @@ def _entropies(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 
 
 def _along_slices(
-    equation: Operation,
-    unary: torch.Tensor,
-    residual: torch.Tensor,
-    drawn: torch.Tensor | None,
-    spatial_axis: int,
+    equation: Operation, unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None, spatial_axis: int
 ) -> torch.Tensor:
-    """``equation`` of the chains of all positions; its result as a volume."""
-    dim = slice_dim(unary.ndim, spatial_axis)
-    classes, foreground = unary.shape[1], residual.shape[1]
-    is_sigmoid = classes == foreground
+    """``equation`` of the chains of all positions, a block at a time; its result as a volume."""
     _check_shapes(unary, residual, drawn)
+    dim = slice_dim(unary.ndim, spatial_axis)
+    batch, channels = unary.shape[:2]
+    volumes = [convert_to_tensor(x, track_meta=False) for x in (unary, residual, drawn) if x is not None]
+    if channels == residual.shape[1]:  # sigmoids: each channel is a case of its own
+        volumes = [x.reshape(-1, 1, *x.shape[2:]) for x in volumes]
+    chains = [x.movedim((dim, 1), (0, 1)) for x in volumes]
+    block = BLOCK.get(unary.device.type, LARGE_BLOCK)
+    blocks = zip(*(x.flatten(2).split(block, dim=2) for x in chains), strict=True)
+    result = torch.cat([equation(*_chain(*block)) for block in blocks], dim=2)
+    result = result.unflatten(2, chains[0].shape[2:]).movedim((0, 1), (dim, 1))
+    return result.reshape(batch, -1, *result.shape[2:]).contiguous()  # nll_loss has no gradient otherwise
+
+
+def _chain(
+    unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``unary`` and ``steps`` of a block, from ``(slices, c, positions)`` of the volumes."""
     dtype = torch.promote_types(torch.promote_types(unary.dtype, residual.dtype), torch.float32)
-
-    def as_chains(volume: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(b, c, *spatial) to blocks of (slices, states, positions); sigmoids are positions of their own."""
-        volume = convert_to_tensor(volume, track_meta=False)
-        if is_sigmoid:
-            volume = volume.reshape(-1, 1, *volume.shape[2:])
-        block = BLOCK.get(volume.device.type, LARGE_BLOCK)
-        return volume.movedim((dim, 1), (0, 1)).flatten(2).split(block, dim=2)
-
-    def chain(unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None = None) -> torch.Tensor:
-        unary = unary.to(dtype).contiguous()
-        steps = F.pad(residual[1:].to(dtype), (0, 0, 1, 0))  # the background has no residual
-        if is_sigmoid:
-            unary = F.pad(unary, (0, 0, 1, 0))  # logits are log-odds, relative to the background
-        if drawn is not None:
-            states = torch.arange(unary.shape[1], dtype=drawn.dtype, device=unary.device)[:, None]
-            unary = unary.masked_fill((drawn >= 0) & (drawn != states), IMPOSSIBLE)
-        return equation(unary, steps)
-
-    volumes = (unary, residual) if drawn is None else (unary, residual, drawn)
-    blocks = [chain(*block) for block in zip(*map(as_chains, volumes), strict=True)]
-    result = torch.cat(blocks, dim=2)
-    batch = len(unary) * foreground if is_sigmoid else len(unary)
-    in_plane = [size for d, size in enumerate(unary.shape) if d > 1 and d != dim]
-    result = result.unflatten(2, (batch, *in_plane)).movedim((0, 1), (dim, 1))
-    return result.reshape(len(unary), -1, *result.shape[2:]).contiguous()  # nll_loss has no gradient otherwise
+    is_sigmoid = unary.shape[1] == residual.shape[1]
+    unary = unary.to(dtype).contiguous()
+    if is_sigmoid:
+        unary = F.pad(unary, (0, 0, 1, 0))  # logits are log-odds relative to the background
+    steps = F.pad(residual[1:].to(dtype), (0, 0, 1, 0))  # the background has no residual
+    if drawn is not None:
+        states = torch.arange(unary.shape[1], dtype=drawn.dtype, device=unary.device)[:, None]
+        unary = unary.masked_fill((drawn >= 0) & (drawn != states), IMPOSSIBLE)
+    return unary, steps
 
 
 def _check_shapes(unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None) -> None:
@@ -424,9 +416,6 @@ def _prepare(
             f"expected {'softmax' if is_softmax else 'sigmoid'} for {classes} segmentation and {residual.shape[1]} "
             f"residual channels, got sigmoid={sigmoid} and softmax={softmax}; leave out both."
         )
-    rho_used = residual.narrow(dim, min(1, residual.shape[dim] - 1), max(1, residual.shape[dim] - 1))
-    if not torch.stack((*torch.aminmax(segmentation), *torch.aminmax(rho_used))).isfinite().all():  # NaN propagates
-        raise ValueError("expected finite logits, got NaN or infinity; give logits, not log probabilities of zeros.")
     if image is not None:
         image = convert_to_tensor(image, track_meta=False)
         if len(image) != len(segmentation) or image.shape[2:] != segmentation.shape[2:]:
@@ -440,6 +429,8 @@ def _prepare(
     expected = f"class indices from 0 to {classes - 1}" if is_softmax else "zeros and ones"
     check_values(drawn[known].cpu(), classes if is_softmax else 2, f"{expected} in the drawn slices")
     unary, rho = _potentials(segmentation, residual, image, spatial_axis, **vars(settings or ChainSettings()))
+    if not torch.stack([*torch.aminmax(unary), *torch.aminmax(rho)]).isfinite().all():  # NaN propagates
+        raise ValueError("expected finite logits and a finite image, got NaN or infinity; check the network's output.")
     return unary, rho, drawn.to(torch.int16).masked_fill(~known, -1), is_drawn
 
 
@@ -477,9 +468,13 @@ def complete_mask(
     Returns:
         The completed volume with the shape and dtype of ``drawn``. Drawn voxels keep what was drawn.
 
+    Note:
+        A drawn slice cuts the chain. After one more slice is drawn, the stretch between its drawn neighbours, both
+        included, can be completed separately: the result there is the same, and the rest does not change.
+
     Raises:
         ValueError: when shapes do not fit each other, no slice is drawn, a slice is outside the volume, logits are not
-            finite, or drawn values are no classes of the network.
+            finite, or drawn values are not classes of the network.
 
     Example:
         >>> mask = torch.tensor([[[1, 1, 0, 0, 1]]])

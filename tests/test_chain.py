@@ -373,6 +373,7 @@ def bad_input(**changes):
         ({"drawn": torch.full((1, 1, 4, 5), float("nan"))}, "NaN"),
         ({"segmentation": torch.full((1, 3, 4, 5), float("nan"))}, "finite logits"),
         ({"residual": torch.full((1, 2, 4, 5), float("inf"))}, "finite logits"),
+        ({"image": torch.full((1, 1, 4, 5), float("nan"))}, "finite image"),
         ({"residual": None, "softmax": True}, "expected image"),
         ({"residual": None, "image": torch.zeros(1, 1, 4, 5)}, "one of sigmoid=True and softmax=True"),
         ({"sigmoid": True}, "expected softmax"),
