@@ -1,14 +1,15 @@
-"""Where a network's decoder features live: one traced forward pass, and the graph that autograd makes of it.
+"""Find the features of a network's decoder with one forward pass and the graph that autograd builds of it.
 
-Every module's output is marked in that graph. Walking it from the network's output shows which outputs reach it, and
-whether anything from coarser scales gets past them: what is gated must be the only way onward.
+A mark in that graph stands for the output of each module. A walk from the network's output shows which marks reach it,
+and whether anything from coarser scales gets past a mark. A gated feature must be the only way onward.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,19 +20,38 @@ from monai.utils import ensure_tuple
 
 __all__ = ["DecoderStages", "Feature", "decoder_stages"]
 
-_SIZES = (64, 96, 128, 32)  # edge lengths tried in turn; at 64 the coarsest features of most networks have 2-8 voxels
+_SIZES = (64, 96, 128, 32)  # edge lengths to try; at 64 the coarsest features of most networks have 2 to 8 voxels
+# Known families: the names of their stages, for any number of levels. The last level of MONAI's UNet gives the logits,
+# so its features end one level below.
+_FAMILIES = {
+    "UNet": r"model(\.1\.submodule)+\.2",
+    "AttentionUnet": r"model(\.1\.submodule)*\.1\.merge",
+    "BasicUNet": r"upcat_[1-4]",
+    "BasicUNetPlusPlus": r"upcat_(3_1|2_2|1_3|0_4)",
+    "DynUNet": r"upsamples\.\d+",
+    "SegResNet": r"up_layers\.\d+",
+    "SegResNetDS": r"up_layers\.\d+\.blocks",
+    "VNet": r"up_tr\d+",
+    "UNETR": r"decoder[2-5]",
+    "SwinUNETR": r"decoder[1-5]",
+    "FlexibleUNet": r"decoder\.blocks\.\d+",
+    "MedNeXt": r"dec_stages\.\d+",
+    "PlainConvUNet": r"decoder\.stages\.\d+",
+    "ResidualEncoderUNet": r"decoder\.stages\.\d+",
+}
+_PUBLISHERS = ("monai.networks.nets", "dynamic_network_architectures")
 
 
 @dataclass(frozen=True)
 class Feature:
-    """The output of one module call in a traced forward pass.
+    """The output of one module call in a forward pass.
 
     Attributes:
-        name: name of the module as in ``network.named_modules()``; ``"name#1"`` is the second call of a module that
-            runs several times in one forward pass, ``"name#2"`` the third.
+        name: name of the module as in ``network.named_modules()``. ``"name#1"`` is the second call of a module that
+            runs several times, ``"name#2"`` the third.
         channels: number of channels.
-        size: spatial size, at the spatial size of the traced image.
-        has_parameters: whether the module itself, not one inside it, holds parameters.
+        size: spatial size.
+        has_parameters: whether the module itself, not a module inside it, holds parameters.
         node: the mark in the graph.
     """
 
@@ -41,22 +61,20 @@ class Feature:
     has_parameters: bool
     node: Any = field(repr=False)
 
-    @property
-    def voxels(self) -> int:
-        return math.prod(self.size)
+    def is_coarser(self, other: Feature) -> bool:
+        """Whether an up-sampling lies between the two; a border that a convolution cuts off is none."""
+        return any(3 * a <= 2 * b for a, b in zip(self.size, other.size, strict=True))
 
 
 @dataclass(frozen=True)
 class DecoderStages:
-    """Decoder stages of a network, and all the features they were chosen from.
+    """Decoder stages of a network, and all the features that they were chosen from. Print it to see them as a table.
 
     Attributes:
         stages: features of the chosen stages, coarse to fine.
         features: every feature that reaches the output, in the order of the forward pass.
-        image_size: spatial size of the traced image.
+        image_size: spatial size of the image in that forward pass.
         out_channels: number of channels of the network's output.
-
-    Printing it shows the table of features with the chosen ones marked.
     """
 
     stages: tuple[Feature, ...]
@@ -84,22 +102,23 @@ def decoder_stages(
 ) -> DecoderStages:
     """Find the features of a network's decoder, one for each resolution on the way up.
 
-    Networks of MONAI and nnU-Net are known by their names. Of any other the graph decides: the finest stage
-    is the last feature that everything from coarser scales passes through and that a layer with parameters follows;
-    each coarser one is the last feature, before that, of a smaller size. The coarsest of all is the encoder's.
+    Networks of MONAI and nnU-Net are known by the names of their modules. For any other network the graph decides. The
+    finest stage is the last feature that everything from coarser scales passes through and that a layer with parameters
+    follows. Each coarser stage is the last feature of a smaller size before that. The coarsest feature of all is the
+    encoder's.
 
     Args:
-        network: any 3D encoder-decoder that takes one image. It is run once, in eval mode; nothing in it changes.
+        network: any 3D encoder-decoder that takes one image. It runs once in eval mode; nothing in it changes.
         in_channels: number of channels of the image.
         stages: ``"auto"``, or names of modules whose outputs are the stages.
-        spatial_size: spatial size of the image to trace with. ``None`` tries a few.
+        spatial_size: spatial size of an image that the network takes. ``None`` tries a few sizes.
 
     Returns:
-        The stages, coarse to fine, together with every candidate; printing it shows them as a table.
+        The stages, coarse to fine, together with every candidate.
 
     Raises:
-        ValueError: when the network cannot run, or no stages are found, or what is gated at the given ones would not
-            reach the output or would be passed by. The error lists the candidates.
+        ValueError: when the network cannot run, no stages are found, or a given stage does not reach the output or has
+            a way past it. The error lists the candidates.
 
     Example:
         >>> from monai.networks.nets import BasicUNet
@@ -112,204 +131,122 @@ def decoder_stages(
     table, output = _trace(network, in_channels, spatial_size)
     features = table.features
     if stages == "auto":
-        known = set(_known_stages(network))
-        if known and known <= {feature.name for feature in features}:
-            chosen = _named(features, sorted(known), table)
-        else:
-            chosen = _search(features, output)
+        chosen = _known(network, features) or _search(features, output)
         if not chosen:
             raise ValueError(
                 f"expected a 3D encoder-decoder, found no decoder stage in {type(network).__name__}; name them with "
-                f"stages=[...], coarse to fine, out of the features that reach the output:\n{table}"
+                f"stages=[...], out of the features that reach the output:\n{table}"
             )
     else:
-        chosen = _named(features, [stages] if isinstance(stages, str) else list(stages), table)
+        names = ensure_tuple(stages)
+        chosen = [feature for feature in features if feature.name in names]
+        if missing := sorted(set(names) - {feature.name for feature in chosen}):
+            raise ValueError(
+                f"expected names of modules whose output, (b, c, d, h, w), reaches the output of the network, got "
+                f"{missing}; choose from:\n{table}"
+            )
     for coarse, fine in itertools.pairwise(chosen):
         if coarse.node in _ancestors(output, blocked=fine.node):
             raise ValueError(
-                f"expected the features of {coarse.name!r} to reach the output through {fine.name!r} alone, got a way "
-                f"past it; leave one of the two out of stages=[...]. The features that reach the output:\n{table}"
+                f"expected the features of {coarse.name!r} to reach the output only through {fine.name!r}, got a way "
+                f"past it; leave one of them out of stages=[...]. The features that reach the output:\n{table}"
             )
     return replace(table, stages=tuple(chosen))
 
 
-def _search(features: Sequence[Feature], output: Any) -> list[Feature]:
-    """Stages by the graph alone, coarse to fine."""
-    candidates = [feature for feature in features if feature.voxels > 1]  # one voxel is squeeze-and-excitation's
-    if not candidates:
-        return []
-    smallest = min(feature.voxels for feature in candidates)
-    bottleneck = [feature for feature in candidates if feature.voxels == smallest][-1]
-
-    def separates(feature: Feature) -> bool:
-        return feature is bottleneck or bottleneck.node not in _ancestors(output, blocked=feature.node)
-
-    # the finest: everything coarser passes it, and a layer with parameters makes the logits out of it
-    chain: list[Feature] = []
-    for index in reversed(range(len(candidates))):
-        feature = candidates[index]
-        followed = any(
-            later.has_parameters and feature.node in _ancestors(later.node) for later in candidates[index + 1 :]
-        )
-        coarser = [earlier for earlier in candidates[:index] if _is_coarser(earlier, feature)]
-        past = _ancestors(output, blocked=feature.node)
-        if followed and coarser and not any(earlier.node in past for earlier in coarser):
-            chain, candidates = [feature], candidates[:index]
-            break
-    # each coarser one: the last feature of a smaller size, rather one that cuts the coarsest features off
-    while chain:
-        passed = _ancestors(output, blocked=chain[-1].node)
-        coarser = [feature for feature in candidates if _is_coarser(feature, chain[-1]) and feature.node not in passed]
-        if not coarser:
-            break
-        chosen = next((feature for feature in reversed(coarser) if separates(feature)), coarser[-1])
-        chain.append(chosen)
-        candidates = candidates[: candidates.index(chosen)]
-    return chain[-2::-1] if chain else []  # without the last, which is the encoder's
-
-
-def _is_coarser(feature: Feature, other: Feature) -> bool:
-    """Whether there is an up-sampling between the two; the border that some convolutions cut off is none."""
-    return any(3 * a <= 2 * b for a, b in zip(feature.size, other.size, strict=True))
-
-
-def _known_stages(network: nn.Module) -> list[str]:
-    """Names of the stages of a known family; none for any other network, also one that has only the class's name."""
+def _known(network: nn.Module, features: Sequence[Feature]) -> list[Feature]:
+    """Stages of a known family, also of its subclasses; none of another network that only has the class's name."""
     for family in type(network).__mro__:
-        if family.__module__.startswith(_PUBLISHERS) and (finder := _FAMILIES.get(family.__name__)):
-            try:
-                return finder(network)
-            except AttributeError:  # a subclass that has changed its parts
-                return []
+        if family.__module__.startswith(_PUBLISHERS) and (pattern := _FAMILIES.get(family.__name__)):
+            return [feature for feature in features if re.fullmatch(pattern, feature.name)]
     return []
 
 
-def _numbered(name: str) -> Callable[[nn.Module], list[str]]:
-    """The children of a ``ModuleList``, in its order."""
-
-    def find(network: nn.Module) -> list[str]:
-        before, _, after = name.partition("[i]")
-        return [f"{before}.{index}{after}" for index, _ in enumerate(network.get_submodule(before).children())]
-
-    return find
-
-
-def _listed(*names: str) -> Callable[[nn.Module], list[str]]:
-    return lambda network: list(names)
-
-
-def _nested(stage: str) -> Callable[[nn.Module], list[str]]:
-    """Stages of a network of nested skip connections: ``model.1.submodule`` holds the next level's ``0, 1, 2``."""
-
-    def find(network: nn.Module) -> list[str]:
-        names = []
-        level = "model"
-        modules = dict(network.named_modules())
-        while f"{level}.1.submodule" in modules:
-            names.append(stage.format(level=level))
-            level = f"{level}.1.submodule"
-        return names[::-1]
-
-    return find
-
-
-_PUBLISHERS = ("monai.networks.nets", "dynamic_network_architectures")
-# Names hold for any strides; the graph tells stages apart by their sizes.
-# The last level of MONAI's UNet gives the logits themselves, so its features end one level below
-_FAMILIES: dict[str, Callable[[nn.Module], list[str]]] = {
-    "UNet": lambda network: _nested("{level}.2")(network)[:-1],
-    "AttentionUnet": _nested("{level}.1.merge"),
-    "BasicUNet": _listed("upcat_4", "upcat_3", "upcat_2", "upcat_1"),
-    "BasicUNetPlusPlus": _listed("upcat_3_1", "upcat_2_2", "upcat_1_3", "upcat_0_4"),
-    "DynUNet": _numbered("upsamples[i]"),
-    "SegResNet": _numbered("up_layers[i]"),
-    "SegResNetDS": _numbered("up_layers[i].blocks"),
-    "VNet": _listed("up_tr256", "up_tr128", "up_tr64", "up_tr32"),
-    "UNETR": _listed("decoder5", "decoder4", "decoder3", "decoder2"),
-    "SwinUNETR": _listed("decoder5", "decoder4", "decoder3", "decoder2", "decoder1"),
-    "FlexibleUNet": _numbered("decoder.blocks[i]"),
-    "MedNeXt": _numbered("dec_stages[i]"),
-    "PlainConvUNet": _numbered("decoder.stages[i]"),
-    "ResidualEncoderUNet": _numbered("decoder.stages[i]"),
-}
-
-
-def _named(features: Sequence[Feature], names: Sequence[str], table: DecoderStages) -> list[Feature]:
-    """The features of the given names, in the order of the forward pass."""
-    by_name = {feature.name: feature for feature in features}
-    if missing := [name for name in names if name not in by_name]:
-        raise ValueError(
-            f"expected names of modules whose output, (b, c, d, h, w), reaches the output of the network, got "
-            f"{missing}; choose from:\n{table}"
+def _search(features: Sequence[Feature], output: Any) -> list[Feature]:
+    """Stages by the graph only, coarse to fine."""
+    candidates = [feature for feature in features if math.prod(feature.size) > 1]  # squeeze-and-excitation has 1 voxel
+    if not candidates:
+        return []
+    bottleneck = min(reversed(candidates), key=lambda feature: math.prod(feature.size))  # the last of the smallest
+    chain: list[Feature] = []
+    # the finest: everything coarser passes through it, and a layer with parameters makes the logits out of it
+    for index, feature in reversed(list(enumerate(candidates))):
+        past = _ancestors(output, blocked=feature.node)
+        coarser = [earlier for earlier in candidates[:index] if earlier.is_coarser(feature)]
+        later = [later for later in candidates[index + 1 :] if later.has_parameters]
+        if (
+            coarser
+            and not any(earlier.node in past for earlier in coarser)
+            and any(feature.node in _ancestors(layer.node) for layer in later)
+        ):
+            chain, candidates = [feature], candidates[:index]
+            break
+    # each coarser one: the last feature of a smaller size, preferably one that the bottleneck cannot get past
+    while chain:
+        past = _ancestors(output, blocked=chain[-1].node)
+        coarser = [f for f in reversed(candidates) if f.is_coarser(chain[-1]) and f.node not in past]
+        if not coarser:
+            break
+        separating = (
+            f for f in coarser if f is bottleneck or bottleneck.node not in _ancestors(output, blocked=f.node)
         )
-    return sorted({by_name[name] for name in names}, key=features.index)
+        chain.append(next(separating, coarser[0]))
+        candidates = candidates[: candidates.index(chain[-1])]
+    return chain[-2::-1] if chain else []  # without the last, which is the encoder's
 
 
 def _trace(network: nn.Module, in_channels: int, spatial_size: Sequence[int] | None) -> tuple[DecoderStages, Any]:
     """The features of one forward pass that reach the output, and the node of the output in the graph."""
-    sizes = [(edge,) * 3 for edge in _SIZES] if spatial_size is None else [tuple(spatial_size)]
+    name = type(network).__name__
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    if parameter.device.type == "meta":
-        raise ValueError(
-            f"expected a {type(network).__name__} with weights, got one on meta; attach before to('meta')."
-        )
+    if parameter.is_meta:
+        raise ValueError(f"expected a {name} with weights, got one on the meta device; attach before to('meta').")
     errors = []
-    for size in sizes:
-        generator = torch.Generator(parameter.device).manual_seed(0)  # the user's random numbers stay as they are
-        kind: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
-        image = torch.rand(1, in_channels, *size, generator=generator, **kind).requires_grad_()
-        features: list[Feature] = []
+    for size in [(edge,) * 3 for edge in _SIZES] if spatial_size is None else [tuple(spatial_size)]:
+        image = torch.zeros(1, in_channels, *size, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
         try:
-            with _marked(network, features), _evaluating(network), torch.enable_grad():
+            with _marked(network) as features, _evaluating(network), torch.enable_grad():
                 output = network(image)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-            errors.append(f"{_format_size(size)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            errors.append(f"{_format_size(size)}: {next(iter(str(error).splitlines()), type(error).__name__)}")
             continue
         tensors = [tensor for tensor in _tensors(output) if tensor.ndim == 5 and tensor.grad_fn is not None]
         if not tensors:
             raise ValueError(
-                f"expected {type(network).__name__} to give a tensor of shape (b, c, d, h, w) that depends on the "
-                f"image, got {type(output).__name__}; attach to the part of it that does."
+                f"expected {name} to give a tensor of shape (b, c, d, h, w) that depends on the image, got "
+                f"{type(output).__name__}; attach to the part of it that does."
             )
         final = max(tensors, key=lambda tensor: len(_ancestors(tensor.grad_fn)))  # the one with the most behind it
         reaching = _ancestors(final.grad_fn)
         reached = tuple(feature for feature in features if feature.node in reaching)
         return DecoderStages((), reached, size, final.shape[1]), final.grad_fn
     raise ValueError(
-        f"expected {type(network).__name__} to run on a 3D image of {in_channels} channels, got an error at each size "
-        f"({'; '.join(errors)}); give a spatial_size that it takes, and the in_channels it was built with."
+        f"expected {name} to run on a 3D image of {in_channels} channels, got an error at each size "
+        f"({'; '.join(errors)}); give a spatial_size that it takes, and the in_channels that it was built with."
     )
 
 
 @contextmanager
-def _marked(network: nn.Module, features: list[Feature]) -> Iterator[None]:
-    """Mark the output of every module call in the graph, and note it in ``features``."""
+def _marked(network: nn.Module) -> Iterator[list[Feature]]:
+    """Mark the output of every module call in the graph, and list these outputs."""
+    features: list[Feature] = []
     calls: dict[str, int] = {}
+    names = {module: name for name, module in network.named_modules()}
 
-    def hook_for(name: str) -> Callable[..., torch.Tensor | None]:
-        def mark(module: nn.Module, args: Any, output: Any) -> torch.Tensor | None:
-            call = calls[name] = calls.get(name, -1) + 1
-            if not (isinstance(output, torch.Tensor) and output.ndim == 5 and output.requires_grad):
-                return None
-            marked = output.clone()
-            features.append(
-                Feature(
-                    name=f"{name}#{call}" if call else name,
-                    channels=output.shape[1],
-                    size=tuple(output.shape[2:]),
-                    has_parameters=any(True for _ in module.parameters(recurse=False)),
-                    node=marked.grad_fn,
-                )
-            )
-            return marked
+    def mark(module: nn.Module, args: Any, output: Any) -> torch.Tensor | None:
+        name = names[module]
+        call = calls[name] = calls.get(name, -1) + 1
+        if not (isinstance(output, torch.Tensor) and output.ndim == 5 and output.requires_grad):
+            return None
+        marked = output.clone()
+        own_parameters = any(True for _ in module.parameters(recurse=False))
+        name = f"{name}#{call}" if call else name
+        features.append(Feature(name, output.shape[1], tuple(output.shape[2:]), own_parameters, marked.grad_fn))
+        return marked
 
-        return mark
-
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in network.named_modules() if name]
+    handles = [module.register_forward_hook(mark) for module, name in names.items() if name]
     try:
-        yield
+        yield features
     finally:
         for handle in handles:
             handle.remove()
@@ -317,7 +254,7 @@ def _marked(network: nn.Module, features: list[Feature]) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards as it was (a frozen one in a network in training, too)."""
+    """Every module in eval mode, and afterwards in its own mode (also a frozen part of a network in training)."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:
@@ -341,13 +278,11 @@ def _ancestors(node: Any, blocked: Any = None) -> set[Any]:
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested dictionaries, lists and tuples."""
     if isinstance(output, torch.Tensor):
         yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
+    elif isinstance(output, (Mapping, list, tuple)):
+        for value in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(value)
 
 
