@@ -1,11 +1,11 @@
-"""What a context residual decoder adds to each network: parameters, multiply-adds, seconds.
+"""What a context residual decoder adds to other networks: parameters, multiply-adds and seconds.
 
     python examples/benchmarks/attach_cost.py --out docs/tables            # counts and times
-    python examples/benchmarks/attach_cost.py --out docs/tables --no-times # counts alone, in a minute
+    python examples/benchmarks/attach_cost.py --out docs/tables --no-times # only counts, in a minute
 
-Networks at their usual configuration. Parameters and multiply-adds of convolutions and matrix products (half of
-torch's FlopCounterMode) are of one image of the stated size, counted without computing it; seconds are medians of
-interleaved runs at the smaller size that is stated, forward in eval and a training step.
+The networks have their usual configuration. Parameters and multiply-adds belong to one image of 128 x 128 x 128 in
+training; multiply-adds are those of convolutions and matrix products. Seconds belong to one image of 64 x 64 x 64: a
+forward pass in eval, and a training step, as medians of alternating runs.
 """
 
 from __future__ import annotations
@@ -18,40 +18,15 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from common import has_nnunet, multiply_adds, nnunet, write_table
 from monai.losses import DiceCELoss
 from monai.networks import nets
-from monai.utils import optional_import
-from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres import ConResLoss, attach_conres
-from monai_conres.files import atomic_path, write_csv
-
-unet, has_nnunet = optional_import("dynamic_network_architectures.architectures.unet")
 
 CHANNELS, CLASSES = 4, 4
 COUNT_SIZE, TIME_SIZE = (128, 128, 128), (64, 64, 64)
 FILTERS = [32, 64, 128, 256, 320, 320]
-
-
-def nnunet(name: str, **blocks: list[int] | int) -> nn.Module:
-    """nnU-Net's 3d_fullres configuration of 128 x 128 x 128 patches."""
-    return getattr(unet, name)(
-        input_channels=CHANNELS,
-        n_stages=6,
-        features_per_stage=FILTERS,
-        conv_op=nn.Conv3d,
-        kernel_sizes=3,
-        strides=[1, 2, 2, 2, 2, 2],
-        num_classes=CLASSES,
-        conv_bias=True,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        deep_supervision=False,
-        **blocks,
-    )
-
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "UNet (16-256)": lambda: nets.UNet(
@@ -74,23 +49,24 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "FlexibleUNet (resnet34)": lambda: nets.FlexibleUNet(CHANNELS, CLASSES, "resnet34", spatial_dims=3),
     "MedNeXt (32)": lambda: nets.MedNeXt(3, 32, CHANNELS, CLASSES),
 }
-if has_nnunet:
-    NETWORKS["nnU-Net PlainConvUNet"] = lambda: nnunet("PlainConvUNet", n_conv_per_stage=2, n_conv_per_stage_decoder=2)
+if has_nnunet:  # the configuration 3d_fullres for patches of 128 x 128 x 128
+    SIZE = (CHANNELS, CLASSES, FILTERS, [2] * 5)
+    NETWORKS["nnU-Net PlainConvUNet"] = lambda: nnunet(
+        "PlainConvUNet", *SIZE, n_conv_per_stage=2, n_conv_per_stage_decoder=2
+    )
     NETWORKS["nnU-Net ResidualEncoderUNet (M)"] = lambda: nnunet(
-        "ResidualEncoderUNet", n_blocks_per_stage=[1, 3, 4, 6, 6, 6], n_conv_per_stage_decoder=1
+        "ResidualEncoderUNet", *SIZE, n_blocks_per_stage=[1, 3, 4, 6, 6, 6], n_conv_per_stage_decoder=1
     )
 
 
 def attach(network: nn.Module, width: int | None) -> nn.Module:
-    return attach_conres(network, CHANNELS, CLASSES, residual_channels=CLASSES - 1, width=width)
+    return attach_conres(network, CHANNELS, include_background=False, width=width)
 
 
 def count(network: nn.Module) -> tuple[int, int]:
-    """Parameters, and multiply-adds for one image in training: all heads."""
-    network = network.to("meta").train()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(1, CHANNELS, *COUNT_SIZE, device="meta"))
-    return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
+    """Parameters, and multiply-adds for one image in training, where all heads are computed."""
+    counted = multiply_adds(network.train(), (1, CHANNELS, *COUNT_SIZE))
+    return sum(p.numel() for p in network.parameters()), counted
 
 
 def forward(network: nn.Module, image: torch.Tensor, label: torch.Tensor) -> None:
@@ -99,12 +75,12 @@ def forward(network: nn.Module, image: torch.Tensor, label: torch.Tensor) -> Non
 
 
 def segmentation_of(output: torch.Tensor | list | tuple) -> torch.Tensor:
-    """The segmentation among a network's outputs; BasicUNetPlusPlus always returns a list."""
+    """The segmentation of a network's output. BasicUNetPlusPlus always returns a list."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def step(network: nn.Module, image: torch.Tensor, label: torch.Tensor) -> None:
-    loss = ConResLoss(DiceCELoss(softmax=True, to_onehot_y=True), softmax=True, to_onehot_y=True)
+    loss = ConResLoss(DiceCELoss(softmax=True, to_onehot_y=True))
     output = network.train()(image)
     if hasattr(output, "residuals"):
         output = output._replace(segmentation=segmentation_of(output.segmentation))
@@ -115,7 +91,7 @@ def step(network: nn.Module, image: torch.Tensor, label: torch.Tensor) -> None:
 
 
 def seconds(networks: list[nn.Module], run: Callable, repeats: int, device: str) -> list[float]:
-    """Medians of interleaved runs."""
+    """Median seconds of each network. Each repeat runs one network after another."""
     image = torch.randn(1, CHANNELS, *TIME_SIZE, device=device)
     label = torch.randint(0, CLASSES, (1, 1, *TIME_SIZE), device=device)
     times: list[list[float]] = [[] for _ in networks]
@@ -125,7 +101,7 @@ def seconds(networks: list[nn.Module], run: Callable, repeats: int, device: str)
             run(network, image, label)
             if device != "cpu":
                 torch.cuda.synchronize(device)
-            if repeat:  # the first one warms up
+            if repeat:  # the first repeat warms up
                 own.append(time.perf_counter() - start)
     return [statistics.median(own) for own in times]
 
@@ -141,7 +117,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, str]:
         "multiply-adds (1e9)": f"{plain[1] / 1e9:.0f}",
         "multiply-adds, added": f"{100 * (attached[1] / plain[1] - 1):+.1f} %",
     }
-    # UNETR takes images of one size only; the seconds of MedNeXt double from one run to the next
+    # UNETR only takes images of one size; the seconds of MedNeXt double from one run to another
     if options.times and not name.startswith(("UNETR", "MedNeXt")):
         networks = [network.to(options.device) for network in (build(), attach(build(), options.width))]
         for title, run in (("forward", forward), ("training step", step)):
@@ -155,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for attach_cost.csv and attach_cost.md")
     parser.add_argument(
-        "--width", type=int, default=32, help="of the residual path (default: 32; 0: the network's own)"
+        "--width", type=int, default=32, help="channels of the residual path (default: 32; 0: those of the network)"
     )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
     parser.add_argument("--no-times", dest="times", action="store_false")
@@ -167,11 +143,7 @@ def main() -> None:
     for name in options.networks:
         rows.append(measure(name, options))
         print("  ".join(rows[-1].values()), flush=True)
-        fields = list(max(rows, key=len))
-        table = [fields, ["---"] * len(fields)] + [[row.get(field, "-") for field in fields] for row in rows]
-        write_csv(options.out / "attach_cost.csv", rows)
-        with atomic_path(options.out / "attach_cost.md") as temporary:
-            temporary.write_text("".join(f"| {' | '.join(row)} |\n" for row in table))
+        write_table(options.out, "attach_cost", rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Training patches that stay on the device: crops and augmentation there, no loader.
+"""Training patches that stay on the device: no loader, crops and augmentation on the device.
 
-A small data set fits into the memory of a GPU, which a loader on a few cores would leave waiting. The patches depend on
-the seed alone: every network sees the same ones, in the same order.
+A small data set fits into the memory of a GPU, and a loader on few cores would make the GPU wait. The patches depend
+only on the seed: every network sees the same patches in the same order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from monai.utils import convert_to_tensor
 
-ROTATION = 0.26  # rad, about each axis
+ROTATION = 0.26  # largest angle about each axis, in rad
 SCALE = (0.8, 1.25)
 GAMMA = (0.7, 1.5)
 
@@ -21,10 +21,10 @@ class ResidentPatches:
     """Random patches of cases that are on a device.
 
     Args:
-        cases: prepared cases, ``"image"`` and ``"label"`` of shape ``(c, d, h, w)``; label of class indices.
-        patch: size of a patch; smaller cases are padded with their own minimum.
-        spacing: size of a voxel, in mm, so that rotations are rotations.
-        device: where all cases are kept.
+        cases: prepared cases with ``"image"`` ``(c, d, h, w)`` and ``"label"`` ``(1, d, h, w)`` of class indices.
+        patch: size of a patch in voxels. A smaller case is padded with its minimum.
+        spacing: size of a voxel in mm. Rotations are rotations in mm.
+        device: device of all cases.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ResidentPatches:
     ) -> None:
         self.patch = tuple(patch)
         extent = [size * edge for size, edge in zip(patch, spacing, strict=True)]
-        self.extent = torch.tensor(extent, dtype=torch.float32, device=device)  # mm; copied once
+        self.extent = torch.tensor(extent, dtype=torch.float32, device=device)  # in mm
         self.cases = [
             (self._pad(torch.as_tensor(case["image"]).float()).to(device), self._pad(case["label"]).to(device))
             for case in cases
@@ -44,8 +44,8 @@ class ResidentPatches:
         self.device = torch.device(device)
 
     def batches(self, number: int, batch_size: int, *, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images ``(b, c, *patch)`` and labels ``(b, 1, *patch)``, ``number`` times."""
-        choice = torch.Generator().manual_seed(seed)  # on the CPU: sizes are looked at there
+        """Yield images ``(b, c, *patch)`` and labels ``(b, 1, *patch)``, ``number`` times."""
+        choice = torch.Generator().manual_seed(seed)  # on the CPU, where the sizes are
         values = torch.Generator(self.device).manual_seed(seed)
         for _ in range(number):
             crops = [self._crop(choice) for _ in range(batch_size)]
@@ -71,15 +71,15 @@ class ResidentPatches:
 def augment(
     image: torch.Tensor, label: torch.Tensor, extent: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate and scale image and label; change contrast, brightness and gamma of the image and add noise to it.
+    """Rotate and scale image and label; change gamma, contrast and brightness of the image; add noise to the image.
 
-    Half of the samples are left where they are, and each change of intensities leaves half of them as they are.
+    Each of these changes applies to a random half of the samples.
 
     Args:
         image: ``(b, c, d, h, w)``, standardized.
         label: ``(b, 1, d, h, w)``, class indices.
         extent: length of the patch along each axis, in mm.
-        generator: of the images' device.
+        generator: a generator on the device of the images.
     """
     batch = len(image)
 
@@ -108,7 +108,7 @@ def augment(
 
 
 def _affine(uniform, extent: torch.Tensor) -> torch.Tensor:
-    """Random rotation and scaling in mm, as matrices ``(b, 3, 4)`` of the normalized coordinates of ``affine_grid``."""
+    """Random rotation and scaling in mm, as matrices ``(b, 3, 4)`` for ``affine_grid``."""
     angles = uniform(-ROTATION, ROTATION, 3)
     matrix = torch.diag_embed(uniform(*SCALE, 1).reciprocal().expand(-1, 3))
     for axis in range(3):
@@ -118,6 +118,6 @@ def _affine(uniform, extent: torch.Tensor) -> torch.Tensor:
         rotation[:, first, first] = rotation[:, second, second] = cosine
         rotation[:, first, second], rotation[:, second, first] = -sine, sine
         matrix = matrix @ rotation
-    edges = extent.flip(0)  # affine_grid counts axes from the last one
+    edges = extent.flip(0)  # affine_grid counts axes from the last axis
     matrix = matrix * edges / edges[:, None]
     return F.pad(matrix, (0, 1))

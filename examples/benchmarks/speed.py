@@ -1,15 +1,17 @@
-"""Seconds and memory of ConResNet beside its released structure and MONAI's networks.
+"""Seconds and memory of ConResNet, its released structure, and networks of MONAI.
 
     python examples/benchmarks/speed.py --out docs/tables                                # time
     python examples/benchmarks/speed.py --out docs/tables --memory --size 80 160 160     # peak memory, forward and step
     python examples/benchmarks/speed.py --out docs/tables --volume 155 240 240 --size 80 160 160  # one case, in windows
 
-Times are medians of runs interleaved over the networks, so that what else the machine does falls on all of them alike.
-"share of the convolution rate" is a network's multiply-adds in a second over those of its own convolutions run alone,
-each in the layout that is fastest for it: one hundred percent would be a network that spends no time on anything else.
-A name may end in ", bf16" or ", fp16" (autocast), in ", compiled" (torch.compile) or in both, in this order: so one run
-compares them. Peak memory is measured in a process of its own for each network: on a CPU the resident set, less
-what there was before; on a GPU what torch allocated. On a GPU convolutions and matrix products in float32 are TF32.
+Times are medians. The runs of all networks alternate, so that other work on the machine slows all networks alike.
+
+"share of the convolution rate" compares a forward pass with the network's own convolutions, run without the rest, each
+in the fastest way. At 100 % a network would spend no time on anything else.
+
+A name can end in ", bf16" or ", fp16" (autocast), in ", compiled" (torch.compile), or in both in this order. So one run
+compares them. Peak memory is measured in one process for each network: on a CPU the growth of the resident set, on a
+GPU what torch allocated. On a GPU, convolutions and matrix products in float32 use TF32.
 """
 
 from __future__ import annotations
@@ -27,28 +29,27 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from common import multiply_adds, write_table
 from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from monai.networks import nets
-from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres import ConResLoss, ConResNet, ConResOutput
-from monai_conres.files import atomic_path, write_csv
 from monai_conres.layers import NormActConv, PreActivationBlock, WeightStandardizedConv3d
 
 CHANNELS, CLASSES = 4, 3
 
 
 class ReleasedStructure(nn.Module):
-    """The released network as its authors compute it: the weights of :meth:`ConResNet.authors`, plain operations.
+    """The released network, computed with the operations of the released code.
 
-    Each forward pass standardizes every filter anew, in three steps; the dilated convolutions are direct; every head is
-    computed in either mode, and up-sampled to full resolution.
+    Each forward pass standardizes every filter in three steps, computes every head in either mode, and up-samples the
+    output of every head to full resolution. The weights are those of :meth:`ConResNet.released`.
     """
 
-    def __init__(self, *, mapping: bool = True) -> None:
+    def __init__(self, **kwargs: str) -> None:
         super().__init__()
-        self.network = ConResNet.authors(CHANNELS, CLASSES, mapping=mapping, attention=mapping)
+        self.network = ConResNet.released(CHANNELS, CLASSES, **kwargs)
 
     def convolve(self, layer: WeightStandardizedConv3d, x: torch.Tensor) -> torch.Tensor:
         weight = layer.weight
@@ -109,8 +110,8 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     "released structure": lambda size: ReleasedStructure(),
     "ConResNet": lambda size: ConResNet(CHANNELS, CLASSES),
     "ConResNet, use_checkpoint": lambda size: ConResNet(CHANNELS, CLASSES, use_checkpoint=True),
-    "released structure, baseline": lambda size: ReleasedStructure(mapping=False),
-    "ConResNet, baseline": lambda size: ConResNet(CHANNELS, CLASSES, mapping=False, attention=False),
+    "released structure, baseline": lambda size: ReleasedStructure(context="none"),
+    "ConResNet, baseline": lambda size: ConResNet(CHANNELS, CLASSES, context="none"),
     "SegResNet (32)": lambda size: nets.SegResNet(
         3, 32, CHANNELS, CLASSES, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1), dropout_prob=0.1
     ),
@@ -137,9 +138,10 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     ),
     "SwinUNETR (48)": lambda size: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
 }
-COMPILED = ", compiled"  # after the name of a network: by torch.compile
-AUTOCAST = {", bf16": torch.bfloat16, ", fp16": torch.float16}  # after it, before ", compiled"
-# networks that take sizes alone that this divides
+# endings of a network's name
+AUTOCAST = {", bf16": torch.bfloat16, ", fp16": torch.float16}
+COMPILED = ", compiled"
+# these networks only take sizes that this number divides
 MULTIPLES = {"SegResNetVAE (32)": 16, "AttentionUnet (32-512)": 16, "SwinUNETR (48)": 32}
 
 
@@ -153,7 +155,7 @@ class Case:
         name = name.removesuffix(COMPILED)
         ending = next((ending for ending in AUTOCAST if name.endswith(ending)), "")
         self.dtype = AUTOCAST.get(ending)
-        self.name = name = name.removesuffix(ending)  # the network's own
+        self.name = name = name.removesuffix(ending)
         multiple = MULTIPLES.get(name, 1)
         self.size = tuple(-(-edge // multiple) * multiple for edge in options.size)
         self.network = NETWORKS[name](self.size).to(self.device)
@@ -164,7 +166,7 @@ class Case:
         if options.volume:
             self.scan = torch.randn(1, CHANNELS, *options.volume, device=self.device)
             self.inferer = SlidingWindowInferer(self.size, options.batch_size, overlap=1 / 3, mode="gaussian")
-        self.loss = ConResLoss(DiceCELoss(sigmoid=True), sigmoid=True, spatial_axis=0)
+        self.loss = ConResLoss(DiceCELoss(sigmoid=True), spatial_axis=0)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None)
@@ -177,21 +179,19 @@ class Case:
         self.network.zero_grad()
         with self.autocast():
             output = self.network.train()(self.image)
-            if isinstance(output, ConResOutput):
-                loss = self.loss(output if output.residuals else output.segmentation, self.label)
-            elif isinstance(output, torch.Tensor):
+            if isinstance(output, ConResOutput | torch.Tensor):
                 loss = self.loss(output, self.label)
-            else:  # SegResNetVAE has a loss of its own, too
+            else:  # SegResNetVAE adds its own loss
                 loss = self.loss(output[0], self.label) + 0.1 * output[1]
         loss.backward()
 
     def volume(self) -> None:
-        """One case of BraTS, or as large as one, window by window."""
+        """Segment one case in windows."""
         with torch.no_grad(), self.autocast():
             self.inferer(self.scan, self.segment)
 
     def segment(self, windows: torch.Tensor) -> torch.Tensor:
-        """The first output of the network, which is the segmentation."""
+        """The segmentation, which is the first output of every network."""
         output = self.network.eval()(windows)
         return output if isinstance(output, torch.Tensor) else output[0]
 
@@ -203,7 +203,7 @@ class Case:
         return time.perf_counter() - start
 
     def convolutions(self) -> float:
-        """Seconds of the convolutions of a forward pass in eval, run alone, each in the fastest of some ways."""
+        """Seconds of the convolutions of a forward pass without the rest, each in the fastest way."""
         calls: dict[tuple, int] = {}
 
         def note(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -226,16 +226,17 @@ class Case:
             for memory_format in (torch.contiguous_format, torch.channels_last_3d):
                 layer = layer.to(memory_format=memory_format)
                 x = torch.randn(shape, device=self.device, dtype=self.dtype).contiguous(memory_format=memory_format)
-                ways = [layer]
+                ways: list[Callable[[], torch.Tensor]] = [partial(layer, x)]
                 if self.device == "cpu" and self.dtype is None and plain is nn.Conv3d:
-                    # torch does not give every shape to oneDNN
-                    ways.append(partial(onednn, layer))
+                    # torch itself does not give every shape to oneDNN
+                    settings = (layer.padding, layer.stride, layer.dilation, groups)
+                    ways.append(partial(torch.mkldnn_convolution, x, layer.weight, None, *settings))
                 for way in ways:
                     times = []
                     for _ in range(4):
                         with torch.no_grad(), self.autocast():
                             start = time.perf_counter()
-                            way(x)
+                            way()
                             if self.device != "cpu":
                                 torch.cuda.synchronize(self.device)
                         times.append(time.perf_counter() - start)
@@ -244,30 +245,25 @@ class Case:
         return total
 
 
-def onednn(layer: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
-    """The layer, without bias, by oneDNN."""
-    return torch.mkldnn_convolution(x, layer.weight, None, layer.padding, layer.stride, layer.dilation, layer.groups)
-
-
 def interleaved(cases: dict[str, Case], runs: Sequence[str], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each network and run, one network after the other in each repeat."""
+    """Seconds of each network and run. Each repeat runs one network after another."""
     seconds = {name: {run: [] for run in runs} for name in cases}
     for repeat in range(repeats + 1):
         for run in runs:
             for name, case in cases.items():
                 value = case.seconds(run)
-                if repeat:  # the first one warms up
+                if repeat:  # the first repeat warms up
                     seconds[name][run].append(value)
     return seconds
 
 
 def faster(first: list[float], seconds: list[float]) -> str:
-    """How many times as fast as the first network: the ratio of runs made side by side, then the median."""
+    """How many times as fast as the first network: the median of the ratios of neighboring runs."""
     return f"{statistics.median(a / b for a, b in zip(first, seconds, strict=True)):.2f}"
 
 
 def digits(seconds: float) -> str:
-    """Three of them."""
+    """``seconds`` with three digits."""
     return f"{seconds:#.3g}" if seconds < 100 else f"{seconds:.0f}"
 
 
@@ -278,21 +274,21 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
     seconds = interleaved(cases, ("forward", "step"), options.repeats)
     rows = []
     for name, case in cases.items():
-        multiply_adds = multiply_adds_of(case)
+        counted = multiply_adds(NETWORKS[case.name](case.size).eval(), case.image.shape)
         forward, step = (statistics.median(seconds[name][run]) for run in ("forward", "step"))
         ratios = {"forward": "-", "step": "-"}
         if case.size == cases[first].size:
             ratios = {run: faster(seconds[first][run], seconds[name][run]) for run in ratios}
         row = {
             "network": name,
-            "multiply-adds (1e9)": f"{multiply_adds / 1e9:.1f}",
+            "multiply-adds (1e9)": f"{counted / 1e9:.1f}",
             "forward (s)": digits(forward),
             f"forward, times as fast as {first}": ratios["forward"],
             "training step (s)": digits(step),
             f"step, times as fast as {first}": ratios["step"],
-            "1e9 multiply-adds / s, forward": f"{multiply_adds / forward / 1e9:.0f}",
+            "1e9 multiply-adds / s, forward": f"{counted / forward / 1e9:.0f}",
         }
-        # the released structure does not call its convolutions as modules, so they cannot be listed
+        # hooks do not see the convolutions of the released structure, nor those of a compiled network
         listed = not isinstance(case.network, ReleasedStructure) and not case.compiled
         row["share of the convolution rate"] = f"{100 * case.convolutions() / forward:.0f} %" if listed else "-"
         rows.append(row)
@@ -314,15 +310,8 @@ def volume_times(options: argparse.Namespace) -> list[dict[str, str]]:
     return rows
 
 
-def multiply_adds_of(case: Case) -> int:
-    """Of one forward pass in eval, counted without computing it."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        NETWORKS[case.name](case.size).to("meta").eval()(case.image.to("meta"))
-    return counter.get_total_flops() // 2
-
-
 def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
-    """Rows of the table of memory: a new process for each network."""
+    """Rows of the table of memory, from one process for each network."""
     rows = []
     for name in options.networks:
         row = {"network": name}
@@ -339,24 +328,23 @@ def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
 def child(options: argparse.Namespace) -> None:
     """Print the peak bytes of one run in this process."""
     case = Case(options.networks[0], options)
-    if case.device != "cpu":
-        case.seconds(options.child)
-        case.network.zero_grad()  # its gradients are part of the step, and must not be there before
-        torch.cuda.reset_peak_memory_stats(case.device)
-        before = torch.cuda.memory_allocated(case.device)
+    if case.device == "cpu":
+
+        def peak() -> int:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+        before = peak()
     else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        case.seconds(options.child)
+        case.network.zero_grad()  # the memory of the gradients belongs to the step
+        torch.cuda.reset_peak_memory_stats(case.device)
+        before, peak = torch.cuda.memory_allocated(case.device), partial(torch.cuda.max_memory_allocated, case.device)
     case.seconds(options.child)
-    after = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if case.device == "cpu"
-        else torch.cuda.max_memory_allocated(case.device)
-    )
-    print(after - before)
+    print(peak() - before)
 
 
 def machine(device: str) -> str:
-    """A line under the table, of a GPU; a processor does not tell how much of it there is."""
+    """The line under the table that names the GPU. A CPU does not tell how many cores we get."""
     if device == "cpu":
         return ""
     cudnn = torch.backends.cudnn.version()
@@ -366,25 +354,25 @@ def machine(device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for the table (.csv and .md)")
-    parser.add_argument("--name", help="of the files (default: what is measured, and the device)")
+    parser.add_argument("--name", help="name of the files (default: what is measured, and the device)")
     parser.add_argument(
         "--networks",
         nargs="+",
         choices=[name + dtype + way for name in NETWORKS for dtype in ("", *AUTOCAST) for way in ("", COMPILED)],
         default=list(NETWORKS),
         metavar="NAME",
-        help=f"{', '.join(NETWORKS)}; ', bf16' or ', fp16' after it: by autocast, ', compiled': torch.compile",
+        help=f"{', '.join(NETWORKS)}; with the endings ', bf16' or ', fp16' and ', compiled'",
     )
-    parser.add_argument("--size", type=int, nargs=3, default=(40, 80, 80), help="of the image, in voxels")
+    parser.add_argument("--size", type=int, nargs=3, default=(40, 80, 80), help="size of the image in voxels")
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--volume", type=int, nargs=3, help="instead: one case of this size, in windows of --size")
-    parser.add_argument("--batch-size", type=int, default=1, help="images, or windows, at a time")
+    kinds.add_argument("--volume", type=int, nargs=3, help="time of one case of this size, in windows of --size")
+    parser.add_argument("--batch-size", type=int, default=1, help="images or windows at a time")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     kinds.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--child", choices=("forward", "step"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = True  # as torch's convolutions
+    torch.backends.cuda.matmul.allow_tf32 = True  # as torch's convolutions do
     if options.child:
         return child(options)
     kind, measure = "speed", times
@@ -394,10 +382,7 @@ def main() -> None:
         kind, measure = "volume", volume_times
     rows = measure(options)
     name = options.name or f"{kind}_{options.device}"
-    table = [list(rows[0]), ["---"] + ["---:"] * (len(rows[0]) - 1)] + [list(row.values()) for row in rows]
-    write_csv(options.out / f"{name}.csv", rows)
-    with atomic_path(options.out / f"{name}.md") as temporary:
-        temporary.write_text("".join(f"| {' | '.join(row)} |\n" for row in table) + machine(options.device))
+    write_table(options.out, name, rows, machine(options.device))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""The results of an experiment: one tracked table, and the single runs that are not in the table yet.
+
+An experiment has a name, one setting and many runs: one run for each arm, fold and seed.
+
+    results/NAME.csv         all merged runs, one row for each case and class; tracked
+    results/NAME.json        the settings of the experiment; tracked
+    runs/NAME/ARM_...json    one run with its settings; not tracked
+
+Each run writes its own file. So runs can go on at the same time, also on several machines.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monai_conres.files import atomic_path, write_csv
+
+KEY = ("arm", "fold", "seed")
+COST = ("parameters", "multiply_adds", "seconds", "memory")
+METRICS = ("dice", "hd95", "nsd", "residual_dice_of_segmentation", "residual_dice_predicted")
+COLUMNS = (*KEY, *COST, "case", "class", *METRICS)
+
+Run = tuple[str, int, int]  # arm, fold, seed
+Rows = list[dict[str, str]]  # the columns of each case and class, as text
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The files of one experiment.
+
+    Args:
+        name: name of the experiment.
+        folder: folder with ``results`` and ``runs``.
+    """
+
+    name: str
+    folder: Path = Path(__file__).parent
+
+    @property
+    def table(self) -> Path:
+        return self.folder / "results" / f"{self.name}.csv"
+
+    @property
+    def settings_file(self) -> Path:
+        return self.table.with_suffix(".json")
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs" / self.name
+
+    def run_file(self, run: Run) -> Path:
+        arm, fold, seed = run
+        return self.runs / f"{arm}_fold{fold}_seed{seed}.json"
+
+    def settings(self) -> dict[str, Any] | None:
+        """The settings of the experiment: those of the tracked file, or else those of the first run file."""
+        if self.settings_file.exists():
+            return json.loads(self.settings_file.read_text())
+        return next((json.loads(file.read_text())["settings"] for file in sorted(self.runs.glob("*.json"))), None)
+
+    def check(self, settings: Mapping[str, Any], source: str) -> None:
+        """Raise ValueError unless ``settings``, which come from ``source``, are the settings of the experiment."""
+        expected = self.settings()
+        if expected is not None and expected != settings:
+            raise ValueError(
+                f"expected the settings of {self.name}, {expected}, got {dict(settings)} from {source}; "
+                "name another experiment, or give the same options."
+            )
+
+    def merged_runs(self) -> dict[Run, Rows]:
+        """The runs in the tracked table."""
+        runs: dict[Run, Rows] = {}
+        if self.table.exists():
+            with self.table.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    runs.setdefault((row["arm"], int(row["fold"]), int(row["seed"])), []).append(row)
+        return runs
+
+    def write_run(self, run: Run, settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Write one run to its own file. The file is complete or absent."""
+        with atomic_path(self.run_file(run)) as temporary:
+            temporary.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+    def merge(self) -> dict[Run, Rows]:
+        """Add the run files to the tracked table, in the order of arm, fold and seed, and return all runs.
+
+        Raises:
+            ValueError: when there is no run, when the settings of a run are not those of the experiment, or when the
+                table holds other results of the same run.
+        """
+        runs = self.merged_runs()
+        for file in sorted(self.runs.glob("*.json")):
+            content = json.loads(file.read_text())
+            self.check(content["settings"], str(file))
+            rows = [{column: str(row.get(column, "")) for column in COLUMNS} for row in content["rows"]]
+            run = (rows[0]["arm"], int(rows[0]["fold"]), int(rows[0]["seed"]))
+            if runs.setdefault(run, rows) != rows:
+                raise ValueError(f"expected the results of {run} in {self.table}, got others in {file}; delete one.")
+        if not runs:
+            raise ValueError(f"expected runs of ablation.py in {self.table} or {self.runs}, found none.")
+        runs = dict(sorted(runs.items()))
+        if not self.settings_file.exists():
+            with atomic_path(self.settings_file) as temporary:
+                temporary.write_text(json.dumps(self.settings(), indent=1) + "\n")
+        write_csv(self.table, [row for rows in runs.values() for row in rows])
+        return runs
