@@ -19,8 +19,8 @@ def settings(**changes) -> ScanSettings:
 
 @pytest.fixture
 def scan(tmp_path):
-    """A stored scan whose axes are (anterior, left, superior), with voxels of 2, 1.5 and 3 mm."""
-    affine = np.array([[0, -1.5, 0, 7], [2.0, 0, 0, 8], [0, 0, 3.0, 9], [0, 0, 0, 1]])
+    """A stored scan whose axes are (posterior, right, superior), with voxels of 2, 1.5 and 3 mm."""
+    affine = np.array([[0, 1.5, 0, 7], [-2.0, 0, 0, 8], [0, 0, 3.0, 9], [0, 0, 0, 1]])
     values = np.random.default_rng(0).normal(5, 2, (12, 10, 8))
     nib.save(nib.Nifti1Image(values.astype(np.float32), affine), tmp_path / "scan.nii.gz")
     label = np.zeros((12, 10, 8), np.uint8)
@@ -33,11 +33,11 @@ def scan(tmp_path):
 def test_preprocessing_orients_and_normalizes(scan):
     files, values, label = scan
     prepared = settings(normalization=[{"name": "NormalizeIntensity"}]).preprocessing(label=True)(files)
-    expected = np.transpose(values, (1, 0, 2))[::-1]  # right, anterior, superior
+    expected = np.transpose(values, (1, 0, 2))[:, ::-1]  # right, anterior, superior
     np.testing.assert_allclose(
         prepared["image"][0].numpy(), (expected - values.mean()) / values.std(), rtol=2e-5, atol=1e-5
     )
-    np.testing.assert_array_equal(prepared["label"][0].numpy(), np.transpose(label, (1, 0, 2))[::-1])
+    np.testing.assert_array_equal(prepared["label"][0].numpy(), np.transpose(label, (1, 0, 2))[:, ::-1])
     assert prepared["label"].dtype == torch.uint8
     assert prepared["image"].pixdim.tolist() == [1.5, 2.0, 3.0]
 
@@ -52,7 +52,7 @@ def test_normalization_runs_in_order(scan):
         {"name": "ScaleIntensityRange", "a_min": 3, "a_max": 7, "b_min": 0, "b_max": 1, "clip": True},
         {"name": "NormalizeIntensity", "subtrahend": 0.5, "divisor": 0.25},
     ]
-    prepared = settings(orientation="ALS", normalization=steps).preprocessing()(scan[0])["image"]
+    prepared = settings(orientation="PRS", normalization=steps).preprocessing()(scan[0])["image"]
     expected = (np.clip((scan[1] - 3) / 4, 0, 1) - 0.5) / 0.25
     np.testing.assert_allclose(prepared[0].numpy(), expected, atol=1e-5)
 
