@@ -1,10 +1,10 @@
-"""Names that the examples in docstrings take for granted, and where the tests find real data."""
+"""Names that the examples in docstrings use without importing them, and the folder with real data."""
 
 from __future__ import annotations
 
 import os
 
-# the tests run in one process for each core (pytest-xdist), and so do the programs that they start
+# pytest-xdist starts one process for each core: one thread for each of them and for the programs that they start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
@@ -12,15 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from monai_conres import layers
-
-
-@pytest.fixture(autouse=True)
-def _small_features_are_computed_again_as_large_ones(monkeypatch, request):
-    """Tests take small images, and see what happens with large ones; those marked ``as_shipped`` do not."""
-    if request.node.get_closest_marker("as_shipped") is None:
-        monkeypatch.setattr(layers, "SMALL", 0)
 
 
 @pytest.fixture(autouse=True)

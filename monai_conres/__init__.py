@@ -1,12 +1,14 @@
 """Inter-slice context residual learning for 3D medical image segmentation, as MONAI components."""
 
+from typing import NoReturn
+
 from monai_conres.attach import ConResWrapper, attach_conres
-from monai_conres.authors import convert_authors_state_dict
 from monai_conres.conresnet import ConResNet
-from monai_conres.context import ContextResidualModule
-from monai_conres.decoder import ConResDecoder, ConResOutput
+from monai_conres.decoder import ConResDecoder, ConResOutput, ContextResidualModule
 from monai_conres.losses import CompoundBoundaryLoss, ConResLoss, ContextResidualLoss
-from monai_conres.metrics import BratsDiceMetric, BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
+from monai_conres.metrics import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
+from monai_conres.released import convert_released_state_dict
+from monai_conres.renamed import RENAMED, refuse_old_modules, renamed
 from monai_conres.residual import inter_slice_residual, residual_mask, restore_mask
 from monai_conres.stages import DecoderStages, decoder_stages
 from monai_conres.transforms import (
@@ -21,7 +23,6 @@ from monai_conres.transforms import (
 )
 
 __all__ = [
-    "BratsDiceMetric",
     "BratsHausdorffDistanceMetric",
     "BratsSurfaceDiceMetric",
     "CompoundBoundaryLoss",
@@ -42,9 +43,17 @@ __all__ = [
     "ResidualMaskDict",
     "ResidualMaskd",
     "attach_conres",
-    "convert_authors_state_dict",
+    "convert_released_state_dict",
     "decoder_stages",
     "inter_slice_residual",
     "residual_mask",
     "restore_mask",
 ]
+
+refuse_old_modules()
+
+
+def __getattr__(name: str) -> NoReturn:
+    """Only for names that the package does not have."""
+    old = f"{__name__}.{name}"
+    raise AttributeError(renamed(old) if old in RENAMED else f"module {__name__!r} has no attribute {name!r}")

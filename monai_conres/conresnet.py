@@ -1,27 +1,25 @@
-"""ConResNet: a residual encoder, a segmentation decoder and the context residual decoder beside it."""
+"""ConResNet: a residual encoder, a segmentation decoder and the context residual decoder next to it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
-from monai_conres.context import check_switches
-from monai_conres.decoder import ConResDecoder, ConResOutput
+from monai_conres.decoder import ConResDecoder, ConResOutput, check_context
 from monai_conres.layers import (
     DEFAULT_ACT,
     DEFAULT_NORM,
     NormActConv,
     PreActivationBlock,
     WeightStandardizedConv3d,
-    fast_layout,
-    recompute,
     resize_features,
-    unit_settings,
 )
+from monai_conres.renamed import OldAttribute, refuse_old_arguments
 from monai_conres.residual import slice_dim
 
 __all__ = ["ConResNet"]
@@ -30,47 +28,48 @@ __all__ = ["ConResNet"]
 class ConResNet(nn.Module):
     """ConResNet (Zhang, Xie, Wang and Xia, IEEE TMI 2021): 3D segmentation with inter-slice context residuals.
 
-    In ``train()`` mode it returns a :class:`~monai_conres.ConResOutput`, the logits of the segmentation and of the
-    residual masks; in ``eval()`` mode the logits of the segmentation alone, one tensor, so that MONAI's inferers,
-    evaluators and exports take it as any other network.
+    In ``train()`` mode it returns a :class:`~monai_conres.ConResOutput`: the logits of the segmentation and of the
+    residual masks. In ``eval()`` mode it returns only the logits of the segmentation, one tensor, so that MONAI's
+    inferers, evaluators and exports take it like any other network. :meth:`with_residual` returns segmentation and
+    residual in either mode.
 
     Args:
         in_channels: number of channels (modalities) of the image.
         out_channels: number of channels of the segmentation.
-        residual_channels: number of residual masks, one per foreground class. ``None`` is ``out_channels``, right for
-            channels with a sigmoid each; with softmax it is ``out_channels - 1``: the background has no residual.
+        include_background: True predicts a residual mask for each output channel: independent sigmoids, such as the
+            regions of BraTS. False is for a softmax, in which channel 0 is the background and has no residual mask.
         channels: number of channels at each resolution, fine to coarse.
-        strides: down-sampling between the resolutions, a number or one number per axis. A volume of thick slices is
-            best down-sampled in plane first: ``strides=((2, 2, 1), (2, 2, 1), (2, 2, 2))``.
+        strides: down-sampling between the resolutions, a number or one number per axis. For thick slices, down-sample
+            in plane first: ``strides=((2, 2, 1), (2, 2, 1), (2, 2, 2))``.
         blocks: number of residual blocks at each resolution, and of those with dilation 2 that follow at the last.
-        mapping: False switches the context residual decoder off (Table III of the paper).
-        attention: False switches the attention gate off. Both False is the paper's baseline.
+        context: ``"attention"`` is ConResNet, ``"mapping"`` predicts residual masks but does not gate the features,
+            ``"none"`` is the paper's baseline without a residual decoder (Table III of the paper).
         spatial_axis: index of the slice axis among the three spatial axes; -1 is the axial view after
             ``Orientationd("RAS")``, 0 the sagittal and 1 the coronal one.
         norm: MONAI's name of a normalization layer, or ``(name, arguments)``.
         act: MONAI's name of an activation layer, or ``(name, arguments)``.
-        dropout: probability of dropping a channel of the encoder's output while training.
+        dropout: probability of dropping a channel of the encoder's output in training.
         fan_in_scaling: see :class:`~monai_conres.layers.WeightStandardizedConv3d`.
         inner_norm: see :class:`ContextResidualModule`.
         align_corners: how features are up-sampled; True in the released code of the authors.
-        eval_residual: True makes ``eval()`` return ``(segmentation, residual)``, both logits at full resolution, so
-            that sliding-window inference stitches both. An attribute, to be changed at any time.
-        use_checkpoint: True computes the encoder's features again in the backward pass instead of keeping them, which
-            takes less memory and more time. An attribute, too. Without effect where ``norm`` has running statistics,
-            which would count a batch twice, and under ``torch.compile``, which decides on its own what to keep.
+        use_checkpoint: True computes features again in the backward pass instead of keeping them. A training step
+            takes less memory and more time.
+
+    Attributes:
+        arguments: the arguments above by name, for ``network.json``.
 
     Shape:
-        ``(b, in_channels, d, h, w)`` with any size of at least one coarsest voxel, that is the product of the strides
-        along each axis, or of two such voxels where a group of ``norm`` has one channel (8 at the coarsest resolution,
-        or instances). Logits of the segmentation and of the finest residual have the same ``d, h, w``.
+        ``(b, in_channels, d, h, w)``, each size at least the product of the strides along its axis. Where a group of
+        ``norm`` has one channel (8 channels at the coarsest resolution), the coarsest features need two voxels. Logits
+        of the segmentation and of the finest residual have the same ``d, h, w``.
 
     Raises:
         ValueError: when the arguments do not fit each other, or an image does not fit the network.
 
     Note:
         As in the authors' released code, and unlike the paper's figures, normalization and activation come before
-        each convolution. The default setting differs from the released one in well-conditioned weights
-        (``fan_in_scaling``), ``inner_norm`` and ``align_corners``; :meth:`authors` is the released one.
+        each convolution. The default differs from the released setting in well-conditioned weights
+        (``fan_in_scaling``), ``inner_norm`` and ``align_corners``. :meth:`released` is the released setting.
 
     Example:
         >>> network = ConResNet(4, 3, channels=(8, 16, 32), strides=(2, (2, 2, 1)), blocks=(1, 1, 1, 1))
@@ -82,17 +81,17 @@ class ConResNet(nn.Module):
         torch.Size([1, 3, 17, 20, 6])
     """
 
+    @refuse_old_arguments
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         *,
-        residual_channels: int | None = None,
+        include_background: bool = True,
         channels: Sequence[int] = (32, 64, 128, 256),
         strides: Sequence[int | Sequence[int]] = (2, 2, 2),
         blocks: Sequence[int] = (1, 2, 2, 2, 2),
-        mapping: bool = True,
-        attention: bool = True,
+        context: str = "attention",
         spatial_axis: int = -1,
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
@@ -100,26 +99,26 @@ class ConResNet(nn.Module):
         fan_in_scaling: bool = True,
         inner_norm: bool = True,
         align_corners: bool = False,
-        eval_residual: bool = False,
         use_checkpoint: bool = False,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        check_switches(mapping, attention)
-        if min(in_channels, out_channels) < 1:
-            raise ValueError(
-                f"expected 1 or more channels, got in_channels={in_channels}, out_channels={out_channels}."
-            )
+        check_context(context, ("attention", "mapping", "none"))
         slice_dim(5, spatial_axis)
+        residual_channels = out_channels - (not include_background)
+        if in_channels < 1 or residual_channels < 1:
+            raise ValueError(
+                "expected 1 or more channels, and 2 or more output channels with include_background=False, got "
+                f"in_channels={in_channels}, out_channels={out_channels}, include_background={include_background}."
+            )
+        self.arguments: dict[str, Any] = arguments
         self.in_channels = in_channels
         self.strides = _check_levels(channels, strides, blocks)
         self.least_size = tuple(map(math.prod, zip(*self.strides, strict=True)))
-        self.attention = attention
+        self.context = context
         self.align_corners = align_corners
-        self.eval_residual = eval_residual
         self.use_checkpoint = use_checkpoint
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
-        strides_of_axes = [[int(step) for step in stride] for stride in self.strides]
-        self._settings = {"strides": strides_of_axes, "align_corners": align_corners, **unit_settings(**unit)}
 
         # one entry per resolution: down-sampling convolution and residual blocks
         self.encoder = nn.ModuleList()
@@ -141,57 +140,79 @@ class ConResNet(nn.Module):
             NormActConv(skip, width, **unit) for skip, width in zip(skip_channels, feature_channels, strict=True)
         )
         self.head = nn.Conv3d(feature_channels[-1], out_channels, kernel_size=1)
-        self.residual_decoder = (
-            ConResDecoder(
+        self.residual_decoder = None
+        if context != "none":
+            self.residual_decoder = ConResDecoder(
                 in_channels,
                 feature_channels,
-                out_channels if residual_channels is None else residual_channels,
-                attention=attention,
+                residual_channels,
+                context=context,
                 spatial_axis=spatial_axis,
                 inner_norm=inner_norm,
                 align_corners=align_corners,
                 **unit,
             )
-            if mapping
-            else None
-        )
+
+        if use_checkpoint and any(name.endswith("running_mean") for name, _ in self.named_buffers()):
+            raise ValueError(
+                f"expected a norm without running statistics together with use_checkpoint=True, got {norm!r}, which "
+                "would count each batch twice; use group norm."
+            )
+
+    eval_residual = OldAttribute("ConResNet.eval_residual")
+    authors = OldAttribute("ConResNet.authors")
 
     @classmethod
-    def authors(cls, in_channels: int, out_channels: int, spatial_axis: int = 0, **kwargs: Any) -> ConResNet:
-        """The network as its authors released it, number for number; slices on the first spatial axis.
+    def released(cls, in_channels: int, out_channels: int, spatial_axis: int = 0, **kwargs: Any) -> ConResNet:
+        """The network as its authors released it, number for number, with slices on the first spatial axis.
 
-        Checkpoints of the original code load through :func:`~monai_conres.convert_authors_state_dict`.
+        Checkpoints of the original code load through :func:`~monai_conres.convert_released_state_dict`.
 
         Example:
-            >>> network = ConResNet.authors(4, 3)
+            >>> network = ConResNet.released(4, 3)
             >>> sum(parameter.numel() for parameter in network.parameters())
             19018732
         """
-        released: dict[str, Any] = {"fan_in_scaling": False, "inner_norm": False, "align_corners": True}
-        return cls(in_channels, out_channels, spatial_axis=spatial_axis, **released, **kwargs)
+        setting: dict[str, Any] = {"fan_in_scaling": False, "inner_norm": False, "align_corners": True}
+        return cls(in_channels, out_channels, spatial_axis=spatial_axis, **setting, **kwargs)
 
-    @property
-    def conres_settings(self) -> dict[str, Any]:
-        """What its weights do not tell, although it changes what they compute, such as the slice axis."""
-        if self.residual_decoder is None:
-            return self._settings
-        return {**self._settings, **self.residual_decoder.conres_settings, "attention": self.attention}
-
-    def forward(self, image: torch.Tensor) -> ConResOutput | torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> ConResOutput | torch.Tensor:
         """Segment ``image``; see the class for what is returned in which mode."""
         if self.training:
             return self.heads(image)
-        if not self.eval_residual:
-            # without the gate nothing of the residual path reaches the segmentation
-            features, _ = self._decode(image, self.residual_decoder if self.attention else None)
-            return self.head(features)
+        # without the gate the residual path does not reach the segmentation
+        features, _ = self._decode(image, self.residual_decoder if self.context == "attention" else None)
+        return self.head(features)
+
+    def with_residual(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the segmentation and of the finest residual masks, in either mode.
+
+        Hand the method to an inferer for whole volumes: ``inferer(image, network.with_residual)``. The mode stays as
+        it is: call ``network.eval()`` first to switch dropout off. A flip along the slice axis shifts the residual by
+        one slice.
+
+        Args:
+            image: ``(b, in_channels, d, h, w)``.
+
+        Returns:
+            ``(b, out_channels, d, h, w)`` and ``(b, r, d, h, w)`` for ``r`` residual masks.
+
+        Raises:
+            ValueError: when the network has no residual decoder, or the image does not fit it.
+
+        Example:
+            >>> network = ConResNet(1, 3, include_background=False, channels=(8, 16), strides=(2,), blocks=(1, 1, 1))
+            >>> segmentation, residual = network.eval().with_residual(torch.randn(1, 1, 8, 10, 6))
+            >>> segmentation.shape[1], residual.shape[1]
+            (3, 2)
+        """
         segmentation, residuals = self.heads(image)
         if not residuals:
-            raise ValueError("expected mapping=True together with eval_residual=True: a baseline predicts no residual.")
+            raise ValueError('expected a network that predicts residual masks, got context="none"; build another one.')
         return segmentation, residuals[0]
 
     def heads(self, image: torch.Tensor) -> ConResOutput:
-        """All outputs, logits of the segmentation and of the residuals fine to coarse, in either mode."""
+        """All outputs in either mode: logits of the segmentation, and of the residual masks, fine to coarse."""
         features, residuals = self._decode(image, self.residual_decoder)
         predicted = self.residual_decoder.predict(residuals) if self.residual_decoder is not None else ()
         return ConResOutput(self.head(features), predicted)
@@ -201,28 +222,31 @@ class ConResNet(nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The last features of the segmentation decoder, and the context residual features, coarse to fine."""
         self._check_image(image)
-        features = image = fast_layout(image)
+        features = image
         skips = []
         for level in self.encoder:
-            features = recompute(level, level, features, least=0) if self.use_checkpoint else level(features)
+            features = self._run(level, features)
             skips.append(features)
-        features = skips.pop()
-        bottleneck = self.bottleneck
-        features = recompute(bottleneck, bottleneck, features, least=0) if self.use_checkpoint else bottleneck(features)
+        skips.pop()
+        features = self._run(self.bottleneck, features)
         residuals: list[torch.Tensor] = []
         for stage, unit in enumerate(self.decoder):
-            features = recompute(self, self._merge, unit, features, skips.pop())
+            features = self._run(self._merge, unit, features, skips.pop())
             if residual_decoder is not None:
                 previous = residuals[-1] if residuals else image
-                features, residual = residual_decoder.step(stage, features, previous)
+                features, residual = self._run(residual_decoder.step, stage, features, previous)
                 residuals.append(residual)
         return features, residuals
 
+    def _run(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        """``part(*arguments)``; with ``use_checkpoint`` the backward pass computes it again."""
+        if self.use_checkpoint and self.training:
+            return checkpoint(part, *arguments, use_reentrant=False)
+        return part(*arguments)
+
     def _merge(self, unit: nn.Module, features: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """Features of one scale of the segmentation decoder."""
-        merged = resize_features(features, skip.shape[2:], align_corners=self.align_corners)
-        merged += skip
-        return unit(merged)
+        return unit(resize_features(features, skip.shape[2:], align_corners=self.align_corners) + skip)
 
     def _check_image(self, image: torch.Tensor) -> None:
         if torch.jit.is_tracing():  # a traced size is a tensor, and comparing it would fix it

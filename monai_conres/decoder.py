@@ -1,7 +1,7 @@
-"""The context residual decoder: context residual modules of all scales and the heads that predict residual masks.
+"""The context residual decoder: Eq. 4 to 6 at each scale, and the heads that predict residual masks.
 
-It knows the channels of a segmentation decoder's features, never the network they come from: ``ConResNet`` and
-``attach_conres`` use the same one.
+The decoder knows the channels of a segmentation decoder's features, never the network that they come from.
+``ConResNet`` and ``attach_conres`` use the same decoder.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from monai_conres.context import ContextResidualModule
 from monai_conres.layers import (
     DEFAULT_ACT,
     DEFAULT_NORM,
     NormActConv,
     WeightStandardizedConv3d,
-    unit_settings,
+    norm_layer,
+    resize_features,
 )
+from monai_conres.renamed import refuse_old_arguments
 from monai_conres.residual import inter_slice_residual, slice_dim
 
-__all__ = ["ConResDecoder", "ConResOutput"]
+__all__ = ["ConResDecoder", "ConResOutput", "ContextResidualModule"]
 
 
 class ConResOutput(NamedTuple):
@@ -32,8 +33,8 @@ class ConResOutput(NamedTuple):
     Attributes:
         segmentation: what the plain network returns in training: a tensor of logits ``(b, c, d, h, w)``, or the deep
             supervision output of the network that the decoder is attached to.
-        residuals: logits of the residual masks, fine to coarse, each at its own resolution. Empty where the context
-            residual mapping is switched off.
+        residuals: logits of the residual masks, fine to coarse, each at its own resolution. Empty with
+            ``context="none"``.
 
     Example:
         >>> segmentation, residuals = ConResOutput(torch.zeros(1, 3, 8, 8, 8), ())
@@ -45,11 +46,114 @@ class ConResOutput(NamedTuple):
     residuals: tuple[torch.Tensor, ...]
 
 
+class ContextResidualModule(nn.Module):
+    """Context residual mapping and context attention mapping at one scale (Fig. 2b, Eq. 4-6 of Zhang et al., 2021).
+
+    With the features ``F`` of a segmentation decoder and the incoming context residual ``I_res``::
+
+        G[s + 1] = |sigmoid(F[s + 1]) - sigmoid(F[s])|        Eq. 4, zero for the first slice
+        O_res    = Conv(Conv(G) + I_res)                      Eq. 5, context residual mapping
+        O_seg    = F * (1 + sigmoid(O_res))                   Eq. 6, context attention mapping
+
+    Args:
+        channels: number of channels of ``F``.
+        width: number of channels of the incoming and the outgoing context residual; ``None`` is ``channels``, as in
+            the paper. A 1x1x1 convolution brings a narrower residual back to ``channels`` in front of the gate.
+        entry: layer that brings the incoming residual to ``width`` channels; ``None`` where it has them already.
+        context: ``"attention"`` computes Eq. 4 to 6, ``"mapping"`` leaves out Eq. 6, so that features pass unchanged.
+            With ``"none"`` features and residual both pass unchanged.
+        zero_init: True multiplies the gate by a learned strength for each channel, ``F * (1 + strength *
+            sigmoid(O_res))``. The strength starts at zero, so that ``O_seg`` is exactly ``F`` at first.
+        spatial_axis: index of the slice axis among the three spatial axes.
+        norm: MONAI's name of a normalization layer, or ``(name, arguments)``.
+        act: MONAI's name of an activation layer, or ``(name, arguments)``.
+        fan_in_scaling: see :class:`~monai_conres.layers.WeightStandardizedConv3d`.
+        inner_norm: False leaves out the normalization after the inner convolution of Eq. 5, as the released code does.
+        align_corners: how the incoming residual is resampled; True in the released code.
+
+    Shape:
+        ``features`` ``(b, channels, d, h, w)`` in and out, ``residual`` ``(b, width, d, h, w)`` out. An incoming
+        residual of another resolution is resampled to that of the features.
+
+    Raises:
+        ValueError: when ``context`` has another value, or ``zero_init`` is asked for without the gate.
+
+    Note:
+        The paper's "Conv" is convolution, normalization, activation. As in the released code, the outer one of Eq. 5
+        is normalization, activation, convolution, so that the gate sees values of both signs, and the inner one is
+        1x1x1. The released code leaves out the inner normalization. ``G``, a difference of sigmoids, is then small
+        compared with ``I_res``.
+
+    Example:
+        >>> module = ContextResidualModule(8)
+        >>> features, residual = torch.randn(2, 1, 8, 4, 6, 5)
+        >>> gated, residual = module(features, residual)
+        >>> bool((gated / features).min() >= 1) and bool((gated / features).max() <= 2)
+        True
+    """
+
+    @refuse_old_arguments
+    def __init__(
+        self,
+        channels: int,
+        *,
+        width: int | None = None,
+        entry: nn.Module | None = None,
+        context: str = "attention",
+        zero_init: bool = False,
+        spatial_axis: int = -1,
+        norm: str | tuple = DEFAULT_NORM,
+        act: str | tuple = DEFAULT_ACT,
+        fan_in_scaling: bool = True,
+        inner_norm: bool = True,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        check_context(context, ("attention", "mapping", "none"))
+        if zero_init and context != "attention":
+            raise ValueError(f'expected context="attention" together with zero_init=True, got {context!r} (no gate).')
+        self.context = context
+        self.spatial_axis = spatial_axis
+        self.align_corners = align_corners
+        self.expand = self.strength = None
+        if context == "none":
+            return
+        width = channels if width is None else width
+        self.entry = entry
+        self.inner = WeightStandardizedConv3d(channels, width, kernel_size=1, fan_in_scaling=fan_in_scaling)
+        self.inner_norm = norm_layer(norm, width) if inner_norm else nn.Identity()
+        self.outer = NormActConv(width, width, norm=norm, act=act, fan_in_scaling=fan_in_scaling)
+        if context == "attention" and width != channels:
+            self.expand = WeightStandardizedConv3d(width, channels, kernel_size=1, fan_in_scaling=fan_in_scaling)
+        if zero_init:
+            self.strength = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, features: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gated features ``O_seg`` and the context residual features ``O_res``."""
+        if self.context == "none":
+            return features, residual
+        change = inter_slice_residual(features.sigmoid(), spatial_axis=self.spatial_axis)  # Eq. 4
+        residual = self.outer(self.inner_norm(self.inner(change)) + self._incoming(features, residual))  # Eq. 5
+        if self.context == "mapping":
+            return features, residual
+        return torch.addcmul(features, features, self.gate(residual)), residual  # Eq. 6: F + F * gate
+
+    def gate(self, residual: torch.Tensor) -> torch.Tensor:
+        """``sigmoid(O_res)`` of Eq. 6, ``(b, channels, d, h, w)``, from the context residual features ``O_res``."""
+        gate = (residual if self.expand is None else self.expand(residual)).sigmoid()
+        return gate if self.strength is None else self.strength.view(-1, 1, 1, 1) * gate
+
+    def _incoming(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """``I_res`` of Eq. 5 with the spatial size of the features and ``width`` channels."""
+        residual = resize_features(residual, features.shape[2:], align_corners=self.align_corners)
+        return residual if self.entry is None else self.entry(residual)
+
+
 class ConResDecoder(nn.Module):
-    """Context residual decoder beside any segmentation decoder (Fig. 2a of Zhang et al., 2021, in green).
+    """Context residual decoder next to any segmentation decoder (Fig. 2a of Zhang et al., 2021, in green).
 
     A segmentation decoder calls :meth:`step` once at each scale, coarse to fine, and goes on with the features that
-    come back; :meth:`predict` turns the collected context residual features into logits of residual masks. The first
+    come back. :meth:`predict` turns the collected context residual features into logits of residual masks. The first
     input of the path is the inter-slice residual of the image itself.
 
     Args:
@@ -58,7 +162,7 @@ class ConResDecoder(nn.Module):
         out_channels: number of residual masks to predict.
         width: largest number of channels of the context residual path at any scale; ``None`` is that of the features,
             as in the paper.
-        attention: False switches the attention gate of Eq. 6 off.
+        context: ``"attention"``, or ``"mapping"`` without the gate of Eq. 6.
         zero_init: True opens the gates from zero in training, see :class:`ContextResidualModule`.
         spatial_axis: index of the slice axis among the three spatial axes.
         norm: MONAI's name of a normalization layer, or ``(name, arguments)``.
@@ -67,8 +171,12 @@ class ConResDecoder(nn.Module):
         inner_norm: see :class:`ContextResidualModule`.
         align_corners: how features are resampled from scale to scale; True in the released code of the authors.
 
+    Attributes:
+        arguments: the arguments above by name, for ``network.json``.
+
     Raises:
-        ValueError: when ``channels`` is empty, a number of channels is too small, or ``norm`` does not fit them.
+        ValueError: when ``channels`` is empty, a number of channels is too small, ``norm`` does not fit them, or
+            ``context`` has another value.
 
     Example:
         >>> decoder = ConResDecoder(1, (16, 8), 2)
@@ -79,6 +187,7 @@ class ConResDecoder(nn.Module):
         [(1, 2, 8, 12, 16), (1, 2, 4, 6, 8)]
     """
 
+    @refuse_old_arguments
     def __init__(
         self,
         in_channels: int,
@@ -86,7 +195,7 @@ class ConResDecoder(nn.Module):
         out_channels: int,
         *,
         width: int | None = None,
-        attention: bool = True,
+        context: str = "attention",
         zero_init: bool = False,
         spatial_axis: int = -1,
         norm: str | tuple = DEFAULT_NORM,
@@ -95,7 +204,10 @@ class ConResDecoder(nn.Module):
         inner_norm: bool = True,
         align_corners: bool = False,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        check_context(context, ("attention", "mapping"))
+        slice_dim(5, spatial_axis)
         if (
             not channels
             or min(in_channels, out_channels) < 1
@@ -106,12 +218,12 @@ class ConResDecoder(nn.Module):
                 f"channels and masks, got in_channels={in_channels}, channels={tuple(channels)}, "
                 f"out_channels={out_channels}, width={width}."
             )
+        self.arguments: dict[str, Any] = arguments
+        self.context = context
         self.spatial_axis = spatial_axis
-        self.attention = attention
         unit: dict[str, Any] = {"norm": norm, "act": act, "fan_in_scaling": fan_in_scaling}
-        self._settings = {"inner_norm": inner_norm, "align_corners": align_corners, **unit_settings(**unit)}
         module: dict[str, Any] = {
-            "attention": attention,
+            "context": context,
             "zero_init": zero_init,
             "spatial_axis": spatial_axis,
             "inner_norm": inner_norm,
@@ -129,12 +241,6 @@ class ConResDecoder(nn.Module):
             for c, w, entry in zip(channels, widths, entries, strict=True)
         )
         self.heads = nn.ModuleList(nn.Conv3d(w, out_channels, kernel_size=1) for w in widths)
-
-    @property
-    def conres_settings(self) -> dict[str, Any]:
-        """What its weights do not tell, although it changes what they compute."""
-        axis = int(slice_dim(5, self.spatial_axis)) - 2
-        return {"spatial_axis": axis, "attention": self.attention, **self._settings}
 
     def step(self, stage: int, features: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pass one scale.
@@ -155,3 +261,13 @@ class ConResDecoder(nn.Module):
     def predict(self, residuals: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Logits of the residual masks, fine to coarse, from the features of all scales, coarse to fine."""
         return tuple(head(features) for head, features in zip(self.heads, residuals, strict=True))[::-1]
+
+
+def check_context(context: str, expected: Sequence[str]) -> None:
+    """Raise unless ``context`` is one of the expected words.
+
+    Raises:
+        ValueError: with the words that are expected.
+    """
+    if context not in expected:
+        raise ValueError(f"expected context to be one of {', '.join(map(repr, expected))}, got {context!r}.")

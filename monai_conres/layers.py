@@ -1,26 +1,24 @@
-"""The network's building blocks: weight-standardized convolution, pre-activation unit, residual block, resizing."""
+"""The network's building blocks: weight-standardized convolution, pre-activation unit, residual block, resizing.
+
+What the package does for speed is in this file; ``docs/performance.md`` has the numbers.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.networks.layers.factories import split_args
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import checkpoint
-
-from monai_conres.residual import is_traced, is_watched
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 __all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "resize_features"]
 
 DEFAULT_NORM = "group"
 DEFAULT_ACT = ("relu", {"inplace": True})
-SMALL = 8 * 2**20  # bytes of a tensor that is sooner kept than computed again
 
 
 class WeightStandardizedConv3d(nn.Conv3d):
@@ -95,26 +93,36 @@ class WeightStandardizedConv3d(nn.Conv3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve ``input`` with the standardized filters."""
-        weight = self.standardized_weight()
+        weight = fast_layout(self.standardized_weight())
+        padding = self.dilation[0] * (self.kernel_size[0] // 2)
         if torch_convolves_slowly(input):
-            padding = self.dilation[0] * (self.kernel_size[0] // 2)
-            return torch.mkldnn_convolution(input, weight, None, (padding,) * 3, self.stride, self.dilation, 1)
-        return self._conv_forward(input, weight, None)
+            try:
+                return torch.mkldnn_convolution(input, weight, None, (padding,) * 3, self.stride, self.dilation, 1)
+            except NotImplementedError:  # in forward-mode differentiation
+                pass
+        return F.conv3d(input, weight, None, self.stride, padding, self.dilation)
 
 
 def torch_convolves_slowly(input: torch.Tensor) -> bool:
-    """Whether torch leaves oneDNN's convolution aside, which is 1.5 to 10 times as fast: for one small volume."""
+    """Whether torch does not use oneDNN, which is 1.5 to 10 times as fast: for one small volume on a CPU."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
     return (
-        not is_traced()
-        and not is_watched(input)  # it knows torch's usual operations only
-        and input.device.type == "cpu"
+        input.device.type == "cpu"
         and input.dtype == torch.float32
         and input.shape[0] == 1
         and math.prod(input.shape[:4]) <= 20480
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
+        and type(input).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # the tensor holds values
     )
+
+
+@register_flop_formula(torch.ops.aten.mkldnn_convolution)
+def _multiply_adds(input: torch.Size, weight: torch.Size, *args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
+    """For tools that count operations: the same number as for torch's own convolution."""
+    return conv_flop_count(input, weight, out_shape)
 
 
 class NormActConv(nn.Sequential):
@@ -156,11 +164,6 @@ class NormActConv(nn.Sequential):
             self.dropout = get_dropout_layer(("dropout", {"p": dropout}) if isinstance(dropout, float) else dropout, 3)
         self.conv = WeightStandardizedConv3d(in_channels, out_channels, **kwargs)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(b, in_channels, d, h, w)`` to ``(b, out_channels, ...)``."""
-        return recompute(self, super().forward, x)
-
-
 class PreActivationBlock(nn.Module):
     """Two pre-activation convolutions and a skip connection from input to output (Section III.A of the paper).
 
@@ -183,51 +186,11 @@ class PreActivationBlock(nn.Module):
         return x + self.unit2(self.unit1(x))
 
 
-def fast_layout(x: torch.Tensor) -> torch.Tensor:
-    """``x``, channels last on a CPU, where convolution and resizing are 1.3 to 4 times as fast in that layout."""
-    if x.device.type != "cpu" or is_traced():
-        return x
-    return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def recompute(
-    module: nn.Module, function: Callable[..., torch.Tensor], *arguments: Any, least: int | None = None
-) -> torch.Tensor:
-    """``function(*arguments)``; where the arguments are large, nothing else is kept for the backward pass.
-
-    The rest is computed again when it is needed; a convolution at the end is not, as what it keeps is known as soon as
-    it begins. Normalization, activation and resizing cost less than the memory that they would hold.
-
-    Args:
-        module: what ``function`` computes with. If it has running statistics, as batch normalization does, everything
-            is kept: they would count the batch twice.
-        function: of one tensor or more, and of anything else, to a tensor.
-        arguments: of ``function``.
-        least: everything is kept, too, where the largest argument has fewer bytes; ``None`` is ``SMALL``.
-    """
-    if not torch.is_grad_enabled() or is_traced():
-        return function(*arguments)
-    largest = max(argument.nbytes for argument in arguments if isinstance(argument, torch.Tensor))
-    if largest < (SMALL if least is None else least) or has_running_statistics(module):
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False)
-
-
-def has_running_statistics(module: nn.Module) -> bool:
-    """Whether a normalization in a module counts the batches that it sees."""
-    return any(isinstance(part, _NormBase) and part.track_running_stats for part in module.modules())
-
-
-def unit_settings(norm: str | tuple | None, act: str | tuple | None, fan_in_scaling: bool) -> dict[str, Any]:
-    """What the weights of a :class:`NormActConv` do not tell.
-
-    Norm and activation are in one spelling, whatever MONAI takes: ``"relu"`` and ``("RELU", {"inplace": True})``.
-    """
-    settings: dict[str, Any] = {"fan_in_scaling": fan_in_scaling}
-    for kind, layer in (("norm", norm), ("act", act)):
-        name, arguments = split_args(layer) if layer else ("", {})
-        settings[kind] = [str(name).lower(), {key: value for key, value in arguments.items() if key != "inplace"}]
-    return settings
+def fast_layout(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` with its channels last on a CPU, so that convolutions return features in that layout."""
+    if weight.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return weight
+    return weight.contiguous(memory_format=torch.channels_last_3d)
 
 
 def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:

@@ -1,151 +1,40 @@
-"""Inter-slice residuals: the one definition that network, losses and transforms share.
+"""The inter-slice residual: one definition for the network, the losses and the transforms.
 
 Every function takes tensors of shape ``(b, c, *spatial)``. The slice axis is ``spatial_axis``, an index among the
-*spatial* axes, ``-1`` (the last one) by default: after ``Orientationd("RAS")`` that is the axial view.
+*spatial* axes. The default ``-1`` is the last one: the axial view after ``Orientationd("RAS")``.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.autograd.forward_ad as forward_ad
+from monai.utils import convert_to_tensor
 
 __all__ = ["inter_slice_residual", "residual_mask", "restore_mask"]
 
 
-def slice_dim(ndim: int, spatial_axis: int) -> int:
-    """Tensor dimension of the slice axis, in a tensor of shape ``(b, c, *spatial)`` with ``ndim`` dimensions.
-
-    Args:
-        ndim: number of dimensions of the tensor, batch and channel included.
-        spatial_axis: index of the slice axis among the spatial axes; negative counts from the end.
-
-    Raises:
-        ValueError: when there is no spatial axis, or ``spatial_axis`` is none of them.
-
-    Example:
-        >>> slice_dim(5, -1), slice_dim(5, 0)
-        (4, 2)
-    """
-    spatial = ndim - 2
-    if spatial < 1:
-        raise ValueError(
-            f"expected a tensor of shape (b, c, *spatial), got {ndim} dimension(s); "
-            "add the missing batch or channel dimension with tensor[None]."
-        )
-    if not -spatial <= spatial_axis < spatial:
-        raise ValueError(
-            f"expected spatial_axis between {-spatial} and {spatial - 1} for {spatial} spatial axes, got {spatial_axis}"
-            "; it counts the spatial axes only, without batch and channel."
-        )
-    return 2 + spatial_axis % spatial
-
-
-def is_traced() -> bool:
-    """Whether a tracer, a compiler, torch.func or forward-mode differentiation is at work.
-
-    Layouts and what is kept are theirs to choose.
-    """
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return True
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def is_watched(tensor: torch.Tensor) -> bool:
-    """Whether something sees to each operation, as tools do that count them, or that have tensors without values."""
-    own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    return own or torch._C._len_torch_dispatch_stack() > 0
-
-
-def foreground_masks(
-    label: torch.Tensor, *, num_classes: int | None = None, include_background: bool = True
-) -> torch.Tensor:
-    """A mask of zeros and ones for each class that has a residual, with the label's values checked.
-
-    Args:
-        label: as for :func:`residual_mask`.
-        num_classes: as for :func:`residual_mask`.
-        include_background: as for :func:`residual_mask`.
-
-    Returns:
-        Zeros and ones in the dtype of ``label``, one channel per class.
-
-    Raises:
-        ValueError: as :func:`residual_mask`.
-
-    Example:
-        >>> foreground_masks(torch.tensor([[[0, 2, 2, 1]]]), num_classes=3)
-        tensor([[[0, 0, 0, 1],
-                 [0, 1, 1, 0]]])
-    """
-    if num_classes is None:
-        if not include_background:
-            if label.shape[1] < 2:
-                raise ValueError(
-                    f"expected a one-hot label of 2 or more channels with include_background=False, got shape "
-                    f"{tuple(label.shape)}; pass num_classes for class indices, or include_background=True."
-                )
-            label = label[:, 1:]
-        label = _wide(label)
-        check_values(label, 2, "zeros and ones, or class indices together with num_classes")
-        return label
-    if num_classes < 2:
-        raise ValueError(f"expected num_classes of 2 or more (background included), got {num_classes}.")
-    if label.shape[1] != 1:
-        raise ValueError(
-            f"expected class indices of shape (b, 1, *spatial) with num_classes={num_classes}, got shape "
-            f"{tuple(label.shape)}; leave out num_classes for a label of one channel per class."
-        )
-    label = _wide(label)
-    check_values(label, num_classes, f"class indices from 0 to {num_classes - 1}")
-    classes = torch.arange(1, num_classes, device=label.device)
-    return (label == classes.view(1, -1, *(1,) * (label.ndim - 2))).to(label.dtype)
-
-
 def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> torch.Tensor:
-    """Absolute difference of each slice to the one before it; zero for the first slice.
+    """Absolute difference of each slice to the slice before it; zero for the first slice.
 
     ``residual[s + 1] = |volume[s + 1] - volume[s]|`` and ``residual[0] = 0``: Eq. 4 of Zhang et al., 2021, without its
     sigmoid, and Eq. 1 where ``volume`` is a binary mask. Differentiable.
 
     Args:
-        volume: ``(b, c, *spatial)`` of any real or boolean dtype. Unsigned integers do not wrap around; the difference
-            of signed ones has to fit their dtype, and ``uint64`` the range of ``int64``.
+        volume: ``(b, c, *spatial)`` of any real or boolean dtype. Unsigned integers do not wrap around.
         spatial_axis: index of the slice axis among the spatial axes.
 
     Returns:
-        A tensor with the shape and the dtype of ``volume``. With a single slice it is zero.
+        A tensor with the shape and the dtype of ``volume``. A single slice gives zeros.
 
     Raises:
-        ValueError: when ``volume`` has no spatial axis, or ``spatial_axis`` is none of them.
+        ValueError: when ``volume`` has no spatial axis, or ``spatial_axis`` is not one of them.
 
     Example:
         >>> inter_slice_residual(torch.tensor([[[1.0, 4.0, 2.0]]]))
         tensor([[[0., 3., 2.]]])
     """
     dim = slice_dim(volume.ndim, spatial_axis)
-    training = volume.ndim == 5 and volume.requires_grad and not is_traced()
-    if training and volume.is_contiguous(memory_format=torch.channels_last_3d):
-        # the gradient of a slice is laid out in the order of its dimensions: let that be the volume's own order
-        return _residual(volume.movedim(1, -1), dim - 1).movedim(-1, 1)
-    return _residual(volume, dim)
-
-
-def _residual(volume: torch.Tensor, dim: int) -> torch.Tensor:
-    """The inter-slice residual along a dimension of the tensor."""
-    first, others = _slices(dim, None, 1), _slices(dim, 1, None)
-    previous, current = volume[_slices(dim, None, -1)], volume[others]
-    if volume.is_floating_point() and (is_traced() or (volume.requires_grad and torch.is_grad_enabled())):
-        return torch.cat([torch.zeros_like(volume[first]), (current - previous).abs()], dim=dim)
-    residual = torch.empty_like(volume)
-    residual[first].zero_()
-    if volume.is_floating_point():  # without a temporary
-        torch.sub(current, previous, out=residual[others]).abs_()
-    elif volume.dtype == torch.bool:
-        residual[others] = current ^ previous
-    else:
-        current, previous = _wide(current), _wide(previous)
-        residual[others] = (torch.maximum(current, previous) - torch.minimum(current, previous)).to(volume.dtype)
-    return residual
+    wide = volume if volume.is_floating_point() else volume.to(torch.int64)
+    return _after_zeros(wide.diff(dim=dim).abs(), wide, dim).to(volume.dtype)
 
 
 def residual_mask(
@@ -153,8 +42,8 @@ def residual_mask(
 ) -> torch.Tensor:
     """Residual mask of a label: 1 where a voxel's class membership differs from the slice before it.
 
-    Eq. 1 of Zhang et al., 2021, for each channel; Eq. 13 for several classes, where the background is ignored. The
-    residual is not equivariant to a flip of the slice axis (it shifts by one slice): flip the label, then compute it.
+    Eq. 1 of Zhang et al., 2021, for each channel; Eq. 13 for several classes, where the background has no residual. A
+    flip along the slice axis shifts the residual by one slice: flip the label first, then compute its residual mask.
 
     Args:
         label: either channels of zeros and ones ``(b, c, *spatial)`` (binary, multi-hot or one-hot), or, with
@@ -165,12 +54,11 @@ def residual_mask(
 
     Returns:
         Zeros and ones in the dtype of ``label`` (``int64`` for ``uint16`` and wider unsigned ones), of shape
-        ``(b, c, *spatial)``; one channel per foreground class
-        (``num_classes - 1``) for class indices, ``c - 1`` channels without the background.
+        ``(b, c, *spatial)``; ``num_classes - 1`` channels for class indices, ``c - 1`` without the background.
 
     Raises:
-        ValueError: when shape, ``spatial_axis``, ``num_classes`` and values do not fit each other. Values are looked
-            at on the CPU only: on an accelerator that would wait for the device.
+        ValueError: when shape, ``spatial_axis``, ``num_classes`` and values do not fit each other. Values are checked
+            on the CPU only, because reading them on an accelerator waits for the device.
 
     Example:
         >>> label = torch.tensor([[[0, 2, 2, 1]]])
@@ -181,24 +69,16 @@ def residual_mask(
         tensor([[[False,  True, False,  True]]])
     """
     dim = slice_dim(label.ndim, spatial_axis)
-    label = foreground_masks(label, num_classes=num_classes, include_background=include_background)
-    # zeros and ones, so "differs" is the whole difference: one pass and no gradient
-    previous, current = label[_slices(dim, None, -1)], label[_slices(dim, 1, None)]
-    residual = torch.empty_like(label, requires_grad=False)
-    residual[_slices(dim, None, 1)] = 0
-    changed = residual[_slices(dim, 1, None)]
-    if label.is_floating_point() or is_traced():
-        changed.copy_(current != previous)
-    else:  # without a temporary
-        torch.bitwise_xor(current, previous, out=changed)
-    return residual
+    masks = foreground_masks(label, num_classes=num_classes, include_background=include_background)
+    dtype, masks = masks.dtype, masks.bool()
+    return _after_zeros(masks.diff(dim=dim), masks, dim).to(dtype)  # diff of booleans is exclusive or
 
 
 def restore_mask(first_slice: torch.Tensor, residual: torch.Tensor, *, spatial_axis: int = -1) -> torch.Tensor:
     """Rebuild a mask from its first slice and its residual mask: the exact inverse of :func:`residual_mask`.
 
-    One slice and the residuals hold the whole shape (Section I of Zhang et al., 2021): a voxel is inside when it was
-    inside in the first slice and changed an even number of times since, or the other way round.
+    One slice and the residuals hold the whole shape (Section I of Zhang et al., 2021). A voxel that was inside in the
+    first slice is inside again after an even number of changes; a voxel that was outside, after an odd number.
 
     Args:
         first_slice: ``(b, c, *spatial)`` of zeros and ones, with one slice along the slice axis.
@@ -229,32 +109,133 @@ def restore_mask(first_slice: torch.Tensor, residual: torch.Tensor, *, spatial_a
     return ((changes + first_slice.to(torch.int32)) % 2).to(residual.dtype)
 
 
-def _slices(dim: int, start: int | None, stop: int | None) -> tuple[slice, ...]:
-    return (*(slice(None) for _ in range(dim)), slice(start, stop))
+def foreground_masks(
+    label: torch.Tensor, *, num_classes: int | None = None, include_background: bool = True
+) -> torch.Tensor:
+    """A mask of zeros and ones for each class that has a residual; checks the values of the label.
+
+    Args:
+        label: as for :func:`residual_mask`.
+        num_classes: as for :func:`residual_mask`.
+        include_background: as for :func:`residual_mask`.
+
+    Returns:
+        Zeros and ones in the dtype of ``label``, one channel per class.
+
+    Raises:
+        ValueError: as :func:`residual_mask`.
+
+    Example:
+        >>> foreground_masks(torch.tensor([[[0, 2, 2, 1]]]), num_classes=3)
+        tensor([[[0, 0, 0, 1],
+                 [0, 1, 1, 0]]])
+    """
+    if label.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch has few operations for them
+        label = label.to(torch.int64)
+    if num_classes is None:
+        if not include_background:
+            if label.shape[1] < 2:
+                raise ValueError(
+                    f"expected a one-hot label of 2 or more channels with include_background=False, got shape "
+                    f"{tuple(label.shape)}; pass num_classes for class indices, or include_background=True."
+                )
+            label = label[:, 1:]
+        check_values(label, 2, "zeros and ones, or class indices together with num_classes")
+        return label
+    if num_classes < 2:
+        raise ValueError(f"expected num_classes of 2 or more (background included), got {num_classes}.")
+    if label.shape[1] != 1:
+        raise ValueError(
+            f"expected class indices of shape (b, 1, *spatial) with num_classes={num_classes}, got shape "
+            f"{tuple(label.shape)}; leave out num_classes for a label of one channel per class."
+        )
+    check_values(label, num_classes, f"class indices from 0 to {num_classes - 1}")
+    classes = torch.arange(1, num_classes, device=label.device)
+    return (label == classes.view(1, -1, *(1,) * (label.ndim - 2))).to(label.dtype)
 
 
-def _wide(label: torch.Tensor) -> torch.Tensor:
-    """``label`` as ``int64`` where its dtype is one that torch has hardly any operation for."""
-    return label.to(torch.int64) if label.dtype in (torch.uint16, torch.uint32, torch.uint64) else label
+def class_masks(label: torch.Tensor, residual_channels: int) -> torch.Tensor:
+    """A mask for each class that has a residual; the number of channels says how the label is read.
+
+    Args:
+        label: with ``r = residual_channels``, masks ``(b, r, *spatial)``, one-hot ``(b, r + 1, *spatial)``, in which
+            channel 0 is the background, or class indices from 0 to ``r``, ``(b, 1, *spatial)``.
+        residual_channels: number of classes that have a residual.
+
+    Returns:
+        Zeros and ones ``(b, r, *spatial)`` in the dtype of ``label``.
+
+    Raises:
+        ValueError: when the label has another number of channels or other values.
+
+    Example:
+        >>> class_masks(torch.tensor([[[0, 2, 2, 1]]]), 2)
+        tensor([[[0, 0, 0, 1],
+                 [0, 1, 1, 0]]])
+    """
+    slice_dim(label.ndim, -1)
+    channels = label.shape[1]
+    if channels == residual_channels:
+        return foreground_masks(label)
+    if channels == residual_channels + 1:
+        return foreground_masks(label, include_background=False)
+    if channels == 1:
+        return foreground_masks(label, num_classes=residual_channels + 1)
+    raise ValueError(
+        f"expected a label of 1 channel (class indices), {residual_channels} (masks) or {residual_channels + 1} "
+        f"(one-hot) for {residual_channels} foreground classes, got shape {tuple(label.shape)}; a label without a "
+        "channel needs one: label[:, None]."
+    )
+
+
+def slice_dim(ndim: int, spatial_axis: int) -> int:
+    """Tensor dimension of the slice axis, in a tensor of shape ``(b, c, *spatial)`` with ``ndim`` dimensions.
+
+    Raises:
+        ValueError: when there is no spatial axis, or ``spatial_axis`` is not one of them.
+
+    Example:
+        >>> slice_dim(5, -1), slice_dim(5, 0)
+        (4, 2)
+    """
+    spatial = ndim - 2
+    if spatial < 1:
+        raise ValueError(
+            f"expected a tensor of shape (b, c, *spatial), got {ndim} dimension(s); "
+            "add the missing batch or channel dimension with tensor[None]."
+        )
+    if not -spatial <= spatial_axis < spatial:
+        raise ValueError(
+            f"expected spatial_axis between {-spatial} and {spatial - 1} for {spatial} spatial axes, got {spatial_axis}"
+            "; it counts the spatial axes only, without batch and channel."
+        )
+    return 2 + spatial_axis % spatial
 
 
 def check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
     """Raise unless ``label`` holds whole numbers from 0 to ``num_classes - 1``.
 
-    Only on the CPU, and not while a graph is captured: elsewhere reading a value waits for the device.
+    Labels on an accelerator, in a traced or compiled graph and under ``torch.func.vmap`` are not checked.
     """
     if label.dtype == torch.bool or label.device.type != "cpu" or not label.numel():
         return
-    if is_traced() or torch._guards.detect_fake_mode([label]) is not None:
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return
-    label = _wide(label)
-    low, high = (value.item() for value in torch.aminmax(label))
-    whole = not label.is_floating_point() or torch.equal(label, label.trunc())
-    if not (low >= 0 and high < num_classes and whole):  # NaN fails the comparison
-        got = "NaN" if low != low else f"values from {low} to {high}" + ("" if whole else ", not whole numbers")
-        remedy = "map the label's values first (MapLabelValued)"
-        if low >= 0 and high < num_classes:
-            remedy = (
-                'resample labels with mode="nearest", and round what is left (lazy resampling interpolates a little)'
-            )
-        raise ValueError(f"expected a label of {expected}, got {got}; {remedy}.")
+    label = convert_to_tensor(label, track_meta=False)
+    try:
+        low, high = (value.item() for value in torch.aminmax(label))
+        whole = not label.is_floating_point() or torch.equal(label, label.trunc())
+    except RuntimeError:  # a tensor that holds no values, or one under vmap
+        return
+    if low >= 0 and high < num_classes and whole:  # NaN fails the comparison
+        return
+    got = "NaN" if low != low else f"values from {low} to {high}" + ("" if whole else ", not whole numbers")
+    remedy = "map the label's values first (MapLabelValued)"
+    if low >= 0 and high < num_classes:
+        remedy = 'resample labels with mode="nearest", and round the result (lazy resampling still interpolates a little)'
+    raise ValueError(f"expected a label of {expected}, got {got}; {remedy}.")
+
+
+def _after_zeros(changes: torch.Tensor, volume: torch.Tensor, dim: int) -> torch.Tensor:
+    """The changes from slice to slice of a volume, after the zeros of its first slice."""
+    return torch.cat([torch.zeros_like(volume.narrow(dim, 0, 1)), changes], dim=dim)

@@ -3,16 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from monai_conres import ConResLoss, ConResNet, ConResOutput, ContextResidualModule, conresnet, context, layers
+from monai_conres import ConResLoss, ConResNet, ConResOutput, ContextResidualModule
 from monai_conres.layers import WeightStandardizedConv3d
 
 
 def small_network(**kwargs) -> ConResNet:
     arguments = {"channels": (8, 16, 32), "strides": (2, (2, 2, 1)), "blocks": (1, 1, 1, 1), "dropout": None}
-    return ConResNet(2, 3, **{**arguments, **kwargs})
+    return ConResNet(**{"in_channels": 2, "out_channels": 3, **arguments, **kwargs})
 
 
 def parameters(network: nn.Module) -> int:
@@ -21,15 +20,14 @@ def parameters(network: nn.Module) -> int:
 
 def multiply_adds(network: nn.Module, *size: int) -> int:
     """Of the convolutions, counted by torch on shapes alone."""
-    with torch.device("meta"):
-        image = torch.empty(size)
-    network = network.to("meta").eval()
+    image = torch.empty(size, device="meta")
+    network.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.heads(image)
     return counter.get_total_flops() // 2
 
 
-def multiply_adds_by_hand(channels, mapping: bool, voxels: int) -> int:
+def multiply_adds_by_hand(channels, context: str, voxels: int) -> int:
     """Section III of the paper for strides of 2, kernel by kernel."""
     a, b, c, d = channels
     full, half, quarter, eighth = voxels, voxels // 8, voxels // 64, voxels // 512
@@ -37,7 +35,7 @@ def multiply_adds_by_hand(channels, mapping: bool, voxels: int) -> int:
     total += 27 * half * (a * b + 4 * b * b) + 27 * quarter * (b * c + 4 * c * c) + 27 * eighth * (c * d + 8 * d * d)
     total += 27 * eighth * d * c
     total += 27 * (quarter * c * b + half * b * a + full * a * a) + full * a * 3
-    if mapping:
+    if context != "none":
         total += 27 * quarter * 4 * b + 27 * half * b * a  # what enters the first and the second scale
         for size, width in ((quarter, b), (half, a), (full, a)):
             total += size * width * width + 27 * size * width * width + size * width * 3
@@ -45,35 +43,32 @@ def multiply_adds_by_hand(channels, mapping: bool, voxels: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("mapping", "live", "billions"),
-    [(True, 19_018_732, 537.516), (False, 18_783_715, 453.181)],
-    ids=["ConResNet", "baseline"],
+    ("context", "live", "billions"), [("attention", 19_018_732, 537.516), ("none", 18_783_715, 453.181)]
 )
-def test_size_is_the_paper_s(mapping, live, billions):
-    inner_norms = 2 * (64 + 32 + 32) if mapping else 0  # which the released code has not
-    for network, more in (
-        (ConResNet(4, 3, mapping=mapping, attention=mapping), inner_norms),
-        (ConResNet.authors(4, 3, mapping=mapping, attention=mapping), 0),
-    ):
+def test_network_has_the_size_of_the_paper(context, live, billions):
+    inner_norms = 2 * (64 + 32 + 32) if context != "none" else 0  # the released code does not have them
+    for make, more in ((ConResNet, inner_norms), (ConResNet.released, 0)):
+        with torch.device("meta"):
+            network = make(4, 3, context=context)
         assert parameters(network) == live + more
         counted = multiply_adds(network, 1, 4, 80, 160, 160)
-        assert counted == multiply_adds_by_hand((32, 64, 128, 256), mapping, 80 * 160 * 160)
+        assert counted == multiply_adds_by_hand((32, 64, 128, 256), context, 80 * 160 * 160)
         assert counted / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"attention": False}, {"mapping": False, "attention": False}])
-def test_gradients_reach_every_parameter(kwargs):
+@pytest.mark.parametrize("context", ["attention", "mapping", "none"])
+def test_gradients_reach_every_parameter(context):
     torch.manual_seed(0)
-    network = small_network(**kwargs)
+    network = small_network(context=context)
     segmentation, residuals = network(torch.randn(2, 2, 9, 10, 5))
     (segmentation.square().mean() + sum(logits.square().mean() for logits in residuals)).backward()
     idle = [name for name, parameter in network.named_parameters() if not parameter.grad.abs().sum() > 0]
     assert not idle
 
 
-def test_baseline_is_the_segmentation_path_of_the_network_without_attention():
+def test_baseline_is_the_segmentation_path_of_mapping():
     torch.manual_seed(0)
-    mapping, baseline = small_network(attention=False), small_network(mapping=False, attention=False)
+    mapping, baseline = small_network(context="mapping"), small_network(context="none")
     missing, unexpected = baseline.load_state_dict(mapping.state_dict(), strict=False)
     assert not missing
     assert all(key.startswith("residual_decoder.") for key in unexpected)
@@ -103,39 +98,62 @@ def test_forward_is_encoder_decoder_and_modules_written_out():
     torch.testing.assert_close(network(image), segmentation)
 
 
-def test_modes():
+def test_network_returns_by_mode():
     torch.manual_seed(0)
-    network = small_network(residual_channels=2)
+    network = small_network(include_background=False)
     image = torch.randn(1, 2, 9, 10, 5)
     training = network(image)
     assert [logits.shape[1:] for logits in training.residuals] == [(2, 9, 10, 5), (2, 5, 5, 3)]
     network.eval()
     assert torch.equal(network(image), training.segmentation)
     assert torch.equal(network.heads(image).residuals[1], training.residuals[1])
-    network.eval_residual = True
-    segmentation, residual = network(image)
-    assert torch.equal(segmentation, training.segmentation)
-    assert torch.equal(residual, training.residuals[0])
 
 
-def test_without_attention_eval_computes_the_baseline_only():
-    network = small_network(attention=False)
-    baseline = small_network(mapping=False, attention=False)
-    network.eval()
+def test_with_residual_returns_both_and_follows_the_mode():
+    torch.manual_seed(0)
+    network = small_network(dropout=0.5)
+    image = torch.randn(1, 2, 9, 10, 5)
+    segmentation, residual = network.eval().with_residual(image)
+    expected = network.heads(image)
+    assert torch.equal(segmentation, expected.segmentation)
+    assert torch.equal(residual, expected.residuals[0])
+    assert not network.training
+    first, _ = network.train().with_residual(image)
+    second, _ = network.with_residual(image)
+    assert network.training
+    assert not torch.equal(first, second)  # dropout
+
+
+def test_with_residual_of_a_baseline_is_refused():
+    with pytest.raises(ValueError, match='predicts residual masks, got context="none"'):
+        small_network(context="none").with_residual(torch.zeros(1, 2, 8, 8, 8))
+
+
+def test_mapping_runs_no_residual_decoder_in_eval():
+    network = small_network(context="mapping").eval()
     for module in network.residual_decoder.modules():
         module.register_forward_hook(lambda *_: pytest.fail("the residual decoder ran"))
     network(torch.randn(1, 2, 8, 8, 4))
-    assert parameters(network) > parameters(baseline)
+    assert parameters(network) > parameters(small_network(context="none"))
+
+
+def test_network_keeps_its_arguments():
+    arguments = {"channels": (8, 16), "strides": (2,), "blocks": (1, 1, 1), "context": "mapping", "spatial_axis": 1}
+    network = ConResNet(2, 3, **arguments)
+    assert network.arguments.items() >= {"in_channels": 2, "out_channels": 3, **arguments}.items()
+    again = ConResNet(**network.arguments)
+    assert [tuple(p.shape) for p in again.parameters()] == [tuple(p.shape) for p in network.parameters()]
+    assert again.arguments == network.arguments
 
 
 @pytest.mark.parametrize("size", [(4, 4, 2), (7, 9, 3), (13, 4, 5), (16, 16, 1 * 2)])
-def test_any_size_of_at_least_the_strides(size):
+def test_network_takes_any_size_of_at_least_the_strides(size):
     segmentation, residuals = small_network()(torch.randn(1, 2, *size))
     assert segmentation.shape[2:] == residuals[0].shape[2:] == size
     assert torch.isfinite(segmentation).all()
 
 
-def test_thick_slices_are_not_down_sampled():
+def test_strides_leave_thick_slices_alone():
     network = small_network(strides=((2, 2, 1), (2, 2, 1)))
     segmentation, residuals = network(torch.randn(1, 2, 16, 20, 1))  # one slice has no neighbor, and a zero residual
     assert [tuple(logits.shape[2:]) for logits in residuals] == [(16, 20, 1), (8, 10, 1)]
@@ -143,7 +161,7 @@ def test_thick_slices_are_not_down_sampled():
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_slice_axis_decides_and_negative_counts_from_the_end(axis):
+def test_network_uses_the_slice_axis(axis):
     torch.manual_seed(0)
     network = small_network(strides=(2, 2), spatial_axis=axis)
     same = small_network(strides=(2, 2), spatial_axis=axis - 3)
@@ -181,11 +199,11 @@ def test_sigmoids_are_not_saturated_at_initialization(seed):
     torch.manual_seed(seed)
     image = torch.randn(1, 4, 16, 20, 24)
     assert saturated(ConResNet(4, 3), image) < 0.05
-    assert saturated(ConResNet.authors(4, 3), image) > 0.7  # the released setting, for comparison
+    assert saturated(ConResNet.released(4, 3), image) > 0.7  # the released setting, for comparison
 
 
-def test_authors_setting_is_the_default_but_for_its_three_differences():
-    network = ConResNet.authors(1, 2)
+def test_released_setting_has_three_differences():
+    network = ConResNet.released(1, 2)
     assert not any(m.gain != 1 for m in network.modules() if isinstance(m, WeightStandardizedConv3d))
     assert not any(isinstance(m.inner_norm, torch.nn.GroupNorm) for m in network.residual_decoder.stages)
     assert network.align_corners
@@ -193,7 +211,7 @@ def test_authors_setting_is_the_default_but_for_its_three_differences():
     assert network.residual_decoder.spatial_axis == 0
 
 
-def test_image_that_does_not_fit_is_refused():
+def test_network_refuses_images_that_do_not_fit():
     network = small_network()
     with pytest.raises(ValueError, match=r"shape \(b, 2, d, h, w\), got \(2, 8, 8, 8\); add the batch dimension"):
         network(torch.zeros(2, 8, 8, 8))
@@ -206,41 +224,34 @@ def test_image_that_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"mapping": False}, "expected attention=False together with mapping=False"),
+        ({"context": None}, "expected context to be one of .*got None"),
         ({"spatial_axis": 3}, "expected spatial_axis between -3 and 2 for 3 spatial axes, got 3"),
         ({"strides": (2,)}, "n - 1 strides"),
         ({"blocks": (1, 1, 1)}, "n \\+ 1 blocks"),
         ({"strides": (2, (2, 2))}, "strides of one or three positive numbers"),
         ({"strides": (2, 0)}, "strides of one or three positive numbers"),
         ({"channels": (8, 12, 32), "norm": ("group", {"num_groups": 8})}, "does not fit 12 channels"),
-        ({"residual_channels": 0}, "out_channels=0"),
+        ({"out_channels": 1, "include_background": False}, "2 or more output channels with include_background=False"),
     ],
 )
-def test_arguments_that_contradict_are_refused(kwargs, message):
+def test_network_refuses_arguments_that_contradict(kwargs, message):
     with pytest.raises(ValueError, match=message):
         small_network(**kwargs)
 
 
-def test_eval_residual_of_a_baseline_is_refused():
-    network = small_network(mapping=False, attention=False, eval_residual=True).eval()
-    with pytest.raises(ValueError, match="expected mapping=True together with eval_residual=True"):
-        network(torch.zeros(1, 2, 8, 8, 8))
-
-
-@pytest.mark.parametrize("options", [{}, {"use_checkpoint": True}])
-def test_computing_again_changes_no_gradient_and_keeps_less(options, monkeypatch):
+def test_checkpoint_changes_no_gradient_and_keeps_less():
     torch.manual_seed(0)
-    network = small_network(dropout=0.5, **options).double()
+    network = small_network(dropout=0.5).double()
     image = torch.randn(1, 2, 9, 8, 7, dtype=torch.float64)
-    features = 16 * 5 * 4 * 4 * 8  # bytes of those at the second resolution
 
-    def run() -> tuple[int, dict[str, torch.Tensor]]:
+    def run(use_checkpoint: bool) -> tuple[int, dict[str, torch.Tensor]]:
         kept = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
+        network.use_checkpoint = use_checkpoint
         network.zero_grad()
         torch.manual_seed(1)  # of dropout
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -250,61 +261,19 @@ def test_computing_again_changes_no_gradient_and_keeps_less(options, monkeypatch
         size = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
         return size, {name: p.grad.clone() for name, p in network.named_parameters()}
 
-    kept, gradients = run()
-    monkeypatch.setattr(layers, "SMALL", features + 1)
-    kept_but_small, further_gradients = run()
-    for module in (layers, context, conresnet):
-        monkeypatch.setattr(module, "recompute", lambda module, function, *arguments, least=0: function(*arguments))
-    kept_without, expected = run()
-    assert kept < (0.35 if options else 0.6) * kept_without
-    assert kept < kept_but_small < (0.45 if options else 0.8) * kept_without
+    kept, gradients = run(use_checkpoint=True)
+    kept_without, expected = run(use_checkpoint=False)
+    assert kept < 0.25 * kept_without
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(further_gradients[name], gradient, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.as_shipped
-def test_of_large_features_alone_anything_is_computed_again(monkeypatch):
-    computed_again = []
-
-    def note(function, *arguments, **kwargs):
-        computed_again.append(max(a.nbytes for a in arguments if isinstance(a, torch.Tensor)) / 2**20)
-        return checkpoint(function, *arguments, **kwargs)
-
-    monkeypatch.setattr(layers, "checkpoint", note)
-    network = ConResNet(4, 3).to("meta")
-
-    def run(*size: int) -> list[float]:
-        computed_again.clear()
-        network(torch.empty(1, 4, *size, device="meta"))
-        return sorted(computed_again)
-
-    assert run(32, 32, 32) == []
-    found = run(80, 160, 160)
-    assert min(found) == 15.625  # 128 channels at a quarter of the resolution; 64 there are less than 8 MiB
-    assert max(found) == 250  # 32 channels at the full one
-    assert found.count(250) == 8  # three in the encoder; merge and mapping, a unit in each, and the gate
-    network.use_checkpoint = True
-    assert len(run(32, 32, 32)) == 5  # the encoder's four resolutions and the bottleneck, at any size
+def test_checkpoint_refuses_running_statistics():
+    with pytest.raises(ValueError, match="without running statistics together with use_checkpoint=True, got 'batch'"):
+        small_network(norm="batch", use_checkpoint=True)
 
 
-@pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_running_statistics_see_each_batch_once(use_checkpoint):
-    torch.manual_seed(0)
-    network = small_network(norm="batch", use_checkpoint=use_checkpoint)
-    image = torch.randn(2, 2, 8, 8, 8)
-    first = network.encoder[1][0].norm
-    features = network.encoder[0](image)
-    with torch.no_grad():
-        mean = features.mean((0, 2, 3, 4)) * first.momentum
-    for batch_norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm3d)):
-        batch_norm.reset_running_stats()
-    network(image).segmentation.sum().backward()
-    assert int(first.num_batches_tracked) == 1
-    torch.testing.assert_close(first.running_mean, mean, rtol=1e-4, atol=1e-5)
-
-
-def test_forward_derivatives():
+def test_network_has_forward_derivatives():
     torch.manual_seed(0)
     network = ConResNet(1, 2, channels=(8, 16), strides=(2,), blocks=(1, 1, 1)).double().eval()
     image, tangent = torch.randn(2, 1, 1, 6, 8, 7, dtype=torch.float64)
@@ -318,14 +287,3 @@ def test_forward_derivatives():
     pairs = zip((ahead.segmentation, *ahead.residuals), (behind.segmentation, *behind.residuals), strict=True)
     for derivative, (a, b) in zip(derivatives, pairs, strict=True):
         torch.testing.assert_close(derivative, (a - b) / (2 * step), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_a_training_step_and_a_prediction_never_wait_for_the_device(use_checkpoint):
-    """A tensor on the meta device has no values, and none of another device goes with it."""
-    network = small_network(use_checkpoint=use_checkpoint).to("meta")
-    image, label = (torch.empty(1, channels, 16, 12, 10, device="meta") for channels in (2, 3))
-    ConResLoss(sigmoid=True)(network(image), label).backward()
-    assert {parameter.grad.device.type for parameter in network.parameters()} == {"meta"}
-    network.eval().eval_residual = True
-    assert {logits.device.type for logits in network(image)} == {"meta"}
