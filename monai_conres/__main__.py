@@ -1,33 +1,41 @@
-"""``python -m monai_conres NETWORK``: which features of a network :func:`attach_conres` would gate."""
+"""``python -m monai_conres COMMAND``: the command line, one file of ``monai_conres.commands`` for each command."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import pkgutil
+from collections.abc import Sequence
 
-from monai_conres.stages import decoder_stages
+from monai_conres import commands
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m monai_conres",
-        description="Show the features of a network's decoder, and which of them attach_conres would gate (*).",
+        description="Inter-slice context residual learning for 3D segmentation networks.",
+        epilog="python -m monai_conres COMMAND --help explains a command with examples.",
     )
-    parser.add_argument("network", help='an expression, such as "monai.networks.nets.BasicUNet(in_channels=1)"')
-    parser.add_argument("--in-channels", type=int, default=1, help="channels of the image (default 1)")
-    parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="spatial size to trace with")
-    arguments = parser.parse_args()
-    name, _, call = arguments.network.partition("(")
-    module, _, cls = name.rpartition(".")
-    if not (module and cls and call):
-        parser.error(f"expected an expression like monai.networks.nets.UNet(...), got {arguments.network}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for module in pkgutil.iter_modules(commands.__path__):
+        command = importlib.import_module(f"{commands.__name__}.{module.name}")
+        text = command.__doc__ or ""
+        subparser = subparsers.add_parser(
+            module.name,
+            help=text.partition("\n")[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run, error=subparser.error)
+    options = parser.parse_args(arguments)
+    if "run" not in options:
+        parser.print_help()
+        return
     try:
-        importlib.import_module(module)
-        root = module.partition(".")[0]
-        network = eval(arguments.network, {root: importlib.import_module(root)})  # the user's own expression
-        print(decoder_stages(network, arguments.in_channels, spatial_size=arguments.size))
-    except (ImportError, AttributeError, NameError, SyntaxError, TypeError, ValueError) as error:
-        parser.error(str(error))
+        options.run(options)
+    except (TypeError, ValueError) as error:
+        options.error(str(error))
 
 
 if __name__ == "__main__":
