@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 __all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "resize_features"]
@@ -120,7 +121,7 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
 
 
 @register_flop_formula(torch.ops.aten.mkldnn_convolution)
-def _multiply_adds(input: torch.Size, weight: torch.Size, *args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
+def _multiply_adds(input: list[int], weight: list[int], *args: Any, out_shape: list[int], **kwargs: Any) -> int:
     """For tools that count operations: the same number as for torch's own convolution."""
     return conv_flop_count(input, weight, out_shape)
 
@@ -164,6 +165,7 @@ class NormActConv(nn.Sequential):
             self.dropout = get_dropout_layer(("dropout", {"p": dropout}) if isinstance(dropout, float) else dropout, 3)
         self.conv = WeightStandardizedConv3d(in_channels, out_channels, **kwargs)
 
+
 class PreActivationBlock(nn.Module):
     """Two pre-activation convolutions and a skip connection from input to output (Section III.A of the paper).
 
@@ -193,6 +195,100 @@ def fast_layout(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous(memory_format=torch.channels_last_3d)
 
 
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` that uses all of an accelerator for a batch of one volume.
+
+    torch's CUDA kernel starts one block of threads for each group of each volume. This class computes the same function
+    with the same parameters from statistics of each channel, which torch reduces with all blocks. Under autocast the
+    output has the precision of the input, and the statistics are in float32. On a CPU, and while a graph is traced or
+    compiled, this class is torch's own group normalization.
+
+    Raises:
+        ValueError: when a group holds one value only.
+
+    Example:
+        >>> x = torch.randn(1, 8, 4, 5, 6)
+        >>> torch.equal(GroupNorm(2, 8)(x), nn.GroupNorm(2, 8)(x))
+        True
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(b, c, *spatial)`` to the same shape."""
+        if x.device.type == "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return super().forward(x)
+        if x.shape[1:].numel() == self.num_groups:
+            raise ValueError(
+                f"expected more than one value in each of {self.num_groups} groups, got shape {tuple(x.shape)}; give a "
+                "larger image or fewer groups."
+            )
+        return NormalizeGroups.apply(x, self.weight, self.bias, self.num_groups, self.eps)[0]
+
+
+class NormalizeGroups(torch.autograd.Function):
+    """Group normalization ``y = (x - mean) / deviation * weight + bias``; keeps ``x`` and two numbers for each group.
+
+    Called with ``(x, weight, bias, number of groups, eps)``. Returns ``y``, mean and reciprocal deviation.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        variances, means = torch.var_mean(x.to(wide), dim=list(range(2, x.ndim)), correction=0)
+        variances, means = (part.unflatten(1, (groups, -1)) for part in (variances, means))
+        mean = means.mean(2)
+        # variance in a group: the mean of the channels' variances plus the variance of their means
+        reciprocal = (variances.mean(2) + means.var(2, correction=0) + eps).rsqrt()
+        scale = _of_channels(reciprocal, x) * (1 if weight is None else _of_channels(weight, x))
+        shift = (0 if bias is None else _of_channels(bias, x)) - _of_channels(mean, x) * scale
+        return torch.addcmul(shift, x, scale).to(x.dtype), mean, reciprocal
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, weight, bias, _, _ = inputs
+        _, mean, reciprocal = output
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, mean, reciprocal)
+        ctx.mark_non_differentiable(mean, reciprocal)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, reciprocal = ctx.saved_tensors
+        wide, groups = mean.dtype, mean.shape[1]
+        voxels = list(range(2, x.ndim))
+        of_bias = grad.sum(voxels, dtype=wide)
+        of_weight = (x.to(wide) * grad).sum(voxels)
+        of_weight = _repeat(reciprocal, x) * (of_weight - _repeat(mean, x) * of_bias)
+        # means over a group of the gradient of (x - mean) / deviation, and of its product with that
+        first, second = (
+            (part if weight is None else weight * part).unflatten(1, (groups, -1)).sum(2) * groups / x[0].numel()
+            for part in (of_bias, of_weight)
+        )
+        of_x = torch.addcmul(
+            _of_channels(reciprocal * (reciprocal * second * mean - first), x),
+            x,
+            _of_channels(-(reciprocal**2) * second, x),
+        )
+        scale = _of_channels(reciprocal, x) * (1 if weight is None else _of_channels(weight, x))
+        of_x = torch.addcmul(of_x, grad, scale).to(x.dtype)
+        return of_x, None if weight is None else of_weight.sum(0), of_bias.sum(0) if ctx.has_bias else None, None, None
+
+
+def _repeat(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Values of groups ``(b, groups)`` for each channel of ``x``, ``(b, c)``."""
+    return values.repeat_interleave(x.shape[1] // values.shape[1], dim=1)
+
+
+def _of_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Values of channels ``(c)`` or of groups ``(b, groups)``, to be multiplied with ``x``: ``(b or 1, c, 1, ...)``."""
+    values = values[None] if values.ndim == 1 else _repeat(values, x)
+    return values.reshape(*values.shape, *(1,) * (x.ndim - 2))
+
+
 def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:
     """MONAI's normalization layer for 3D features.
 
@@ -206,9 +302,9 @@ def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:
     if not norm:
         return nn.Identity()
     name, arguments = (norm, {}) if isinstance(norm, str) else norm
-    if name.lower() == "group":
-        arguments = {"num_groups": math.gcd(8, channels), **arguments}
     try:
+        if name.lower() == "group":
+            return GroupNorm(**{"num_groups": math.gcd(8, channels), "num_channels": channels, **arguments})
         return get_norm_layer(name=(name, arguments), spatial_dims=3, channels=channels)
     except (ValueError, TypeError) as error:
         raise ValueError(

@@ -10,7 +10,9 @@ from monai.data import MetaTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres.layers import (
+    GroupNorm,
     NormActConv,
+    NormalizeGroups,
     PreActivationBlock,
     WeightStandardizedConv3d,
     resize_features,
@@ -193,3 +195,78 @@ def test_convolution_of_one_small_volume_under_torch_func():
     torch.testing.assert_close(derivative, convolution(tangent))  # it is linear
     both = torch.stack([x, tangent])
     torch.testing.assert_close(torch.func.vmap(convolution)(both), torch.stack([convolution(v) for v in both]))
+
+
+def normalize(x, weight, bias, groups):
+    return NormalizeGroups.apply(x, weight, bias, groups, 1e-5)[0]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_normalize_groups_is_as_exact_as_torch(layout, offset):
+    torch.manual_seed(0)
+    x = (torch.randn(2, 12, 5, 6, 7) + offset * torch.randn(12, 1, 1, 1)).contiguous(memory_format=layout)
+    weight, bias, gradient = torch.randn(12), torch.randn(12), torch.randn(2, 12, 5, 6, 7)
+
+    def run(function, dtype):
+        inputs = [part.detach().to(dtype).requires_grad_() for part in (x, weight, bias)]
+        y = function(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, gradient.to(dtype))]
+
+    exact = run(lambda x, w, b: F.group_norm(x, 4, w, b), torch.float64)
+    theirs = run(lambda x, w, b: F.group_norm(x, 4, w, b), torch.float32)
+    ours = run(lambda x, w, b: normalize(x, w, b, 4), torch.float32)
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        error, usual = ((part.double() - want).norm() / want.norm() for part in (got, other))
+        assert error < 3 * usual + 1e-7
+    assert ours[0].is_contiguous(memory_format=layout)
+
+
+def test_normalize_groups_gradients_match_finite_differences():
+    x = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(2, 4, dtype=torch.float64).unbind()
+    assert torch.autograd.gradcheck(lambda *a: normalize(*a, 2), (x, weight.requires_grad_(), bias.requires_grad_()))
+    assert torch.autograd.gradcheck(lambda x: normalize(x, None, None, 2), (x,))
+
+
+def test_normalize_groups_in_half_precision_has_wide_statistics():
+    x = 3e4 + 1e3 * torch.randn(1, 8, 9, 10, 11)  # its squares are infinite in float16
+    got = normalize(x.half(), torch.ones(8), torch.zeros(8), 4)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float(), F.group_norm(x.half().float(), 4), rtol=1e-2, atol=1e-2)
+
+
+def test_normalize_groups_under_torch_func():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 1, 4, 3, 3, 3), torch.randn(4), torch.randn(4)
+
+    def loss(x, function):
+        return function(x).pow(3).sum()
+
+    ours = torch.func.vmap(torch.func.grad(lambda x: loss(x, lambda x: normalize(x, weight, bias, 2))))(x)
+    theirs = torch.func.vmap(torch.func.grad(lambda x: loss(x, lambda x: F.group_norm(x, 2, weight, bias))))(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    one = x[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(normalize(one, weight, bias, 2).pow(3).sum(), one, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_group_norm_has_the_parameters_of_torch():
+    ours, theirs = GroupNorm(2, 8), torch.nn.GroupNorm(2, 8)
+    ours.load_state_dict(theirs.state_dict())
+    assert isinstance(NormActConv(8, 4).norm, GroupNorm)
+    with pytest.raises(ValueError, match=r"more than one value in each of 8 groups, got shape \(1, 8, 1, 1, 1\)"):
+        GroupNorm(8, 8).to("meta")(torch.empty(1, 8, 1, 1, 1, device="meta"))
+
+
+def test_group_norm_launches_few_operations_on_an_accelerator():
+    """The meta device takes the accelerator's path; torch's own kernel is not among its operations."""
+    x = torch.empty(1, 32, 8, 9, 10, device="meta", requires_grad=True)
+    norm = GroupNorm(8, 32).to("meta")
+    with torch.profiler.profile() as profile:
+        norm(x).sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert not [name for name in calls if "group_norm" in name]
+    assert calls["aten::var_mean"] == 1
+    assert calls["aten::addcmul"] == 3
