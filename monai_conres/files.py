@@ -294,9 +294,6 @@ def check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
         )
 
 
-_check_fit = check_fit
-
-
 def _check_keys(part: Any, name: str, *keys: str) -> None:
     if not isinstance(part, dict) or set(part) != set(keys):
         got = sorted(part) if isinstance(part, dict) else type(part).__name__

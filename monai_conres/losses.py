@@ -186,7 +186,8 @@ class ConResLoss(nn.Module):
 
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
         """Loss of a network's ``output`` against ``label``."""
-        segmentation, residuals = output if hasattr(output, "residuals") else (output, ())
+        residuals: Sequence[torch.Tensor] = getattr(output, "residuals", ())
+        segmentation = getattr(output, "segmentation", output)
         label = convert_to_tensor(label, track_meta=False)
         segmentation = _unstacked(convert_to_tensor(segmentation, track_meta=False), label)
         if len(residuals) == 0:

@@ -232,7 +232,9 @@ def check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
     got = "NaN" if low != low else f"values from {low} to {high}" + ("" if whole else ", not whole numbers")
     remedy = "map the label's values first (MapLabelValued)"
     if low >= 0 and high < num_classes:
-        remedy = 'resample labels with mode="nearest", and round the result (lazy resampling still interpolates a little)'
+        remedy = (
+            'resample labels with mode="nearest", and round the result (lazy resampling still interpolates a little)'
+        )
     raise ValueError(f"expected a label of {expected}, got {got}; {remedy}.")
 
 

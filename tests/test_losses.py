@@ -262,13 +262,17 @@ def test_joint_loss_wants_exactly_one_segmentation_loss(own, flags):
 def test_softmax_loss_refuses_a_residual_mask_for_each_channel(channels):
     """The default network predicts one for each channel; its first would be the background's."""
     logits = torch.zeros(1, 3, *SIZE)
-    with pytest.raises(ValueError, match=r"expected 2 residual masks with softmax=True for 3 .*include_background=False"):
+    with pytest.raises(
+        ValueError, match=r"expected 2 residual masks with softmax=True for 3 .*include_background=False"
+    ):
         ConResLoss(softmax=True)(ConResOutput(logits, (logits,)), torch.zeros(1, channels, *SIZE))
 
 
 def test_sigmoid_loss_refuses_a_network_for_a_softmax():
     logits = torch.zeros(1, 3, *SIZE)
-    with pytest.raises(ValueError, match=r"expected 3 residual masks with sigmoid=True for 3 .*include_background=True"):
+    with pytest.raises(
+        ValueError, match=r"expected 3 residual masks with sigmoid=True for 3 .*include_background=True"
+    ):
         ConResLoss(sigmoid=True)(ConResOutput(logits, (logits[:, 1:],)), logits)
 
 

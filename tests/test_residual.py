@@ -195,5 +195,7 @@ def test_class_masks_of_one_class_are_the_label():
 
 
 def test_class_masks_refuse_other_numbers_of_channels():
-    with pytest.raises(ValueError, match=r"1 channel \(class indices\), 3 \(masks\) or 4 \(one-hot\).*label\[:, None\]"):
+    with pytest.raises(
+        ValueError, match=r"1 channel \(class indices\), 3 \(masks\) or 4 \(one-hot\).*label\[:, None\]"
+    ):
         class_masks(torch.zeros(1, 5, 4), 3)

@@ -24,7 +24,7 @@ from monai.utils import ensure_tuple, optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import get_worker_info
 
-from monai_conres.files import _check_fit, atomic_path, network_entry, plain_values, save_network, write_csv
+from monai_conres.files import check_fit, atomic_path, network_entry, plain_values, save_network, write_csv
 from monai_conres.scans import ScanSettings
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class TrainingCheckpoint:
             "training": self.training,
         }
         self.settings = plain_values({**settings, **optimizers})
-        _check_fit(self.settings["network"], scans)  # not only after the training
+        check_fit(self.settings["network"], scans)  # not only after the training
 
     def attach(self, engine: Engine) -> None:
         """Load when ``engine`` starts, and save after its epochs. Attach this handler last."""
