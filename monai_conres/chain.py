@@ -69,17 +69,18 @@ class ChainSettings:
 
     Example:
         >>> from dataclasses import asdict
-        >>> settings = ChainSettings(tau=0.5, offset=[-2.0, -1.0])
+        >>> settings = ChainSettings(tau=0.25, offset=[-2.0, -1.0])
         >>> asdict(settings)
-        {'tau': 0.5, 'residual_scale': 1.0, 'image_contrast': 1.0, 'offset': (-2.0, -1.0)}
+        {'tau': 0.25, 'residual_scale': 0.5, 'image_contrast': 0.5, 'offset': (-2.0, -1.0)}
         >>> ChainSettings(**asdict(settings)) == settings
         True
     """
 
-    tau: float = 1.0
-    residual_scale: float = 1.0
-    image_contrast: float = 1.0
-    # the weighted loss of Eq. 8 raises the residual logits by log(w_1 / w_0), 1 to 2 for usual masks
+    # below 1, because the errors of neighbouring slices go together
+    tau: float = 0.5
+    residual_scale: float = 0.5
+    image_contrast: float = 0.5
+    # among others, the weighted loss of Eq. 8 raises the residual logits by log(w_1 / w_0)
     offset: float | Sequence[float] = -2.0
 
     def __post_init__(self) -> None:
@@ -562,7 +563,7 @@ def _sample(
     chosen = torch.randperm(int(changing.sum()), generator=torch.Generator().manual_seed(0))[:positions]
 
     def chains(volume: torch.Tensor) -> torch.Tensor:
-        return volume.movedim((dim, 1), (-1, -2))[changing][chosen].double().movedim(0, 1)[None]
+        return volume.movedim((dim, 1), (-1, -2))[changing][chosen].cpu().double().movedim(0, 1)[None]
 
     states = chains(label).to(torch.int16)
     visible = torch.full_like(states, -1).repeat(len(drawn), 1, 1, 1)

@@ -27,7 +27,7 @@ from monai_conres.chain import (
 )
 from monai_conres.decoder import ConResOutput
 
-PLAIN = ChainSettings(offset=0.0)
+PLAIN = ChainSettings(tau=1.0, residual_scale=1.0, offset=0.0)
 CHANNELS = [(2, 1), (3, 2), (4, 3), (1, 1), (2, 2)]  # segmentation, residual: softmaxes, then sigmoids
 
 
