@@ -203,13 +203,10 @@ def test_context_on_the_command_line_sets_the_network(capsys, monkeypatch):
     assert counts["none", "train"] < counts["mapping", "train"]
 
 
-def test_pancreas_patches_come_from_the_whole_volume_without_a_margin():
-    for margin, first in ((40, "CropForegroundd"), ("$None", "SpatialPadd")):
-        options = {"crop_margin": margin, "structures": {"pancreas": [1]}}
-        augmentation = workflow("pancreas_ct_conresnet", "train", **options).parser.get_parsed_content(
-            "train#augmentation"
-        )
-        assert type(augmentation[0]).__name__ == first
+@pytest.mark.parametrize(("margin", "first"), [(40, "CropForegroundd"), ("$None", "SpatialPadd")])
+def test_pancreas_patches_come_from_the_whole_volume_without_a_margin(margin, first):
+    made = workflow("pancreas_ct_conresnet", "train", crop_margin=margin, structures={"pancreas": [1]})
+    assert type(made.parser.get_parsed_content("train#augmentation")[0]).__name__ == first
 
 
 def test_hippocampus_is_downloaded_by_one_process(tmp_path, monkeypatch):
@@ -246,17 +243,13 @@ def write_pancreas(folder: Path) -> tuple[dict[str, Any], Callable[[str], Path]]
 def write_hippocampus(folder: Path) -> tuple[dict[str, Any], Callable[[str], Path]]:
     write_phantom_dataset(folder, cases=6, size=(20, 24, 18))  # four channels and three classes become one and two
     description = json.loads((folder / "dataset.json").read_text())
-    description |= {
-        "labels": {"0": "background", "1": "Anterior", "2": "Posterior"},
-        "modality": {"0": "MR"},
-    }
+    description |= {"labels": {"0": "background", "1": "Anterior", "2": "Posterior"}, "modality": {"0": "MR"}}
     (folder / "dataset.json").write_text(json.dumps(description))
-    for entry in description["training"]:
-        for key in ("image", "label"):
-            volume = nib.load(folder / entry[key])
-            array = np.asarray(volume.dataobj)
-            array = array[..., 0] if key == "image" else np.minimum(array, 2)
-            nib.save(nib.Nifti1Image(array, volume.affine), folder / entry[key])
+    for file in folder.glob("*Tr/*.nii.gz"):
+        volume = nib.load(file)
+        array = np.asarray(volume.dataobj)
+        array = array[..., 0] if array.ndim == 4 else np.minimum(array, 2)
+        nib.save(nib.Nifti1Image(array, volume.affine), file)
     return {"fold": 1}, lambda name: folder / "labelsTr" / f"{name}.nii.gz"
 
 
