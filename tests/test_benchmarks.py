@@ -31,6 +31,11 @@ SMALL = {"channels": (8, 16, 32, 64), "blocks": (1,) * 5}
 STRIDES = ((2, 2, 2),) * 3
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def label_of_two_classes(*size: int) -> torch.Tensor:
     label = torch.zeros(2, 1, *size, dtype=torch.long)
     label[..., 1:7, 4:12, 2:19] = 1
@@ -114,10 +119,9 @@ def test_released_loss_has_the_gradient_of_the_released_code():
     np.testing.assert_allclose(logits.grad.numpy(), expected, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["clamped_loss", "released"])
-def test_released_loss_is_finite_in_bfloat16(name):
+def test_clamped_loss_is_finite_in_bfloat16():
     logits = torch.full((1, 1, 6, 7, 8), 2.0, dtype=torch.bfloat16, requires_grad=True)
-    value = ablation.residual_loss([logits], torch.zeros(1, 1, 6, 7, 8), **ablation.ARMS[name].loss)
+    value = ablation.residual_loss([logits], torch.zeros(1, 1, 6, 7, 8), clamped=True)
     assert value.item() == pytest.approx(-np.log(0.001), rel=1e-4)
     value.backward()
     assert logits.grad.isfinite().all()
@@ -191,8 +195,7 @@ def test_runs_are_merged_into_one_table(command, tmp_path, capsys):
     command(report, "--figure")
     assert (tmp_path / "tables" / "small.png").stat().st_size > 5000
     table = experiment.table.read_bytes()
-    with experiment.table.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(experiment.table)
     order = [(row["arm"], row["seed"]) for row in rows]
     assert order == sorted(order)
     written = [row for content in files.values() for row in json.loads(content)["rows"]]
@@ -225,11 +228,11 @@ def test_experiment_refuses_what_contradicts_it(command, tmp_path):
     row = {"arm": "conres", "fold": 0, "seed": 0, "case": "a", "class": 1, "dice": 0.5}
     experiment.write_run(("conres", 0, 0), settings, [row])
     for _ in range(2):  # before and after the settings are tracked
-        with pytest.raises(ValueError, match=r"expected .* 'iterations': 2.* got .* 'iterations': 3"):
+        with pytest.raises(ValueError, match=r"expected iterations=2, as in .* small, got iterations=3 from the"):
             command(ablation, "--iterations", 3, "--arms", "conres")
         experiment.merge()
     experiment.write_run(("conres", 0, 1), settings | {"batch": 4}, [row | {"seed": 1}])
-    with pytest.raises(ValueError, match=r"'batch': 2.* got .* 'batch': 4.* from .*conres_fold0_seed1"):
+    with pytest.raises(ValueError, match=r"batch=2, .* got batch=4 from .*conres_fold0_seed1"):
         experiment.merge()
     experiment.run_file(("conres", 0, 1)).unlink()
     experiment.write_run(("conres", 0, 0), settings, [row | {"dice": 0.6}])
@@ -288,12 +291,8 @@ def test_interval_covers_the_spread_of_cases_seeds_and_folds():
         (0.004, 2, 1, 0.8, 0.95),
         (0.007, 3, 4, 0.75, 0.95),
         (0.007, 10, 1, 0.85, 0.97),
-        pytest.param(0.004, 3, 1, 0.85, 0.98, marks=pytest.mark.slow),
-        pytest.param(0.004, 3, 4, 0.85, 0.98, marks=pytest.mark.slow),
-        pytest.param(0.004, 6, 4, 0.9, 0.98, marks=pytest.mark.slow),
         pytest.param(0.004, 10, 1, 0.9, 1.0, marks=pytest.mark.slow),
         pytest.param(0.007, 2, 1, 0.7, 0.85, marks=pytest.mark.slow),
-        pytest.param(0.007, 3, 1, 0.83, 0.95, marks=pytest.mark.slow),
         pytest.param(0.007, 6, 4, 0.88, 0.98, marks=pytest.mark.slow),
     ],
 )
@@ -348,15 +347,6 @@ def test_released_structure_computes_the_released_network(context):
         torch.testing.assert_close(a, up_sampled, rtol=1e-9, atol=1e-9)
 
 
-def read_speed_table(folder: Path, name: str, networks: list[str]) -> list[dict[str, str]]:
-    with (folder / f"{name}.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    lines = (folder / f"{name}.md").read_text().splitlines()
-    names = [line.split("|")[1].strip() for line in lines[2:]]
-    assert [row["network"] for row in rows] == names == networks
-    return rows
-
-
 SPEED = ("--size", 8, 16, 16, "--repeats", 1, "--device", "cpu")
 
 
@@ -368,7 +358,9 @@ def test_speed_writes_its_table(options, name, networks, tmp_path, monkeypatch):
     line = [speed.__file__, "--out", tmp_path, *SPEED, *options, "--networks", *networks]
     monkeypatch.setattr(sys, "argv", list(map(str, line)))
     speed.main()
-    rows = read_speed_table(tmp_path, name, networks)
+    rows = read_table(tmp_path / f"{name}.csv")
+    lines = (tmp_path / f"{name}.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [row["network"] for row in rows] == networks
     seconds = [float(value) for row in rows for column, value in row.items() if "(s)" in column]
     assert len(seconds) == (2 * 2 if name == "speed_cpu" else 1)
     assert min(seconds) > 0
@@ -381,7 +373,7 @@ def test_speed_measures_the_memory_of_a_step(tmp_path):
     # a process of its own: the peak memory of a child counts that of the process that starts it
     line = [sys.executable, speed.__file__, "--out", tmp_path, *SPEED, "--memory", "--networks", "ConResNet"]
     subprocess.run(list(map(str, line)), check=True)
-    (row,) = read_speed_table(tmp_path, "memory_cpu", ["ConResNet"])
+    (row,) = read_table(tmp_path / "memory_cpu.csv")
     assert float(row["step, peak (GiB)"]) >= 0.07  # the gradients of 19 million parameters
 
 

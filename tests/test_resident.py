@@ -1,4 +1,4 @@
-"""Patches that stay on the device: what is cut, and that image and label move together."""
+"""Patches that stay on the device: crops, padding and augmentation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def still(monkeypatch):
     monkeypatch.setattr(resident, "augment", lambda image, label, extent, generator: (image, label))
 
 
-def test_patches_are_cut_from_image_and_label_alike_and_depend_on_the_seed_alone(still):
+def test_patches_of_image_and_label_match_and_depend_on_the_seed(still):
     sizes = [(9, 12, 7), (6, 8, 10)]
     cases = [{"image": torch.arange(math.prod(size)).reshape(1, *size) + 1000 * i} for i, size in enumerate(sizes)]
     cases = [{**case, "label": case["image"] % 3} for case in cases]
@@ -36,14 +36,14 @@ def test_patches_are_cut_from_image_and_label_alike_and_depend_on_the_seed_alone
         for sample in image.long()[:, 0]:
             size = sizes[int(sample[0, 0, 0] >= 1000)]
             steps = [int(sample.diff(dim=axis).unique()) for axis in range(3)]
-            assert steps == [size[1] * size[2], size[2], 1]  # neighbors in the case
+            assert steps == [size[1] * size[2], size[2], 1]  # neighbors in the patch are neighbors in the case
             starts.add(int(sample[0, 0, 0]))
     assert len(starts) > 8
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
 
 
-def test_a_small_case_is_padded_in_the_middle_with_its_own_minimum(still):
+def test_small_case_is_padded_with_its_minimum_on_both_sides(still):
     case = {"image": torch.full((1, 2, 3, 4), 5.0), "label": torch.ones(1, 2, 3, 4, dtype=torch.uint8)}
     case["image"][0, 0, 0, 0] = -2
     case["label"][0, 0, 0, 0] = 0
@@ -59,8 +59,8 @@ def test_patches_are_plain_tensors():
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_rotation_is_one_in_mm(axis):
-    """Against scipy, on voxels that are no cubes: through mm, and back."""
+def test_rotation_turns_voxels_in_mm(axis):
+    """The rotation equals that of scipy on voxels that are no cubes."""
     shape, spacing, angle = (18, 14, 10), np.array([1.0, 1.5, 2.5]), 0.3
     volume = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=shape), 2)
 
@@ -74,7 +74,7 @@ def test_rotation_is_one_in_mm(axis):
     theta = resident._affine(fixed, torch.tensor(np.array(shape) * spacing, dtype=torch.float32))
     grid = torch.nn.functional.affine_grid(theta, [1, 1, *shape], align_corners=False)
     got = torch.nn.functional.grid_sample(torch.from_numpy(volume)[None, None].float(), grid, align_corners=False)
-    # affine_grid counts axes from the last one: x of its matrix is our third axis
+    # affine_grid counts axes from the last axis: x of its matrix is our third axis
     first, second = (2 - other for other in range(3) if other != axis)
     rotation = np.eye(3)
     rotation[first, first] = rotation[second, second] = math.cos(angle)
@@ -86,7 +86,7 @@ def test_rotation_is_one_in_mm(axis):
     np.testing.assert_allclose(got[0, 0].numpy()[inside], expected[inside], atol=1e-5)
 
 
-def test_augmentation_moves_image_and_label_together_and_leaves_some_as_they_are():
+def test_augmentation_moves_half_of_the_images_with_their_labels():
     mask = torch.zeros(16, 1, 20, 24, 16)
     mask[..., 6:14, 8:16, 5:11] = 1
     image, label = resident.augment(

@@ -367,8 +367,8 @@ def even_odds(arm: Arm, changed: torch.Tensor) -> torch.Tensor:
 
     The weights of the loss decide which output that is. ``changed`` are the residual masks of the label.
     """
-    names = ("clamped", "paper_w0")
-    weight_1, weight_0 = class_weights(changed, **{name: arm.loss.get(name, False) for name in names})
+    weighting = {name: value for name, value in arm.loss.items() if name in ("clamped", "paper_w0")}
+    weight_1, weight_0 = class_weights(changed, **weighting)
     share = weight_1 / (weight_1 + weight_0)
     return share if arm.loss.get("clamped") else share.logit()
 

@@ -49,11 +49,13 @@ def multiply_adds(network: nn.Module, shape: Sequence[int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def write_table(folder: Path, name: str, rows: Sequence[dict[str, str]], remark: str = "") -> None:
-    """Write ``NAME.csv`` and the same table in Markdown, ``NAME.md``, with a remark below."""
+def write_table(folder: Path, name: str, rows: Sequence[dict[str, str]], remark: str = "") -> str:
+    """Write ``NAME.csv`` and the same table in Markdown, ``NAME.md``, with a remark below; return the Markdown."""
     fields = list(max(rows, key=len))
     lines = [fields, ["---"] + ["---:"] * (len(fields) - 1)]
     lines += [[row.get(field, "-") for field in fields] for row in rows]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines) + remark
     write_csv(folder / f"{name}.csv", rows)
     with atomic_path(folder / f"{name}.md") as temporary:
-        temporary.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines) + remark)
+        temporary.write_text(text)
+    return text

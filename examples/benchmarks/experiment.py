@@ -65,11 +65,13 @@ class Experiment:
 
     def check(self, settings: Mapping[str, Any], source: str) -> None:
         """Raise ValueError unless ``settings``, which come from ``source``, are the settings of the experiment."""
-        expected = self.settings()
-        if expected is not None and expected != settings:
+        expected = self.settings() or settings
+        different = [name for name in {**expected, **settings} if expected.get(name) != settings.get(name)]
+        if different:
+            wanted, got = (", ".join(f"{name}={s.get(name)!r}" for name in different) for s in (expected, settings))
             raise ValueError(
-                f"expected the settings of {self.name}, {expected}, got {dict(settings)} from {source}; "
-                "name another experiment, or give the same options."
+                f"expected {wanted}, as in the experiment {self.name}, got {got} from {source}; give the same options, "
+                "or another name to start another experiment."
             )
 
     def merged_runs(self) -> dict[Run, Rows]:
@@ -102,7 +104,7 @@ class Experiment:
             if runs.setdefault(run, rows) != rows:
                 raise ValueError(f"expected the results of {run} in {self.table}, got others in {file}; delete one.")
         if not runs:
-            raise ValueError(f"expected runs of ablation.py in {self.table} or {self.runs}, found none.")
+            raise ValueError(f"expected runs of ablation.py in {self.table} or {self.runs}, got none.")
         runs = dict(sorted(runs.items()))
         if not self.settings_file.exists():
             with atomic_path(self.settings_file) as temporary:

@@ -292,7 +292,6 @@ def times(options: argparse.Namespace) -> list[dict[str, str]]:
         listed = not isinstance(case.network, ReleasedStructure) and not case.compiled
         row["share of the convolution rate"] = f"{100 * case.convolutions() / forward:.0f} %" if listed else "-"
         rows.append(row)
-        print("  ".join(row.values()), flush=True)
     return rows
 
 
@@ -300,14 +299,15 @@ def volume_times(options: argparse.Namespace) -> list[dict[str, str]]:
     """Rows of the table of whole cases."""
     cases = {name: Case(name, options) for name in options.networks}
     first = options.networks[0]
-    seconds = interleaved(cases, ("volume",), options.repeats)
-    rows = []
-    for name in cases:
-        row = {"network": name, "one case (s)": digits(statistics.median(seconds[name]["volume"]))}
-        row[f"times as fast as {first}"] = faster(seconds[first]["volume"], seconds[name]["volume"])
-        rows.append(row)
-        print("  ".join(row.values()), flush=True)
-    return rows
+    seconds = {name: own["volume"] for name, own in interleaved(cases, ("volume",), options.repeats).items()}
+    return [
+        {
+            "network": name,
+            "one case (s)": digits(statistics.median(own)),
+            f"times as fast as {first}": faster(seconds[first], own),
+        }
+        for name, own in seconds.items()
+    ]
 
 
 def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
@@ -321,7 +321,6 @@ def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             row[f"{run}, peak (GiB)"] = f"{int(printed) / 2**30:.2f}"
         rows.append(row)
-        print("  ".join(row.values()), flush=True)
     return rows
 
 
@@ -380,9 +379,8 @@ def main() -> None:
         kind, measure = "memory", peak_memory
     elif options.volume:
         kind, measure = "volume", volume_times
-    rows = measure(options)
     name = options.name or f"{kind}_{options.device}"
-    write_table(options.out, name, rows, machine(options.device))
+    print(write_table(options.out, name, measure(options), machine(options.device)))
 
 
 if __name__ == "__main__":
