@@ -1,4 +1,4 @@
-"""Small instances of the networks that a decoder is attached to, with the stages and channels to be found in them."""
+"""Small networks that a decoder is attached to, with the stages and channels that are in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class Family(NamedTuple):
 
 def nnunet(name: str) -> nn.Module:
     unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
-    blocks = {"PlainConvUNet": {"n_conv_per_stage": 2}, "ResidualEncoderUNet": {"n_blocks_per_stage": 2}}
     return getattr(unet, name)(
         input_channels=1,
         n_stages=4,
@@ -37,7 +36,7 @@ def nnunet(name: str) -> nn.Module:
         nonlin=nn.LeakyReLU,
         nonlin_kwargs={"inplace": True},
         deep_supervision=True,
-        **blocks[name],
+        **{"n_conv_per_stage" if name == "PlainConvUNet" else "n_blocks_per_stage": 2},
     )
 
 
@@ -49,27 +48,28 @@ def dynunet(**kwargs) -> nn.Module:
 def mednext() -> nn.Module:
     ratios = {f"{part}_expansion_ratio": 2 for part in ("encoder", "decoder", "bottleneck")}
     blocks = {"blocks_down": (1, 1, 1, 1), "blocks_bottleneck": 1, "blocks_up": (1, 1, 1, 1)}
-    return nets.MedNeXt(3, 8, 1, 3, kernel_size=3, **ratios, **blocks)
+    return nets.MedNeXt(3, 8, 1, 3, kernel_size=3, deep_supervision=True, **ratios, **blocks)
 
 
 UPSAMPLES = tuple(f"upsamples.{i}" for i in range(3))
 UP_LAYERS = tuple(f"up_layers.{i}" for i in range(3))
 UPCATS = ("upcat_4", "upcat_3", "upcat_2", "upcat_1")
+NESTED = ("upcat_3_1", "upcat_2_2", "upcat_1_3", "upcat_0_4")
 DECODERS = ("decoder5", "decoder4", "decoder3", "decoder2")
 NNUNET = tuple(f"decoder.stages.{i}" for i in range(3))
 UNET = ("model.1.submodule.1.submodule.2", "model.1.submodule.2")  # without model.2, the logits
 MERGES = ("model.1.submodule.1.submodule.1.merge", "model.1.submodule.1.merge", "model.1.merge")
+BLOCKS = tuple(f"decoder.blocks.{i}" for i in range(5))
+FEATURES = (8, 8, 16, 32, 64, 8)
 ODD = (28, 36, 20)  # all different
 
 FAMILIES = {
     "UNet": Family(
-        lambda: nets.UNet(3, 1, 3, (8, 16, 32, 64), (2, 2, 2), num_res_units=2), UNET, (16, 8), (24, 32, 40)
+        lambda: nets.UNet(3, 1, 3, (8, 16, 32, 64), (2, 2, 2), num_res_units=2), UNET, (16, 8), (16, 24, 32)
     ),
-    "BasicUNet": Family(lambda: nets.BasicUNet(3, 1, 3, (8, 8, 16, 32, 64, 8)), UPCATS, (32, 16, 8, 8), (35, 32, 33)),
+    "BasicUNet": Family(lambda: nets.BasicUNet(3, 1, 3, FEATURES), UPCATS, (32, 16, 8, 8), (35, 32, 33)),
     "BasicUNetPlusPlus": Family(
-        lambda: nets.BasicUNetPlusPlus(3, 1, 3, (8, 8, 16, 32, 64, 8)),
-        ("upcat_3_1", "upcat_2_2", "upcat_1_3", "upcat_0_4"),
-        (32, 16, 8, 8),
+        lambda: nets.BasicUNetPlusPlus(3, 1, 3, FEATURES, deep_supervision=True), NESTED, (32, 16, 8, 8)
     ),
     "DynUNet": Family(dynunet, UPSAMPLES, (32, 16, 8), (16, 24, 20)),
     "DynUNet, deep supervision": Family(
@@ -77,15 +77,23 @@ FAMILIES = {
     ),
     "SegResNet": Family(lambda: nets.SegResNet(3, 8, 1, 3), UP_LAYERS, (32, 16, 8), (16, 24, 32)),
     "SegResNetVAE": Family(
-        lambda: nets.SegResNetVAE((32, 32, 32), init_filters=8, out_channels=3, in_channels=1), UP_LAYERS, (32, 16, 8)
+        lambda: nets.SegResNetVAE((16, 16, 32), init_filters=8, out_channels=3, in_channels=1),
+        UP_LAYERS,
+        (32, 16, 8),
+        (16, 16, 32),
     ),
     "SegResNetDS": Family(
-        lambda: nets.SegResNetDS(3, 8, 1, 3, dsdepth=2), tuple(f"{name}.blocks" for name in UP_LAYERS), (32, 16, 8)
+        lambda: nets.SegResNetDS(3, 8, 1, 3, dsdepth=2),
+        tuple(f"{name}.blocks" for name in UP_LAYERS),
+        (32, 16, 8),
+        (16, 24, 32),
     ),
     "AttentionUnet": Family(
-        lambda: nets.AttentionUnet(3, 1, 3, (8, 16, 32, 64), (2, 2, 2)), MERGES, (32, 16, 8), (24, 32, 40)
+        lambda: nets.AttentionUnet(3, 1, 3, (8, 16, 32, 64), (2, 2, 2)), MERGES, (32, 16, 8), (16, 24, 32)
     ),
-    "VNet": Family(lambda: nets.VNet(3, 1, 3), ("up_tr256", "up_tr128", "up_tr64", "up_tr32"), (256, 128, 64, 32)),
+    "VNet": Family(
+        lambda: nets.VNet(3, 1, 3), ("up_tr256", "up_tr128", "up_tr64", "up_tr32"), (256, 128, 64, 32), (32, 16, 16)
+    ),
     "UNETR": Family(
         lambda: nets.UNETR(1, 3, (32, 32, 32), feature_size=8, hidden_size=48, mlp_dim=64, num_heads=4),
         DECODERS,
@@ -96,9 +104,9 @@ FAMILIES = {
     ),
     "FlexibleUNet": Family(
         lambda: nets.FlexibleUNet(1, 3, "resnet10", spatial_dims=3, decoder_channels=(64, 32, 16, 8, 8)),
-        tuple(f"decoder.blocks.{i}" for i in range(5)),
+        BLOCKS,
         (64, 32, 16, 8, 8),
-        (64, 64, 64),
+        (64, 32, 32),
     ),
     "MedNeXt": Family(mednext, tuple(f"dec_stages.{i}" for i in range(4)), (64, 32, 16, 8)),
     "PlainConvUNet": Family(lambda: nnunet("PlainConvUNet"), NNUNET, (32, 16, 8), (16, 24, 20)),
@@ -106,7 +114,7 @@ FAMILIES = {
 }
 
 
-# Networks in styles that none of the above has: found by their graphs alone
+# Networks in other styles, found only by their graphs
 
 
 def conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
@@ -138,40 +146,40 @@ class SharedUNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = conv(1, 8)
-        self.encoder = nn.ModuleList([conv(8, 8, 2), conv(8, 8, 2), conv(8, 8, 2)])
+        self.encoder = nn.ModuleList([conv(1, 8), conv(8, 8, 2), conv(8, 8, 2), conv(8, 8, 2)])
         self.block = conv(16, 8)
         self.logits = nn.Conv3d(8, 3, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        skips = [self.stem(x)]
+        skips = [x]
         for level in self.encoder:
             skips.append(level(skips[-1]))
         y = skips.pop()
-        while skips:
-            skip = skips.pop()
+        for skip in skips[:0:-1]:
             y = self.block(torch.cat([F.interpolate(y, skip.shape[2:]), skip], 1))
         return self.logits(y)
+
+
+class Squeeze(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers = nn.Conv3d(channels, 4, 1), nn.ReLU(), nn.Conv3d(4, channels, 1), nn.Sigmoid()
+        self.scale = nn.Sequential(nn.AdaptiveAvgPool3d(1), *layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale(x)
 
 
 class SqueezeUNet(nn.Module):
     """Squeeze and excitation in the decoder, transposed convolutions, additive skips, a final activation."""
 
-    class Squeeze(nn.Module):
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            self.pool = nn.AdaptiveAvgPool3d(1)
-            self.fc = nn.Sequential(nn.Conv3d(channels, 4, 1), nn.ReLU(), nn.Conv3d(4, channels, 1), nn.Sigmoid())
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.fc(self.pool(x))
-
     def __init__(self) -> None:
         super().__init__()
         self.enc1, self.enc2, self.enc3 = conv(1, 8), conv(8, 16, 2), conv(16, 32, 2)
         self.up2, self.up1 = nn.ConvTranspose3d(32, 16, 2, 2), nn.ConvTranspose3d(16, 8, 2, 2)
-        self.dec2 = nn.Sequential(conv(16, 16), self.Squeeze(16))
-        self.dec1 = nn.Sequential(conv(8, 8), self.Squeeze(8))
+        self.dec2, self.dec1 = nn.Sequential(conv(16, 16), Squeeze(16)), nn.Sequential(conv(8, 8), Squeeze(8))
         self.final = nn.Sequential(nn.Conv3d(8, 3, 1), nn.Sigmoid())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -181,34 +189,35 @@ class SqueezeUNet(nn.Module):
         return self.final(self.dec1(self.up1(y) + a))
 
 
+class ResidualBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.first, self.second = conv(in_channels, out_channels), nn.Conv3d(out_channels, out_channels, 3, 1, 1)
+        self.act = nn.ELU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.act(self.second(x) + x)
+
+
+class ResidualDecoder(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.upsample = nn.ConvTranspose3d(in_channels, out_channels, 3, 2, 1)
+        self.block = ResidualBlock(out_channels, out_channels)
+
+    def forward(self, skip: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.block(skip + self.upsample(x, output_size=skip.shape[2:]))
+
+
 class ResidualUNet(nn.Module):
-    """In the manner of published PyTorch 3D UNets: lists of encoders and decoders that take the skip as an argument,
-    max pooling, residual blocks, and an activation in eval only."""
-
-    class Block(nn.Module):
-        def __init__(self, in_channels: int, out_channels: int) -> None:
-            super().__init__()
-            self.first, self.second = conv(in_channels, out_channels), nn.Conv3d(out_channels, out_channels, 3, 1, 1)
-            self.act = nn.ELU(inplace=True)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.first(x)
-            return self.act(self.second(x) + x)
-
-    class Decoder(nn.Module):
-        def __init__(self, in_channels: int, out_channels: int) -> None:
-            super().__init__()
-            self.upsample = nn.ConvTranspose3d(in_channels, out_channels, 3, 2, 1)
-            self.basic_module = ResidualUNet.Block(out_channels, out_channels)
-
-        def forward(self, skip: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            return self.basic_module(skip + self.upsample(x, output_size=skip.shape[2:]))
+    """Lists of encoders and decoders that take the skip as an argument, max pooling, an activation only in eval."""
 
     def __init__(self) -> None:
         super().__init__()
         widths = (8, 16, 32, 64)
-        self.encoders = nn.ModuleList(self.Block(i, o) for i, o in zip((1, *widths), widths, strict=False))
-        self.decoders = nn.ModuleList(self.Decoder(i, o) for i, o in ((64, 32), (32, 16), (16, 8)))
+        self.encoders = nn.ModuleList(ResidualBlock(i, o) for i, o in zip((1, *widths), widths, strict=False))
+        self.decoders = nn.ModuleList(ResidualDecoder(i, o) for i, o in ((64, 32), (32, 16), (16, 8)))
         self.final_conv = nn.Conv3d(8, 3, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -227,7 +236,7 @@ FOREIGN = {
     "shared weights": Family(SharedUNet, ("block", "block#1", "block#2"), (8, 8, 8), ODD),
     "squeeze and excitation": Family(SqueezeUNet, ("dec2", "dec1"), (16, 8), ODD),
     "encoder and decoder lists": Family(
-        ResidualUNet, tuple(f"decoders.{i}" for i in range(3)), (32, 16, 8), (24, 32, 40)
+        ResidualUNet, tuple(f"decoders.{i}" for i in range(3)), (32, 16, 8), (16, 24, 32)
     ),
 }
 NETWORKS = FAMILIES | FOREIGN
