@@ -7,7 +7,7 @@ class may contain another.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -22,16 +22,14 @@ from monai.utils import convert_to_dst_type, convert_to_tensor, optional_import
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
-__all__ = ["ScanSettings", "check_structures", "label_values", "paint_structures", "structure_masks"]
+__all__ = ["ScanSettings", "label_values", "paint_structures", "structure_masks"]
 
 Structures = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanSettings:
-    """How a scan becomes a network's input, and how the network's output becomes a label map.
-
-    :func:`~monai_conres.files.save_network` writes the settings beside the weights.
+    """What :func:`~monai_conres.files.save_network` writes about the scans, next to the weights.
 
     Attributes:
         channels: names of the image's channels, in order.
@@ -51,12 +49,8 @@ class ScanSettings:
         ValueError: when a setting has a wrong value. The error names the setting.
 
     Example:
-        >>> scans = ScanSettings(
-        ...     channels=("T1", "T2"),
-        ...     patch_size=(32, 32, 16),
-        ...     classes={"edema": (2,), "core": (1, 4)},
-        ...     activation="softmax",
-        ... )
+        >>> classes = {"edema": [2], "core": [1, 4]}
+        >>> scans = ScanSettings(channels=["T1"], patch_size=[8, 8, 8], classes=classes, activation="softmax")
         >>> scans.out_channels  # the background and three values
         4
     """
@@ -74,12 +68,15 @@ class ScanSettings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _tuples(getattr(self, field.name)))
-        flips = self.flip_axes
-        axes = set(self.orientation) if isinstance(self.orientation, str) else set()
+        flips, axes = self.flip_axes, set(str(self.orientation))
+        values = list(self.classes.values()) if isinstance(self.classes, dict) else []
         checks = {
             "channels": (_are(self.channels, str), "a list of names"),
             "patch_size": (_are(self.patch_size, int, least=1, number=3), "three positive whole numbers"),
-            "classes": (isinstance(self.classes, dict) and self.classes, "values by class"),
+            "classes": (
+                values and all(_are(v, Integral, least=1) and max(v) <= 255 for v in values),
+                "lists of whole numbers from 1 to 255 by class (map other values of the labels first: MapLabelValued)",
+            ),
             "activation": (self.activation in ("sigmoid", "softmax"), "'sigmoid' or 'softmax'"),
             "orientation": (len(axes) == 3 and all(axes & set(pair) for pair in ("LR", "PA", "IS")), "such as 'RAS'"),
             "spacing": (self.spacing is None or _are(self.spacing, (int, float), least=1e-6, number=3), "None or 3 mm"),
@@ -90,7 +87,7 @@ class ScanSettings:
         for name, (right, expected) in checks.items():
             if not right:
                 raise ValueError(f"expected {name} of the scans to be {expected}, got {getattr(self, name)!r}.")
-        check_structures(self.classes)
+        self.to_labels(torch.zeros(self.out_channels, 1))  # raises here what it would raise after a training
         self.normalize("image")
 
     @property
@@ -117,35 +114,30 @@ class ScanSettings:
         return Compose(transforms)
 
     def preprocessing(self, *, label: bool = False) -> Compose:
-        """The transforms from files to the network's input: they load, orient, resample and normalize.
+        """The transforms from ``{"image": FILE_OR_FILES}`` to the network's input, a ``MetaTensor`` ``(c, *spatial)``.
 
-        They take a dictionary with the file or the files of ``"image"``. They replace the files by a ``MetaTensor``
-        ``(c, *spatial)``.
+        They load, orient, resample and normalize.
 
         Args:
             label: True also loads, orients and resamples ``"label"``, for training.
         """
         keys = ("image", "label") if label else ("image",)
-        spacing = Spacingd(keys, pixdim=self.spacing, mode=("bilinear", "nearest")[: len(keys)])
-        return Compose(
-            [
-                LoadImaged(keys, ensure_channel_first=True),
-                Orientationd(keys, axcodes=self.orientation, labels=None),
-                *([] if self.spacing is None else [spacing]),
-                *self.normalize("image").transforms,
-                EnsureTyped(keys, dtype=(torch.float32, torch.uint8)[: len(keys)]),
-            ]
-        )
+        steps = [
+            LoadImaged(keys, ensure_channel_first=True),
+            Orientationd(keys, axcodes=self.orientation, labels=None),
+        ]
+        if self.spacing is not None:
+            steps.append(Spacingd(keys, pixdim=self.spacing, mode=("bilinear", "nearest")[: len(keys)]))
+        typed = EnsureTyped(keys, dtype=(torch.float32, torch.uint8)[: len(keys)])
+        return Compose([*steps, *self.normalize("image").transforms, typed])
 
     def inferer(self, **kwargs: Any) -> SlidingWindowInferer:
-        """MONAI's sliding-window inferer with the settings' windows, blended with Gaussian weights.
+        """MONAI's ``SlidingWindowInferer`` with the settings' windows, blended with Gaussian weights.
 
-        Args:
-            kwargs: further arguments of ``SlidingWindowInferer``, such as ``device`` or ``sw_batch_size``.
+        ``kwargs`` are further arguments of that class, such as ``device`` or ``sw_batch_size``.
         """
-        return SlidingWindowInferer(
-            **{"roi_size": self.patch_size, "overlap": self.overlap, "mode": "gaussian", **kwargs}
-        )
+        settings = {"roi_size": self.patch_size, "overlap": self.overlap, "mode": "gaussian"}
+        return SlidingWindowInferer(**{**settings, **kwargs})
 
     def to_scan(self, prediction: torch.Tensor, image: MetaTensor) -> MetaTensor:
         """Bring a prediction ``(c, *spatial)`` back to the voxels of the scan file: undo orientation and spacing.
@@ -169,23 +161,13 @@ class ScanSettings:
             ValueError: when the logits have another number of channels than :attr:`out_channels`.
 
         Example:
-            >>> scans = ScanSettings(
-            ...     channels=["T1"], patch_size=[8, 8, 8], classes={"core": [4], "whole": [2, 4]}, activation="sigmoid"
-            ... )
+            >>> classes = {"core": [4], "whole": [2, 4]}
+            >>> scans = ScanSettings(channels=["T1"], patch_size=[8, 8, 8], classes=classes, activation="sigmoid")
             >>> scans.to_labels(torch.tensor([[-2.0, -1.0, 3.0], [-1.0, 2.0, 1.0]]))
             tensor([[0, 2, 4]], dtype=torch.uint8)
         """
         plain = convert_to_tensor(logits, track_meta=False)
-        if len(plain) != self.out_channels:
-            raise ValueError(
-                f"expected {self.out_channels} channels of logits for {list(self.classes)} with a {self.activation}, "
-                f"got {len(plain)}; give one case, (c, *spatial), without the batch dimension."
-            )
-        if self.activation == "softmax":
-            values = torch.tensor([0, *label_values(self.classes)], dtype=torch.uint8, device=plain.device)
-            label = values[plain.argmax(0, keepdim=True)]
-        else:
-            label = paint_structures(plain >= 0, self.classes)
+        label = paint_structures(plain, self.classes, softmax=self.activation == "softmax", threshold=0.0)
         return convert_to_dst_type(label, logits, dtype=torch.uint8)[0]
 
 
@@ -204,22 +186,6 @@ def label_values(structures: Structures) -> list[int]:
     return list(dict.fromkeys(value for values in structures.values() for value in values))
 
 
-def check_structures(structures: Structures) -> None:
-    """Raise unless each structure is a list of whole numbers from 1 to 255.
-
-    Label maps are stored in 8 bits, and 0 is the background.
-
-    Raises:
-        ValueError: when a structure is something else. The error names the structure.
-    """
-    for name, values in structures.items():
-        if not isinstance(values, Collection) or not all(isinstance(v, Integral) and 1 <= v <= 255 for v in values):
-            raise ValueError(
-                f"expected a list of values, whole numbers from 1 to 255, for each structure, got {values!r} for "
-                f"{name}; map other values of the labels first (MapLabelValued)."
-            )
-
-
 def structure_masks(label: torch.Tensor, structures: Structures) -> torch.Tensor:
     """Masks ``(c, *spatial)`` in uint8, one channel for each structure, of a label map ``(1, *spatial)``.
 
@@ -233,40 +199,50 @@ def structure_masks(label: torch.Tensor, structures: Structures) -> torch.Tensor
     return torch.cat(masks).to(torch.uint8)
 
 
-def paint_structures(masks: torch.Tensor, structures: Structures) -> torch.Tensor:
-    """A label map ``(1, *spatial)`` in uint8 of masks ``(c, *spatial)``: the inverse of :func:`structure_masks`.
+def paint_structures(
+    scores: torch.Tensor, structures: Structures, *, softmax: bool = False, threshold: float = 0.5
+) -> torch.Tensor:
+    """A label map ``(1, *spatial)`` in uint8 of masks or scores ``(c, *spatial)``.
 
-    Where masks contradict each other, the structure with fewer values wins: an enhancing tumor outside the whole tumor
-    stays.
+    Args:
+        scores: one channel for each structure, or with a softmax for the background and each of :func:`label_values`.
+        structures: the label values of each structure.
+        softmax: True: the channel with the largest score wins. False: a structure is where its score is ``threshold``
+            or more. Where structures contradict each other, the one with fewer values wins: an enhancing tumor outside
+            the whole tumor stays.
+        threshold: 0.5 for masks and probabilities, 0 for logits.
 
     Raises:
-        ValueError: when every value of a structure also belongs to a smaller structure, or the number of masks is not
-            the number of structures.
+        ValueError: when the number of channels is wrong, or every value of a structure also belongs to a smaller one.
 
     Example:
         >>> paint_structures(torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]]), {"core": (3,), "whole": (2, 3)})
         tensor([[0, 2, 3, 3]], dtype=torch.uint8)
     """
-    if len(masks) != len(structures):
-        raise ValueError(f"expected {len(structures)} masks, one for each of {list(structures)}, got {len(masks)}.")
-    label = torch.zeros_like(masks[:1], dtype=torch.uint8)
-    painted: set[int] = set()
-    order: list[tuple[int, int]] = []  # channel and value, the smallest structure first
-    for channel, (name, values) in sorted(enumerate(structures.items()), key=lambda item: len(item[1][1])):
-        own = next((value for value in values if value not in painted), None)
-        if own is None:
+    channels = [0, *label_values(structures)] if softmax else list(structures)
+    if len(scores) != len(channels):
+        raise ValueError(
+            f"expected {len(channels)} channels for {list(structures)} with a {'softmax' if softmax else 'sigmoid'}, "
+            f"got {len(scores)}; give one case, (c, *spatial), without the batch dimension."
+        )
+    if softmax:
+        return torch.tensor(channels, dtype=torch.uint8, device=scores.device)[scores.argmax(0, keepdim=True)]
+    label = torch.zeros_like(scores[:1], dtype=torch.uint8)
+    seen: set[int] = set()
+    smallest_first = sorted(zip(scores, structures.items(), strict=True), key=lambda pair: len(pair[1][1]))
+    for score, (name, values) in smallest_first:
+        own = [value for value in values if value not in seen]
+        if not own:
             raise ValueError(f"expected a value of {name} that no smaller structure has, got {dict(structures)}.")
-        painted.update(values)
-        order.append((channel, own))
-    for channel, value in reversed(order):
-        label[masks[channel : channel + 1] > 0] = value
+        seen.update(values)
+        label[(label == 0) & (score >= threshold)] = own[0]
     return label
 
 
 def _are(values: Any, kind: type | tuple[type, ...], *, least: float | None = None, number: int | None = None) -> bool:
     """Whether values are a tuple of ``number`` values, else one or more, of a kind and not below ``least``."""
     right = isinstance(values, tuple) and len(values) > 0 and all(isinstance(value, kind) for value in values)
-    return right and (number is None or len(values) == number) and (least is None or min(values) >= least)
+    return right and number in (None, len(values)) and (least is None or min(values) >= least)
 
 
 def _tuples(value: Any) -> Any:

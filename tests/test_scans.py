@@ -90,7 +90,7 @@ def test_logits_become_the_values_of_the_file():
     assert settings(activation="softmax").to_labels(logits).tolist() == [[4, 0, 1, 2]]
     logits = torch.tensor([[-1.0, 1, -1, -1], [-1, 1, 1, 1], [-1, 1, -1, 1]])
     assert settings().to_labels(logits).tolist() == [[0, 4, 2, 1]]
-    with pytest.raises(ValueError, match=r"expected 4 channels of logits .* got 3"):
+    with pytest.raises(ValueError, match=r"expected 4 channels for .* got 3"):
         settings(activation="softmax").to_labels(logits)
 
 
@@ -101,8 +101,9 @@ def test_logits_become_the_values_of_the_file():
         ({"channels": ()}, "channels of the scans to be a list of names"),
         ({"patch_size": (8, 8)}, "patch_size of the scans to be three positive whole numbers"),
         ({"patch_size": (8, 8, 0)}, "three positive whole numbers"),
-        ({"classes": {}}, "classes of the scans to be values by class"),
-        ({"classes": {"a": (0,)}}, "whole numbers from 1 to 255"),
+        ({"classes": {}}, "classes of the scans to be lists of whole numbers from 1 to 255"),
+        *[({"classes": {"a": v}}, "1 to 255.*MapLabelValued") for v in ((), (0,), (1, 256), (1.5,), (-1,), 4)],
+        ({"classes": {"a": (1,), "b": (2,), "c": (1, 2)}}, "a value of c that no smaller structure has"),
         ({"activation": "tanh"}, "to be 'sigmoid' or 'softmax', got 'tanh'"),
         ({"orientation": "RAR"}, "orientation of the scans"),
         ({"spacing": (1, 1, 0)}, "spacing of the scans"),

@@ -14,7 +14,6 @@ from monai.data import partition_dataset
 from monai.utils import ensure_tuple, optional_import
 
 from monai_conres.files import is_named, load_volume, read_header, repeated, stem, stored_axes
-from monai_conres.scans import check_structures
 
 tqdm, _ = optional_import("tqdm", name="tqdm", descriptor="{}; install it with: pip install 'monai-conres[examples]'")
 
@@ -34,17 +33,11 @@ class Datalist:
             files with one for each channel. ``"label"`` is a file, if there is a label. ``"name"`` is unique.
         structures: the label values of each structure. Structures may overlap: the core is part of the whole tumor.
         folds: names of the validation cases of each fold, if the data set defines folds.
-
-    Raises:
-        ValueError: when a label value is not from 1 to 255.
     """
 
     cases: Cases
     structures: dict[str, tuple[int, ...]]
     folds: list[set[str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        check_structures(self.structures)
 
     def split(self, fold: int = 0, *, folds: int = 5, seed: int = 0) -> tuple[Cases, Cases]:
         """Training and validation cases of one fold.

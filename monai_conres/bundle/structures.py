@@ -1,34 +1,27 @@
-"""Label map to training target, and probabilities to label map.
-
-A structure is a set of label values. Structures may contain each other: ``{"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)}``
-for BraTS 2018. A network has either a sigmoid for each structure, or one softmax over the background and all values.
-"""
+"""Label map to training target, and probabilities to label map, with the structures of a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_tensor
 
-from monai_conres.scans import check_structures, label_values, paint_structures, structure_masks
-
-__all__ = ["LabelToTargetd", "ProbabilityToLabeld"]
+from monai_conres.scans import Structures, label_values, paint_structures, structure_masks
 
 
 class _StructuresTransform(MapTransform):
     """Replaces volumes ``(c, *spatial)`` with 8-bit volumes that depend on the structures."""
 
-    def __init__(self, keys: KeysCollection, structures: Mapping[str, Sequence[int]], *, softmax: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, structures: Structures, *, softmax: bool = False) -> None:
         super().__init__(keys)
-        check_structures(structures)
         self.structures = structures
         self.softmax = softmax
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        """A copy of ``data`` with the new volumes, which keep type and metadata of the old ones."""
+        """``data`` with the new volumes, which keep type and metadata of the old ones."""
         result = dict(data)
         for key in self.key_iterator(result):
             volume = convert_to_tensor(data[key], track_meta=False)  # metadata would slow down each operation
@@ -47,9 +40,6 @@ class LabelToTargetd(_StructuresTransform):
         structures: label values of each structure.
         softmax: False makes a mask of each structure, ``(c, *spatial)``. True makes class indices ``(1, *spatial)``:
             0 is the background, then the values follow in the order of :func:`~monai_conres.scans.label_values`.
-
-    Raises:
-        ValueError: when a label value is not from 1 to 255.
 
     Example:
         >>> label = {"label": torch.tensor([[0, 1, 2, 4]])}
@@ -75,9 +65,6 @@ class ProbabilityToLabeld(_StructuresTransform):
         softmax: False for one channel of each structure, which is present from a probability of 0.5. True for the
             background and all values, where the largest probability wins.
 
-    Raises:
-        ValueError: when a label value is not from 1 to 255.
-
     Example:
         >>> probabilities = {"pred": torch.tensor([[0.1, 0.2, 0.9], [0.4, 0.8, 0.7]])}
         >>> ProbabilityToLabeld("pred", {"ET": (4,), "WT": (2, 4)})(probabilities)["pred"]
@@ -85,7 +72,4 @@ class ProbabilityToLabeld(_StructuresTransform):
     """
 
     def _convert(self, volume: torch.Tensor) -> torch.Tensor:
-        if not self.softmax:
-            return paint_structures(volume >= 0.5, self.structures)
-        values = torch.tensor([0, *label_values(self.structures)], dtype=torch.uint8, device=volume.device)
-        return values[volume.argmax(0, keepdim=True)]
+        return paint_structures(volume, self.structures, softmax=self.softmax)

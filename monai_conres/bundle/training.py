@@ -24,7 +24,7 @@ from monai.utils import ensure_tuple, optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import get_worker_info
 
-from monai_conres.files import check_fit, atomic_path, network_entry, plain_values, save_network, write_csv
+from monai_conres.files import atomic_path, check_fit, network_entry, plain_values, save_network, write_csv
 from monai_conres.scans import ScanSettings
 
 if TYPE_CHECKING:

@@ -9,8 +9,6 @@ import pytest
 from monai.transforms import Compose, LoadImage, Orientation
 
 from monai_conres.bundle import (
-    LabelToTargetd,
-    ProbabilityToLabeld,
     check_voxels,
     read_decathlon,
     read_scans,
@@ -62,15 +60,6 @@ def test_headers_of_image_and_label_must_agree(folder, size, edges, message):
     nib.save(nib.Nifti1Image(np.zeros(size, np.uint8), np.diag([*edges, 1])), file)
     with pytest.raises(ValueError, match=f"{message}.*{file.name}"):
         read_decathlon(folder)
-
-
-@pytest.mark.parametrize("values", [(0,), (1, 256), (1.5,), (-1,), 4])
-def test_label_values_must_fit_in_eight_bits(folder, values):
-    with pytest.raises(ValueError, match=r"whole numbers from 1 to 255, .* for tumor; .*MapLabelValued"):
-        read_scans(folder / "imagesTr", {"tumor": values})
-    for transform in (LabelToTargetd, ProbabilityToLabeld):
-        with pytest.raises(ValueError, match="whole numbers from 1 to 255"):
-            transform("label", {"tumor": values})
 
 
 def test_read_scans_needs_different_names(folder):
