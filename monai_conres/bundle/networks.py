@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from monai.inferers import SlidingWindowInferer
-from monai.networks import eval_mode
+from monai.networks.utils import convert_to_torchscript
 from monai.utils import ensure_tuple
 
 from monai_conres.bundle.datalist import Datalist
@@ -22,18 +22,7 @@ from monai_conres.conresnet import ConResNet
 from monai_conres.decoder import ConResDecoder
 from monai_conres.files import atomic_path, load_network, plain_values, read_network
 from monai_conres.residual import slice_dim
-from monai_conres.scans import ScanSettings, label_values
-
-__all__ = [
-    "MeanProbability",
-    "ProbabilityInferer",
-    "held_out_cases",
-    "load_networks",
-    "same_classes",
-    "save_torchscript",
-    "stored_network",
-    "stored_scans",
-]
+from monai_conres.scans import ScanSettings, Structures, label_values
 
 Run = str | os.PathLike  # a folder with model.pt and network.json
 
@@ -72,14 +61,19 @@ class MeanProbability(nn.Module):
         self.softmax = softmax
         self.flip_axes = [(), *(tuple(axes) for axes in flip_axes)]
 
+    def _passes(self, image: torch.Tensor) -> list[tuple[list[int], Any]]:
+        """Each pair of dimensions to flip and a network."""
+        flips = [[slice_dim(image.ndim, axis) for axis in axes] for axes in self.flip_axes]
+        return list(itertools.product(flips, self.networks))
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Mean probabilities ``(b, c, *spatial)`` of ``image``."""
         total: Any = 0.0
-        for dims in self._flips(image):
-            for network in self.networks:
-                logits = network(_flip(image, dims))
-                total = total + _flip(logits.softmax(1) if self.softmax else logits.sigmoid(), dims)
-        return total / (len(self.flip_axes) * len(self.networks))
+        passes = self._passes(image)
+        for dims, network in passes:
+            logits = network(image.flip(dims))
+            total = total + (logits.softmax(1) if self.softmax else logits.sigmoid()).flip(dims)
+        return total / len(passes)
 
     def with_residual(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``(segmentation, residual)`` of ``image``, for an inferer: ``inferer(image, self.with_residual)``.
@@ -91,44 +85,30 @@ class MeanProbability(nn.Module):
         Raises:
             ValueError: when a network has no residual, or the networks have different slice axes.
         """
+        decoders = [module for module in self.modules() if isinstance(module, ConResDecoder)]
+        slices = {slice_dim(image.ndim, decoder.spatial_axis) for decoder in decoders}
+        if len(slices) > 1:
+            axes = sorted(dim - 2 for dim in slices)
+            raise ValueError(f"expected networks with one slice axis, got spatial_axis {axes}; average others.")
         total: Any = None  # log of the summed probabilities: of each class, or of yes and no
         residuals: Any = 0.0
-        slice_axes = set()
-        for dims in self._flips(image):
-            network: Any
-            for network in self.networks:
-                segmentation, residual = (_flip(x, dims) for x in network.with_residual(_flip(image, dims)))
-                slices = slice_dim(image.ndim, _spatial_axis(network))
-                slice_axes.add(slices - 2)
-                residuals = residuals + (residual.roll(1, slices) if slices in dims else residual)
-                if self.softmax:
-                    log_probability = segmentation.log_softmax(1)
-                else:
-                    log_probability = torch.stack((F.logsigmoid(segmentation), F.logsigmoid(-segmentation)))
-                total = log_probability if total is None else torch.logaddexp(total, log_probability)
-        if len(slice_axes) > 1:
-            raise ValueError(f"expected networks with one slice axis, got spatial_axis {sorted(slice_axes)}.")
-        number = len(self.flip_axes) * len(self.networks)
-        return total - math.log(number) if self.softmax else total[0] - total[1], residuals / number
-
-    def _flips(self, image: torch.Tensor) -> list[list[int]]:
-        return [[slice_dim(image.ndim, axis) for axis in axes] for axes in self.flip_axes]
-
-
-def _flip(volume: torch.Tensor, dims: list[int]) -> torch.Tensor:
-    return volume.flip(dims) if dims else volume
-
-
-def _spatial_axis(network: nn.Module) -> int:
-    """The slice axis of a network with residuals."""
-    return next(module.spatial_axis for module in network.modules() if isinstance(module, ConResDecoder))
+        passes = self._passes(image)
+        for dims, network in passes:
+            segmentation, residual = (logits.flip(dims) for logits in network.with_residual(image.flip(dims)))
+            residuals = residuals + (residual.roll(1, tuple(slices)) if slices & set(dims) else residual)
+            if self.softmax:
+                log_probability = segmentation.log_softmax(1)
+            else:
+                log_probability = torch.stack((F.logsigmoid(segmentation), F.logsigmoid(-segmentation)))
+            total = log_probability if total is None else torch.logaddexp(total, log_probability)
+        return total if self.softmax else total[0] - total[1], residuals / len(passes)
 
 
 class ProbabilityInferer(SlidingWindowInferer):
-    """MONAI's sliding-window inferer that blends probabilities: of a network of logits it takes the mean probability.
+    """MONAI's sliding-window inferer, which takes the :class:`MeanProbability` of a network of logits.
 
-    MONAI's tools, which know a network and an inferer, so get what :class:`MeanProbability` gives. A
-    :class:`MeanProbability` passes unchanged.
+    So MONAI's tools, which know a network and an inferer, blend probabilities. A :class:`MeanProbability` passes
+    unchanged.
 
     Args:
         args: arguments of ``SlidingWindowInferer``, such as ``roi_size``.
@@ -185,18 +165,11 @@ def load_networks(
                 f"expected cases that {run_dir} was not trained with, got {shared[:5]}, {len(shared)} of "
                 f"{len(held_out)} in all; choose other cases, or an empty held_out to score training cases."
             )
-        scans = content["scans"] if scans is None else scans
+        scans = scans or content["scans"]
+        stored, here = ({**vars(each), "classes": list(each.classes)} for each in (content["scans"], scans))
         for name in ("channels", "classes", "activation", "orientation", "spacing", "normalization"):
-            stored, here = getattr(content["scans"], name), getattr(scans, name)
-            if name == "classes":  # the values may differ between data sets, the order may not
-                stored, here = list(stored), list(here)
-            if stored != here:
-                raise ValueError(
-                    f"expected {name} {_plain(stored)}, with which {run_dir} was trained, got {_plain(here)}; average "
-                    "networks that were trained in the same way."
-                )
-        loaded = None if networks else network
-        networks.append(load_network(run_dir).network if loaded is None else loaded)
+            _check_agreement(run_dir, f"scans#{name}", stored[name], here[name])
+        networks.append(load_network(run_dir).network if networks or network is None else network)
     return networks
 
 
@@ -209,7 +182,7 @@ def stored_network(run_dir: Run, default: Mapping[str, Any], **given: Any) -> nn
         run_dir: a run folder.
         default: arguments of the untrained network.
         given: arguments from the command line, such as ``--network_def#context none``. They replace those of
-            ``default``, and must agree with ``network.json``. ``None`` means not given.
+            ``default``, and must agree with ``network.json``.
 
     Raises:
         ValueError: when ``given`` contradicts ``network.json``.
@@ -218,10 +191,9 @@ def stored_network(run_dir: Run, default: Mapping[str, Any], **given: Any) -> nn
         >>> stored_network("no_run", {"in_channels": 1, "out_channels": 2}, blocks=(1, 1, 1, 1, 1)).in_channels
         1
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    if (content := _content(run_dir)) is None:
+    if not Path(run_dir, "network.json").is_file():
         return ConResNet(**{**default, **given})
-    stored = content["network"].get("arguments", {})
+    stored = read_network(run_dir)["network"].get("arguments", {})
     for name, value in given.items():
         _check_agreement(run_dir, f"network_def#{name}", stored.get(name), value)
     return load_network(run_dir).network
@@ -234,7 +206,7 @@ def stored_scans(run_dir: Run, default: Mapping[str, Any], **given: Any) -> Scan
         run_dir: a run folder.
         default: settings for the untrained network.
         given: settings from the command line, such as ``--scans#overlap 0.5``. ``patch_size``, ``overlap`` and
-            ``flip_axes`` replace those of the training. Others must agree with them. ``None`` means not given.
+            ``flip_axes`` replace those of the training. Others must agree with them.
 
     Raises:
         ValueError: when ``given`` contradicts ``network.json``.
@@ -244,10 +216,9 @@ def stored_scans(run_dir: Run, default: Mapping[str, Any], **given: Any) -> Scan
         >>> stored_scans("no_run", default, overlap=0.5).overlap
         0.5
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    if (content := _content(run_dir)) is None:
+    if not Path(run_dir, "network.json").is_file():
         return ScanSettings(**{**default, **given})
-    scans = content["scans"]
+    scans = read_network(run_dir)["scans"]
     changed = dataclasses.replace(scans, **given)
     for name in set(given) - {"patch_size", "overlap", "flip_axes"}:
         _check_agreement(run_dir, f"scans#{name}", getattr(scans, name), getattr(changed, name))
@@ -255,24 +226,23 @@ def stored_scans(run_dir: Run, default: Mapping[str, Any], **given: Any) -> Scan
 
 
 def held_out_cases(data: Datalist, run_dir: Run) -> list[dict[str, Any]]:
-    """The cases that the network of a run folder was not trained with; all cases without a ``network.json``.
+    """The cases that the training of a run folder held out: the names in ``"validation"`` of ``network.json``.
 
     Raises:
-        ValueError: when the network was trained with all cases.
+        ValueError: when ``network.json`` has no such names, or the data do not have each of them.
     """
-    if (content := _content(run_dir)) is None:
-        return data.cases
-    seen = set(content["training"].get("cases", ()))
-    cases = [case for case in data.cases if case["name"] not in seen]
-    if not cases:
+    names = read_network(run_dir)["training"].get("validation", [])
+    cases = [case for case in data.cases if case["name"] in names]
+    if not cases or len(cases) < len(names):
+        missing = sorted(set(names) - {case["name"] for case in cases})
         raise ValueError(
-            f"expected cases that {run_dir} was not trained with, got only training cases; give the cases to score and "
-            "an empty held_out, or a network that was trained with fewer cases."
+            f"expected all cases that the training of {run_dir} held out in the data, found {len(cases)} of "
+            f"{len(names)}, missing {missing[:5]}; give these data, or the cases to score: --cases '$@data.cases'."
         )
     return cases
 
 
-def same_classes(structures: Mapping[str, Sequence[int]], scans: ScanSettings) -> Mapping[str, Sequence[int]]:
+def same_classes(structures: Structures, scans: ScanSettings) -> Structures:
     """``structures``, which must have the class names of ``scans``. Their label values may be other numbers.
 
     Raises:
@@ -286,37 +256,27 @@ def same_classes(structures: Mapping[str, Sequence[int]], scans: ScanSettings) -
     numbers = [len(label_values(classes)) for classes in (structures, scans.classes)]
     if list(structures) != list(scans.classes) or (scans.activation == "softmax" and numbers[0] != numbers[1]):
         raise ValueError(
-            f"expected the network's classes {_plain(scans.classes)} in the labels, got {_plain(structures)}; choose "
-            "another data set or another network."
+            f"expected the network's classes {scans.classes} in the labels, got {dict(structures)}; choose another "
+            "data set or another network."
         )
     return structures
 
 
-def _content(run_dir: Run) -> dict[str, Any] | None:
-    """What ``network.json`` says, if there is one."""
-    return read_network(run_dir) if Path(run_dir, "network.json").is_file() else None
-
-
 def _check_agreement(run_dir: Run, name: str, stored: Any, given: Any) -> None:
-    if name == "network_def#spatial_axis" and isinstance(given, int):
-        stored, given = stored % 3, given % 3
-    if _plain(stored) != _plain(given):
+    """Tuples may be lists, but dictionaries need one order."""
+    stored, given = (plain_values(list(v.items()) if isinstance(v, Mapping) else v) for v in (stored, given))
+    if stored != given:
         raise ValueError(
-            f"expected {name} {_plain(stored)}, as in network.json of {run_dir}, got {_plain(given)}; leave out "
-            f"--{name}, or give the run_dir of a network that was trained with it."
+            f"expected {name} {stored}, as in network.json of {run_dir}, got {given}; leave this setting out, or "
+            "choose a run_dir of a network that was trained with it."
         )
-
-
-def _plain(value: Any) -> str:
-    """A text, for tuples the same as for lists. Two dictionaries need the same order."""
-    return str(plain_values(value))
 
 
 def save_torchscript(network: nn.Module, path: str | os.PathLike, image: torch.Tensor) -> None:
     """Write a network, such as a :class:`MeanProbability`, as TorchScript, which loads without this package.
 
     Args:
-        network: a network of one tensor to one tensor. The file computes what it computes in ``eval()`` mode.
+        network: a network of one tensor to one tensor, which goes to ``eval()`` mode.
         path: name of the file.
         image: an image ``(b, c, d, h, w)`` on the network's device to trace the network with. The file also takes
             other sizes and numbers of images.
@@ -328,8 +288,6 @@ def save_torchscript(network: nn.Module, path: str | os.PathLike, image: torch.T
         >>> torch.jit.load(path)(torch.zeros(2, 1, 4, 5, 6)).unique()
         tensor([0.5000])
     """
-    with torch.no_grad(), eval_mode(network), warnings.catch_warnings():
+    with warnings.catch_warnings(), atomic_path(path) as temporary:
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # about numbers that do not depend on sizes
-        traced = torch.jit.trace(network, image, check_trace=False)
-    with atomic_path(path) as temporary:
-        torch.jit.save(traced, temporary)
+        convert_to_torchscript(network, temporary, inputs=(image,), use_trace=True, check_trace=False)

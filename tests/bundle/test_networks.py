@@ -166,10 +166,10 @@ def test_load_networks_refuses_training_cases(runs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": ["T2"]}, r"expected channels \['T2'\], with which .* was trained, got \['T1'\]"),
-        ({"classes": {"TC": [1, 4], "ET": [4]}}, "expected classes"),
-        ({"spacing": [1, 1, 2]}, r"expected spacing \[1, 1, 2\].*got None"),
-        ({"normalization": [{"name": "NormalizeIntensity"}]}, "expected normalization"),
+        ({"channels": ["T2"]}, r"expected scans#channels \['T2'\], as in network\.json of .*, got \['T1'\]"),
+        ({"classes": {"TC": [1, 4], "ET": [4]}}, "expected scans#classes"),
+        ({"spacing": [1, 1, 2]}, r"expected scans#spacing \[1, 1, 2\].*got None"),
+        ({"normalization": [{"name": "NormalizeIntensity"}]}, "expected scans#normalization"),
         ({"patch_size": [4, 4, 4], "classes": {"ET": [3], "TC": [2, 3]}, "overlap": 0.5}, None),
     ],
 )
@@ -185,12 +185,12 @@ def test_load_networks_needs_the_same_scans(runs, change, message, tmp_path):
 
 def test_stored_network_has_the_trained_weights(runs):
     image = torch.randn(1, 1, 8, 8, 8)
-    network = stored_network(runs[1], {"in_channels": 3}, channels=(8, 16), spatial_axis=2, context=None)
+    network = stored_network(runs[1], {"in_channels": 3}, channels=(8, 16), spatial_axis=-1)
     torch.testing.assert_close(network(image), small(1)(image))
 
 
 def test_stored_network_without_a_run_takes_its_default(tmp_path):
-    network = stored_network(tmp_path, SMALL, context="none", act=None)
+    network = stored_network(tmp_path, SMALL, context="none")
     assert network.context == "none"
     assert network.arguments["strides"] == [2]
 
@@ -198,9 +198,9 @@ def test_stored_network_without_a_run_takes_its_default(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"context": "none"}, r"network_def#context attention, as in network\.json of .*, got none; leave out"),
+        ({"context": "none"}, r"network_def#context attention, as in network\.json of .*, got none; leave"),
         ({"channels": [8, 8]}, r"network_def#channels \[8, 16\], as in .* got \[8, 8\]"),
-        ({"spatial_axis": 0}, "network_def#spatial_axis 2"),
+        ({"spatial_axis": 0}, "network_def#spatial_axis -1"),
         ({"layers": 3}, "network_def#layers None"),
     ],
 )
@@ -214,21 +214,23 @@ def test_stored_scans_may_change_windows_only(runs, tmp_path):
     assert scans == dataclasses.replace(ScanSettings(**SCANS), patch_size=(4, 8, 8), overlap=0.5)
     with pytest.raises(ValueError, match=r"scans#channels \['T1'\], as in network\.json of .*, got \['T2'\]"):
         stored_scans(runs[0], SCANS, channels=["T2"])
-    assert stored_scans(tmp_path, SCANS, channels=["T2"], overlap=None).channels == ("T2",)
+    assert stored_scans(tmp_path, SCANS, channels=["T2"]).channels == ("T2",)
 
 
-def test_held_out_cases_are_all_that_training_did_not_see(runs, tmp_path):
+def test_held_out_cases_are_those_of_the_training(runs, tmp_path):
     data = Datalist([{"name": name} for name in "abcd"], {"ET": (4,)})
-    assert [case["name"] for case in held_out_cases(data, runs[1])] == ["a", "d"]
-    assert held_out_cases(data, tmp_path) == data.cases
-    with pytest.raises(ValueError, match="got only training cases"):
-        held_out_cases(Datalist([{"name": "a"}], {"ET": (4,)}), runs[0])
+    save_network(tmp_path, small(), ScanSettings(**SCANS), training={"cases": ["a"], "validation": ["d", "b"]})
+    assert [case["name"] for case in held_out_cases(data, tmp_path)] == ["b", "d"]
+    with pytest.raises(ValueError, match=r"found 1 of 2, missing \['d'\]; give .* --cases"):
+        held_out_cases(Datalist(data.cases[:3], data.structures), tmp_path)
+    with pytest.raises(ValueError, match=r"held out in the data, found 0 of 0"):
+        held_out_cases(data, runs[0])
 
 
 def test_same_classes_allows_other_values():
     scans = ScanSettings(**SCANS)
     assert same_classes({"ET": (3,), "TC": (2, 3)}, scans) == {"ET": (3,), "TC": (2, 3)}
-    with pytest.raises(ValueError, match=r"classes \{'ET': \[4\], 'TC': \[1, 4\]\} in the labels, got \{'TC'"):
+    with pytest.raises(ValueError, match=r"classes \{'ET': \(4,\), 'TC': \(1, 4\)\} in the labels, got \{'TC'"):
         same_classes({"TC": (1, 4), "ET": (4,)}, scans)
     with pytest.raises(ValueError, match="the network's classes"):
         same_classes({"ET": (3,), "TC": (1, 2, 3)}, dataclasses.replace(scans, activation="softmax"))
