@@ -189,25 +189,21 @@ class SqueezeUNet(nn.Module):
         return self.final(self.dec1(self.up1(y) + a))
 
 
-class ResidualBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+class Block(nn.Module):
+    """A residual block of an encoder, or with a skip of a decoder."""
+
+    def __init__(self, in_channels: int, out_channels: int, up: bool = False) -> None:
         super().__init__()
-        self.first, self.second = conv(in_channels, out_channels), nn.Conv3d(out_channels, out_channels, 3, 1, 1)
+        self.up = nn.ConvTranspose3d(in_channels, out_channels, 3, 2, 1) if up else None
+        self.first, self.second = (
+            conv(out_channels if up else in_channels, out_channels),
+            conv(out_channels, out_channels),
+        )
         self.act = nn.ELU(inplace=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.first(x if skip is None else skip + self.up(x, output_size=skip.shape[2:]))
         return self.act(self.second(x) + x)
-
-
-class ResidualDecoder(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.upsample = nn.ConvTranspose3d(in_channels, out_channels, 3, 2, 1)
-        self.block = ResidualBlock(out_channels, out_channels)
-
-    def forward(self, skip: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self.block(skip + self.upsample(x, output_size=skip.shape[2:]))
 
 
 class ResidualUNet(nn.Module):
@@ -216,8 +212,8 @@ class ResidualUNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (8, 16, 32, 64)
-        self.encoders = nn.ModuleList(ResidualBlock(i, o) for i, o in zip((1, *widths), widths, strict=False))
-        self.decoders = nn.ModuleList(ResidualDecoder(i, o) for i, o in ((64, 32), (32, 16), (16, 8)))
+        self.encoders = nn.ModuleList(Block(i, o) for i, o in zip((1, *widths), widths, strict=False))
+        self.decoders = nn.ModuleList(Block(2 * o, o, up=True) for o in (32, 16, 8))
         self.final_conv = nn.Conv3d(8, 3, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -226,7 +222,7 @@ class ResidualUNet(nn.Module):
             x = encoder(F.max_pool3d(x, 2) if number else x)
             features.insert(0, x)
         for decoder, skip in zip(self.decoders, features[1:], strict=True):
-            x = decoder(skip, x)
+            x = decoder(x, skip)
         x = self.final_conv(x)
         return x if self.training else x.sigmoid()
 

@@ -22,7 +22,7 @@ from monai.networks.utils import copy_model_state
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from monai_conres import ConResLoss, ConResNet, ConResOutput, ConResWrapper, attach_conres, decoder_stages
+from monai_conres import ConResLoss, ConResNet, ConResOutput, ConResWrapper, attach_conres
 from tests.networks import FAMILIES, NETWORKS, Family, dynunet
 
 SIZE = (16, 24, 20)
@@ -34,12 +34,11 @@ UNUSED = {
     "SwinUNETR": "relative_position",
 }
 # where the segmentation at full resolution is among the outputs in training; elsewhere it is the only output
+FIRST = ("SegResNetVAE", "SegResNetDS", "MedNeXt", "PlainConvUNet", "ResidualEncoderUNet")
 FULL_RESOLUTION: dict[str, Callable[[Any], torch.Tensor]] = {
     "BasicUNetPlusPlus": lambda outputs: outputs[-1],
     "DynUNet, deep supervision": lambda stacked: stacked[:, 0],
-    **dict.fromkeys(
-        ("SegResNetVAE", "SegResNetDS", "MedNeXt", "PlainConvUNet", "ResidualEncoderUNet"), lambda outputs: outputs[0]
-    ),
+    **dict.fromkeys(FIRST, lambda outputs: outputs[0]),
 }
 
 
@@ -169,14 +168,6 @@ def test_gates_are_equation_6_of_the_network_s_own_features(image):
             share = gated[number] / features[number]
             assert share.min() >= 1
             assert share.max() <= 2
-
-
-def test_odd_sizes():
-    torch.manual_seed(0)
-    network = attach_conres(FAMILIES["BasicUNet"].build(), 1, spatial_size=(32, 32, 32))
-    segmentation, residuals = network(torch.randn(1, 1, 35, 33, 34))
-    assert segmentation.shape == (1, 3, 35, 33, 34)
-    assert [tuple(logits.shape[2:]) for logits in residuals[:2]] == [(35, 33, 34), (17, 16, 17)]
 
 
 def test_loss_around_the_network_s_own_deep_supervision_loss():
@@ -417,34 +408,6 @@ def test_checkpointing_the_wrapper_keeps_the_gradients(image):
     backward(checkpoint(twin, image, use_reentrant=False))
     for a, b in zip(network.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-
-
-@torch.no_grad()
-def test_channels_last_weights(image):
-    network = small(zero_init=True)
-    for module in network.decoder.stages:
-        module.strength.uniform_(0.5, 1)
-    got = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)(image)
-    torch.testing.assert_close(got, network(image), rtol=1e-3, atol=1e-3)
-
-
-def test_attaching_keeps_the_random_numbers_of_the_user():
-    network = dynunet()
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
-    decoder_stages(network, 1, spatial_size=SIZE)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_training_step_never_waits_for_the_device(image):
-    """A tensor on the meta device has no values, and every tensor has to be on that device."""
-    network = small(include_background=False).to("meta")
-    loss = ConResLoss(DiceCELoss(softmax=True, to_onehot_y=True))
-    image = image.to("meta")
-    loss(network(image), torch.empty_like(image)).backward()
-    assert {parameter.grad.device.type for parameter in network.parameters()} == {"meta"}
-    assert network.eval()(image).device.type == "meta"
 
 
 # errors

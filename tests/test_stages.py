@@ -42,7 +42,9 @@ def test_search_leaves_the_network_unchanged():
     network.upsamples[0].train()  # a frozen network with a part in training
     before = {name: value.clone() for name, value in network.state_dict().items()}
     modes = [module.training for module in network.modules()]
+    random_numbers = torch.get_rng_state()
     decoder_stages(network, 1, spatial_size=(16, 16, 16))
+    assert torch.equal(torch.get_rng_state(), random_numbers)
     assert modes == [module.training for module in network.modules()]
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
