@@ -10,6 +10,7 @@ import dataclasses
 import os
 import random
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from monai.data import CacheDataset
-from monai.transforms import Compose
-from monai.utils import ensure_tuple, optional_import, set_determinism
+from monai.utils import optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import get_worker_info
 
@@ -32,17 +32,6 @@ if TYPE_CHECKING:
 Events, _ = optional_import("ignite.engine", name="Events")
 idist, _ = optional_import("ignite.distributed")
 
-__all__ = [
-    "EpochSeeds",
-    "LossCurve",
-    "SeededDataset",
-    "TrainingCheckpoint",
-    "finalize_processes",
-    "number_of_epochs",
-    "seed_everything",
-    "share_of_batch",
-]
-
 
 class SeededDataset(CacheDataset):
     """MONAI's ``CacheDataset``, whose random transforms depend only on the seed, the epoch and the case.
@@ -52,7 +41,6 @@ class SeededDataset(CacheDataset):
         transform: a list of transforms, or a ``Compose``.
         seed: seed of the random transforms.
         cache_rate: share of the cases that stay in memory after the transforms before the first random one.
-        num_workers: number of threads that fill the cache.
 
     Example:
         >>> from monai.transforms import RandFlip
@@ -63,18 +51,11 @@ class SeededDataset(CacheDataset):
     """
 
     def __init__(
-        self,
-        data: Sequence,
-        transform: Sequence[Callable] | Callable,
-        *,
-        seed: int = 0,
-        cache_rate: float = 0.0,
-        num_workers: int | None = 1,
+        self, data: Sequence, transform: Sequence[Callable] | Callable, *, seed: int = 0, cache_rate: float = 0.0
     ) -> None:
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a new epoch
-        transform = transform if isinstance(transform, Compose) else Compose(transform)
-        super().__init__(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
+        super().__init__(data, transform, cache_rate=cache_rate, progress=False)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw for another epoch. Call this before the loader makes its iterator, as :class:`EpochSeeds` does."""
@@ -94,7 +75,7 @@ class EpochSeeds:
     """A handler that seeds each epoch: the random transforms of a data set, and torch's generator for dropout.
 
     Args:
-        dataset: a :class:`SeededDataset`, or anything with ``set_epoch``.
+        dataset: a :class:`SeededDataset`.
         seed: seed of torch's generator, together with the epoch and the process.
     """
 
@@ -113,22 +94,16 @@ class EpochSeeds:
 
 
 class LossCurve:
-    """A handler that writes the mean loss of each epoch, over all processes, to a CSV file.
-
-    Args:
-        path: name of the file.
-        optimizer: the file also holds its learning rate.
-    """
+    """A handler that writes the mean loss of each epoch, over all processes, and the learning rate to a CSV file."""
 
     def __init__(self, path: str | os.PathLike, optimizer: torch.optim.Optimizer) -> None:
         self.path = Path(path)
         self.optimizer = optimizer
         self.rows: list[dict[str, float]] = []
-        self._sum = torch.zeros(())
+        self._sum: Any = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Count each iteration of ``engine``, a trainer with ``decollate=False``."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
@@ -140,16 +115,14 @@ class LossCurve:
         """Continue a curve."""
         self.rows = list(state["rows"])
 
-    def _start(self, engine: Engine) -> None:
-        self._sum = torch.zeros((), device=engine.state.device)
-
     def _add(self, engine: Engine) -> None:
-        self._sum += engine.state.output["loss"].detach()  # stays on the device, so that nothing waits
+        self._sum = self._sum + engine.state.output["loss"].detach()  # stays on the device, so that nothing waits
 
     def __call__(self, engine: Engine) -> None:
         """Write the curve with the current epoch."""
         state = engine.state
-        loss = idist.all_reduce(self._sum.item() / state.epoch_length) / idist.get_world_size()
+        loss = idist.all_reduce(float(self._sum) / state.epoch_length) / idist.get_world_size()
+        self._sum = 0.0
         rate = self.optimizer.param_groups[0]["lr"]
         self.rows.append({"epoch": state.epoch, "iteration": state.iteration, "learning rate": rate, "loss": loss})
         if idist.get_rank() == 0:
@@ -166,12 +139,12 @@ class TrainingCheckpoint:
     :func:`~monai_conres.files.load_network`.
 
     A run continues only with the settings that it was started with: ``scans``, ``training``, the network's arguments,
-    and kind and numbers of each optimizer. The learning rate of an optimizer may change, because schedules change it.
+    and kind and numbers of each optimizer, except for its learning rate, which belongs to ``training``.
 
     Args:
         run_dir: the run folder.
-        objects: what the checkpoint holds, by name, each with ``state_dict`` and ``load_state_dict``. The first one is
-            the network.
+        objects: what the checkpoint holds, by name, each with ``state_dict`` and ``load_state_dict``. One is
+            ``"network"``.
         scans: how a scan becomes the network's input.
         training: further settings that must not change, such as the seed: plain values by name. ``"cases"`` are the
             names of the training cases, which :func:`~monai_conres.bundle.load_networks` does not allow to be scored.
@@ -196,22 +169,20 @@ class TrainingCheckpoint:
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / "checkpoint.pt"
         self.objects = dict(objects)
-        self.network = next(iter(self.objects.values()))
+        self.network = self.objects["network"]
         self.scans = scans
         self.training = dict(training or {})
         self.backbone = backbone
         self.interval = interval
-        optimizers = {
-            name: _optimizer_settings(thing)
-            for name, thing in self.objects.items()
-            if isinstance(thing, torch.optim.Optimizer)
-        }
         settings = {
             "network": network_entry(self.network, backbone),
             "scans": {**dataclasses.asdict(scans), "classes": list(scans.classes.items())},  # their order counts
             "training": self.training,
         }
-        self.settings = plain_values({**settings, **optimizers})
+        for name, thing in self.objects.items():
+            if isinstance(thing, torch.optim.Optimizer):
+                settings[name] = {"kind": type(thing).__name__, **_numbers(thing.defaults)}
+        self.settings = plain_values(settings)
         check_fit(self.settings["network"], scans)  # not only after the training
 
     def attach(self, engine: Engine) -> None:
@@ -223,10 +194,9 @@ class TrainingCheckpoint:
     def load(self, engine: Engine) -> None:
         """Continue from the checkpoint, if there is one."""
         if idist.get_rank() == 0:
-            for name in ("checkpoint.pt", "model.pt", "network.json"):
-                for left_over in self.run_dir.glob(f".{name}.*"):
-                    if left_over.is_dir():  # a killed process was writing
-                        shutil.rmtree(left_over)
+            for name in ("checkpoint.pt", "model.pt", "network.json"):  # of a process that was killed while writing
+                for left_over in filter(Path.is_dir, self.run_dir.glob(f".{name}.*")):
+                    shutil.rmtree(left_over)
         if not self.path.is_file():
             return
         max_epochs = engine.state.max_epochs
@@ -275,39 +245,34 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise OSError(f"cannot write {path} ({error}): is the disk full?{kept}.") from error
 
 
-def _optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Kind and numbers of an optimizer, such as its weight decay, which ``load_state_dict`` silently replaces.
+def _numbers(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an optimizer, such as its weight decay, which ``load_state_dict`` silently replaces.
 
     Switches such as ``fused`` do not count: they differ between versions of torch.
     """
-
-    def is_number(value: Any) -> bool:
-        return all(isinstance(part, float | int) and not isinstance(part, bool) for part in ensure_tuple(value))
-
-    skipped = ("params", "lr", "initial_lr")
-    groups = [
-        {key: value for key, value in group.items() if key not in skipped and is_number(value)}
-        for group in optimizer.param_groups
-    ]
-    return {"kind": type(optimizer).__name__, "groups": groups}
+    return {
+        name: value
+        for name, value in defaults.items()
+        if name != "lr" and isinstance(value, (int, float, tuple)) and not isinstance(value, bool)
+    }
 
 
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:
     """One text for each setting that changed."""
-    if earlier == now:
+    if earlier == now or name.endswith(".use_checkpoint"):  # to recompute features changes no number
         return []
     if isinstance(earlier, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*earlier, *now])
         return [text for key in keys for text in _differences(earlier.get(key), now.get(key), f"{name}.{key}")]
-    one, other = (text if len(text := str(value)) < 100 else f"{text[:90]} ..." for value in (earlier, now))
+    one, other = (textwrap.shorten(str(value), 100, placeholder=" ...") for value in (earlier, now))
     return [f"{name.removeprefix('.')} was {one} and is now {other}"]
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch like MONAI's ``set_determinism``, but let cuDNN choose its algorithms.
 
-    With ``torch.backends.cudnn.deterministic`` torch computes the dilated convolutions of the bottleneck without cuDNN,
-    which takes many times as long. Trilinear up-sampling on a GPU would still not repeat to the last bit.
+    With ``torch.backends.cudnn.deterministic``, the dilated convolutions of the bottleneck take many times as long. And
+    trilinear up-sampling on a GPU would still not repeat to the last bit.
     """
     set_determinism(seed)
     torch.backends.cudnn.deterministic = False
@@ -349,8 +314,8 @@ def share_of_batch(batch_size: int, processes: int) -> int:
 def finalize_processes(network: nn.Module) -> None:
     """End the process group after training. The network may be a ``DistributedDataParallel``.
 
-    The wrapper releases the group first. Otherwise the wrapper of torch 2.13 is the last owner of the group: it waits
-    for the threads of gloo with Python's lock, which these threads may be waiting for.
+    A wrapper of torch 2.13 that is the last owner of the group waits for the threads of gloo with Python's lock, which
+    these threads may be waiting for. So the wrapper releases the group first.
     """
     if isinstance(network, DistributedDataParallel):
         network.reducer = network.logger = None
