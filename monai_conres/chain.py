@@ -162,23 +162,27 @@ def _best_labelling(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 
 
 def _is_background(unary: torch.Tensor, steps: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """Positions where no marginal of a foreground state exceeds ``tolerance``, by a bound that needs no messages.
+    """Positions where no foreground marginal exceeds ``tolerance`` times the background's, by a bound that is cheap.
 
-    Relative to the labelling that is background everywhere, a foreground voxel contributes at most its unary
-    potential and the positive parts of both of its changes: ``d_s = sum_k exp(u_s(k) - u_s(0) + max(rho_s(k), 0) +
-    max(rho_{s+1}(k), 0))``. So ``p(y_s > 0) <= d_s * prod_t (1 + d_t) <= d_s * exp(sum_t d_t)``.
+    With ``q_s(k) = exp(u_s(k) - u_s(0))`` and ``e_s(k) = exp(rho_s(k))``, a message relative to the background's is
+    ``m_s(k) = e_s(k) + (1 - e_s(k)^2) q_{s-1}(k) m_{s-1}(k) / (1 + sum_j q_{s-1}(j) m_{s-1}(j) e_s(j))``. So
+    ``m_s <= e_s + q_{s-1} m_{s-1}`` for the largest of each over the classes.
     """
-    gain = steps[:, 1:].clamp(min=0)
-    bound = unary[:, 1:] - unary[:, :1]
-    bound[1:] += gain
-    bound[:-1] += gain
-    bound = bound.exp().sum(1)
-    return bound.amax(0) * bound.sum(0).exp() < tolerance
+    odds, change = (unary[:, 1:].amax(1) - unary[:, 0]).exp(), steps[:, 1:].amax(1).exp()
+
+    def messages(odds: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        bounds = [torch.ones_like(odds[0])]
+        for q, e in zip(odds[:-1], change, strict=True):
+            bounds.append(e + q * bounds[-1])
+        return torch.stack(bounds)
+
+    left, right = messages(odds, change), messages(odds.flip(0), change.flip(0)).flip(0)
+    return (left * odds * right < tolerance).all(0)
 
 
 def _marginal_states(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """The state with the largest marginal, ``(slices, 1, positions)``; background where nothing else can be."""
-    uncertain = ~_is_background(unary, steps, tolerance=0.49)  # below one half, so the result is exact
+    uncertain = ~_is_background(unary, steps, tolerance=0.99)  # below 1, so the result is exact
     states = unary.new_zeros(len(unary), 1, unary.shape[2], dtype=torch.int16)
     scores = _scores(unary[..., uncertain], steps[..., uncertain])
     states[..., uncertain] = scores.max(1, keepdim=True).indices.to(torch.int16)  # argmax takes 8 times as long

@@ -222,12 +222,12 @@ def test_complete_mask_equals_restore_mask_for_certain_residuals(channels, axis)
 
 
 @pytest.mark.parametrize("channels", [(4, 3), (2, 2)])
-@pytest.mark.parametrize("certainty", [0.0, 6.0, 20.0])
+@pytest.mark.parametrize("certainty", [0.0, 3.0, 6.0, 20.0])
 def test_complete_mask_is_the_argmax_of_the_marginals(channels, certainty):
     """Positions that are certainly background are skipped, and change nothing."""
     generator = torch.Generator().manual_seed(0)
     segmentation = 2 * torch.randn(2, channels[0], 30, 30, 8, generator=generator)
-    rho = 4 * torch.randn(2, channels[1], 30, 30, 8, generator=generator)
+    rho = 4 * torch.randn(2, channels[1], 30, 30, 8, generator=generator) - certainty
     is_softmax = channels[0] > channels[1]
     segmentation[:, : 1 if is_softmax else None] += certainty * (1 if is_softmax else -1)
     drawn = random_label(channels, (30, 30, 8)).to(torch.uint8)
