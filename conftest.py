@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+collect_ignore_glob = ["monai_conres/nnunet/*.py"]  # importing the trainer takes nnU-Net
+
 
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):
