@@ -1,4 +1,4 @@
-"""``python -m monai_conres.bundle RUN/*/evaluation/cases.csv --out FOLDER``: join the tables of several runs."""
+"""``python -m monai_conres.bundle runs/fold*/evaluation/cases.csv --out FOLDER``: join the tables of several runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         print(join_reports(arguments.tables, arguments.out))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,12 @@ from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
 from monai_conres.files import atomic_path, load_volume, repeated, stem, write_csv, write_label_map
 from monai_conres.metrics import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
-from monai_conres.scans import structure_masks
+from monai_conres.scans import Structures, structure_masks
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
 Events, _ = optional_import("ignite.engine", name="Events")
 idist, _ = optional_import("ignite.distributed")
-
-__all__ = ["CaseReport", "join_reports", "summarize"]
 
 
 class CaseReport:
@@ -39,7 +38,8 @@ class CaseReport:
     ======================  ============================================================================
     ``NAME.nii.gz``         prediction
     ``NAME.png``            slices of the image, the label and the prediction, in RAS orientation
-    ``cases.csv``           Dice, HD95 (mm) and NSD of each structure, a row for each case with a label
+    ``cases.csv``           Dice, HD95 (mm) and NSD (tolerance 1 mm) of each structure, a row for each
+                            case with a label
     ``summary.json``        their means over the cases: see :func:`summarize`
     ======================  ============================================================================
 
@@ -48,7 +48,6 @@ class CaseReport:
         cases: the cases as in a :class:`~monai_conres.bundle.Datalist`. Cases without a label are not measured.
         structures: the label values of each structure.
         full: False measures only the Dice and writes only the tables, in seconds: for validation during training.
-        tolerance: tolerance of the NSD, in mm.
         pictures: False leaves out the ``.png`` files.
 
     Raises:
@@ -59,26 +58,20 @@ class CaseReport:
         self,
         output_dir: str | os.PathLike,
         cases: Sequence[Mapping[str, Any]],
-        structures: Mapping[str, Sequence[int]],
+        structures: Structures,
         *,
         full: bool = True,
-        tolerance: float = 1.0,
         pictures: bool = True,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.cases = {case["name"]: case for case in cases}
         self.structures = structures
         self.full = full
-        self.tolerance = tolerance
         self.pictures = pictures
         self.rows: list[dict[str, Any]] = []
-        if full:
-            self._check_places()
-
-    def _check_places(self) -> None:
-        files = [Path(file) for c in self.cases.values() for file in (*ensure_tuple(c["image"]), c.get("label", "/"))]
+        files = [Path(file) for case in cases for file in (*ensure_tuple(case["image"]), case.get("label", "/"))]
         scans = {(file.parent.resolve(), stem(file).lower()): file for file in files}
-        for name in self.cases:
+        for name in self.cases if full else ():
             if (file := scans.get((self.output_dir.resolve(), name.lower()))) is not None:
                 raise ValueError(
                     f"expected another folder for the predictions than {self.output_dir}, where the prediction of "
@@ -89,56 +82,49 @@ class CaseReport:
         """Report the cases of ``engine``, an evaluator whose output has a label map ``"pred"`` for each case."""
         if engine.state.epoch_length == 0:
             raise ValueError("expected at least one case for each process, got none for this one; start fewer.")
-        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def _start(self, engine: Engine) -> None:
-        self.rows = []
 
     def _add(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             case, prediction = self.cases[item["name"]], output["pred"]
             label = load_volume(case["label"]) if "label" in case else None
-            if label is not None:
-                self.rows.append({"case": case["name"], **self._measure(prediction, label)})
             if self.full:
                 write_label_map(self.output_dir / f"{case['name']}.nii.gz", prediction, prediction)
                 if self.pictures:
                     self._draw(case, prediction, label)
+            if label is not None:
+                self.rows.append({"case": case["name"], **self._measure(prediction, label)})
 
     def __call__(self, engine: Engine) -> None:
         """Write the table of all cases. The mean Dice becomes one of the engine's metrics."""
-        rows = self.rows
-        if idist.get_world_size() > 1:
-            gathered: list[Any] = [None] * idist.get_world_size()
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = [row for part in gathered for row in part]
+        rows = sorted((row for part in idist.all_gather(self.rows) for row in part), key=lambda row: row["case"])
+        self.rows = []
         if not rows:
             return
-        rows = sorted(rows, key=lambda row: row["case"])
         summary = summarize(rows)
         if idist.get_rank() == 0:
             _write_tables(self.output_dir, rows, summary)
             for key, value in summary.items():
                 low, high = value["interval"]
                 engine.logger.info(f"{key}: {value['mean']:.4f} (95 % interval {low:.4f} to {high:.4f})")
-        dice = [value["mean"] for key, value in summary.items() if key.startswith("Dice")]
-        engine.state.metrics["mean_dice"] = sum(dice) / len(dice)
-        engine.state.metrics |= {key: value["mean"] for key, value in summary.items()}
+        means = {key: value["mean"] for key, value in summary.items()}
+        dice = [mean for key, mean in means.items() if key.startswith("Dice")]
+        engine.state.metrics |= {"mean_dice": sum(dice) / len(dice), **means}
 
-    def _measure(self, prediction: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
-        spacing = prediction.pixdim.tolist() if isinstance(prediction, MetaTensor) else None
+    def _measure(self, prediction: MetaTensor, label: torch.Tensor) -> dict[str, float]:
         volumes = [convert_to_tensor(volume, track_meta=False) for volume in (prediction.cpu(), label)]
-        found: dict[str, dict[str, float]] = {"Dice": {}}
-        for structure, values in self.structures.items():  # one at a time: these are whole volumes in float32
-            masks = [structure_masks(volume, {structure: values})[None].float() for volume in volumes]
-            found["Dice"][structure] = compute_dice(*masks, ignore_empty=False).item()
-            if self.full:  # a poor prediction has a large surface, whose distances take minutes
-                hausdorff, surface = BratsHausdorffDistanceMetric(), BratsSurfaceDiceMetric(tolerance=self.tolerance)
-                found.setdefault("HD95", {})[structure] = hausdorff(*masks, spacing=spacing).item()
-                found.setdefault("NSD", {})[structure] = surface(*masks, spacing=spacing).item()
-        return {f"{metric} {name}": value for metric, row in found.items() for name, value in row.items()}
+        metrics: dict[str, Callable] = {"Dice": partial(compute_dice, ignore_empty=False)}
+        if self.full:  # a poor prediction has a large surface, whose distances take minutes
+            spacing = prediction.pixdim.tolist()
+            metrics["HD95"] = partial(BratsHausdorffDistanceMetric(), spacing=spacing)
+            metrics["NSD"] = partial(BratsSurfaceDiceMetric(tolerance=1.0), spacing=spacing)
+        row = {}
+        for metric, compute in metrics.items():
+            for structure, values in self.structures.items():  # one at a time: these are whole volumes in float32
+                masks = [structure_masks(volume, {structure: values})[None].float() for volume in volumes]
+                row[f"{metric} {structure}"] = compute(*masks).item()
+        return row
 
     def _draw(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
         from monai_conres.visualize import plot_slices, save_figure  # imports matplotlib
@@ -187,15 +173,13 @@ def join_reports(tables: Sequence[str | os.PathLike], folder: str | os.PathLike)
         The summary as a table in Markdown.
 
     Raises:
-        ValueError: when a table cannot be read or has other columns than the first, or a case is in two tables.
+        OSError: when a table cannot be read.
+        ValueError: when a table has other columns than the first, or a case is in two tables.
     """
     rows: list[dict[str, Any]] = []
     for table in tables:
-        try:
-            with open(table, newline="") as file:
-                found = list(csv.DictReader(file))
-        except OSError as error:
-            raise ValueError(f"expected a cases.csv, cannot read {table} ({error}).") from error
+        with open(table, newline="") as file:
+            found = list(csv.DictReader(file))
         if not found or list(found[0]) != list((rows or found)[0]) or "case" not in found[0]:
             raise ValueError(f"expected a cases.csv with cases, and the columns of {tables[0]}, got others in {table}.")
         rows += found

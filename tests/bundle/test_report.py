@@ -172,7 +172,7 @@ def test_join_reports_names_the_table_with_an_error(tmp_path):
     for other, message in (
         ("0.csv", r"'case0'.* more than once"),
         ("other.csv", r"columns of .*0\.csv, got others in .*other\.csv"),
-        ("none.csv", r"cannot read .*none\.csv"),
+        ("none.csv", r"No such file .*none\.csv"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((OSError, ValueError), match=message):
             join_reports([tmp_path / "0.csv", tmp_path / other], tmp_path / "all")
