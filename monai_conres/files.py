@@ -321,12 +321,18 @@ def load_volume(file: str | os.PathLike) -> MetaTensor:
     pydicom reads the series, with the slices in the order of their instance numbers.
 
     Raises:
-        ValueError: when the file cannot be read to its end. The error names the file.
+        ValueError: when the file cannot be read to its end or is not a volume. The error names the file.
     """
     try:
-        return _loader(Path(file).is_dir(), threading.get_ident())(file)
+        volume = _loader(Path(file).is_dir(), threading.get_ident())(file)
     except Exception as error:
         raise ValueError(f"expected an image, cannot read {file} ({_brief(error)}); fetch it again.") from error
+    if volume.ndim != 4:
+        raise ValueError(
+            f"expected a volume in {file}, three axes and at most one for channels, got the shape "
+            f"{(*volume.shape[1:], len(volume))}, channels last; repair the file or take the case out."
+        )
+    return volume
 
 
 @lru_cache

@@ -13,8 +13,6 @@ from monai_conres.bundle.datalist import Datalist, check_same_grid, for_each, re
 from monai_conres.bundle.decathlon import read_decathlon
 from monai_conres.files import find_files, repeated
 
-__all__ = ["read_brats"]
-
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 # The names of 2023. In 2020 the label of one case is called W39_1998.09.19_Segm.nii.
 _ALIASES = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "segm": "seg"}
@@ -100,11 +98,12 @@ def _case(folder: Path, files: dict[str, list[str]], kinds: Sequence[str]) -> di
                 f"expected one file for the {what} of case {folder.name} in {folder}, found "
                 f"{[Path(file).name for file in found] or 'none'} among "
                 f"{sorted(Path(file).name for other in files.values() for file in other)}; fetch it again, or leave "
-                + ("the case out of training." if kind == "seg" else f"{kind} out of the modalities.")
+                "out the case or the modality."
             )
-    check_same_grid(folder.name, [files[kind][0] for kind in kinds])
-    case: dict[str, Any] = {"name": folder.name, "image": [files[kind][0] for kind in kinds if kind != "seg"]}
-    return {**case, "label": files["seg"][0]} if "seg" in kinds else case
+    chosen = {kind: files[kind][0] for kind in kinds}
+    check_same_grid(folder.name, list(chosen.values()))
+    label = {"label": chosen.pop("seg")} if "seg" in chosen else {}
+    return {"name": folder.name, "image": list(chosen.values()), **label}
 
 
 def _read_task01(folder: Path, modalities: Sequence[str], labels: bool) -> Datalist:

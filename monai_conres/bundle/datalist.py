@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from monai.data import partition_dataset
@@ -17,10 +17,6 @@ from monai_conres.files import is_named, load_volume, read_header, repeated, ste
 
 tqdm, _ = optional_import("tqdm", name="tqdm", descriptor="{}; install it with: pip install 'monai-conres[examples]'")
 
-__all__ = ["Datalist", "check_voxels", "read_scans"]
-
-T = TypeVar("T")
-R = TypeVar("R")
 Cases = list[dict[str, Any]]
 
 
@@ -133,12 +129,12 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
         channels: number of channels of the image, over all its files. ``None`` accepts any number.
 
     Raises:
-        ValueError: when a file cannot be read, is not a volume, has voxels that are not finite, or has other channels
-            or values. The error names the file.
+        ValueError: when a file cannot be read, has voxels that are not finite, or has other channels or values. The
+            error names the file.
     """
     found = 0
     for file in ensure_tuple(case["image"]):
-        volume = _load_checked(file)
+        volume = load_volume(file)
         if not volume.isfinite().all():
             raise ValueError(
                 f"expected finite intensities in {file}, got others; repair the file or take the case out."
@@ -151,7 +147,7 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
         )
     if "label" not in case:
         return
-    label = _load_checked(case["label"])
+    label = load_volume(case["label"])
     if len(label) != 1:
         raise ValueError(
             f"expected a label of one channel in {case['label']}, got {len(label)}; store its classes as numbers."
@@ -162,16 +158,6 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
             f"expected the values {sorted(values)} in {case['label']}, got {present[~allowed][:5].tolist()}; repair "
             "the file or take the case out."
         )
-
-
-def _load_checked(file: str | os.PathLike) -> Any:
-    volume = load_volume(file)
-    if volume.ndim != 4:
-        raise ValueError(
-            f"expected a volume in {file}, three axes and at most one for channels, got the shape "
-            f"{(*volume.shape[1:], len(volume))}, channels last; repair the file or take the case out."
-        )
-    return volume
 
 
 def check_same_grid(name: str, files: Sequence[str], *, origin: bool = True) -> None:
@@ -193,7 +179,7 @@ def check_same_grid(name: str, files: Sequence[str], *, origin: bool = True) -> 
                 )
 
 
-def for_each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+def for_each(function: Callable, items: Iterable) -> list:
     """Results of a function for each item. All errors become one error, with one line for each.
 
     Raises:

@@ -14,24 +14,27 @@ from monai.data import load_decathlon_datalist
 from monai_conres.bundle.datalist import Datalist, check_same_grid
 from monai_conres.files import read_header, repeated, stem, stored_axes
 
-__all__ = ["DecathlonDatalist", "read_decathlon", "training_plan"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class DecathlonDatalist(Datalist):
     """Cases of a data set in this layout, and what is usual among them.
 
     Attributes:
-        channels: number of channels of the images.
+        modalities: names of the images' channels in ``dataset.json``. A channel without a name has its number.
         classes: names of the classes, the background first.
         shape: median number of voxels along each axis, in the order of ``Orientationd("RAS")``.
         spacing: median size of a voxel along each axis, in mm, in the same order.
     """
 
-    channels: int
+    modalities: tuple[str, ...]
     classes: tuple[str, ...]
     shape: tuple[float, ...]
     spacing: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return len(self.modalities)
 
 
 def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> DecathlonDatalist:
@@ -53,35 +56,29 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         >>> folder = Path(tempfile.mkdtemp(), "Task00_Phantom")
         >>> write_phantom_dataset(folder, cases=3, size=(12, 14, 10))
         >>> data = read_decathlon(folder)
-        >>> data.channels, data.classes, data.shape
-        (4, ('background', 'edema', 'necrosis', 'enhancing tumor'), (12.0, 14.0, 10.0))
+        >>> data.modalities, data.shape
+        (('FLAIR', 'T1', 'T1 with contrast', 'T2'), (12.0, 14.0, 10.0))
         >>> [len(cases) for cases in data.split(0, folds=3)]
         [2, 1]
     """
     folder = Path(folder)
     file = folder / "dataset.json"
-    if not file.is_file():
-        raise ValueError(
-            f"expected a data set in the layout of the Medical Segmentation Decathlon, found no {file}; it lists the "
-            "files of the cases, their modalities and labels."
-        )
     try:
-        labels = json.loads(file.read_text())["labels"]
+        description = json.loads(file.read_text())
+        labels, modalities = dict(description["labels"]), dict(description.get("modality", {}))
         cases = load_decathlon_datalist(str(file), data_list_key="training")
         if not all(case[key] and isinstance(case[key], str) for case in cases for key in ("image", "label")):
             raise ValueError("an entry of 'training' without one file as 'image' and one as 'label'")
         if sorted(map(int, labels)) != list(range(len(labels))):
             raise ValueError(f"the keys of 'labels' are {sorted(labels)}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"expected {file} to list 'training', an image and a label for each case, and 'labels', a name for each of "
-            f'the classes "0", "1", ..., got an error: {error!r}.'
+            f"expected a data set in the layout of the Medical Segmentation Decathlon, with {file} that lists "
+            "'training', an image and a label for each case, and 'labels', a name for each of the classes "
+            f'"0", "1", ..., got an error: {error!r}.'
         ) from error
     shapes, spacings, channels = [], [], set()
     for case in cases:
-        for key in ("image", "label"):
-            if not Path(case[key]).is_file():
-                raise ValueError(f"expected the file {case[key]}, which {file} names, but it is missing; fetch it.")
         case["name"] = stem(Path(case["image"]))
         check_same_grid(case["name"], [case["image"], case["label"]], origin=False)
         image = read_header(case["image"])
@@ -109,7 +106,7 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
     return DecathlonDatalist(
         cases=cases,
         structures={name: (value,) for value, name in enumerate(classes) if value > 0},
-        channels=channels.pop(),
+        modalities=tuple(str(modalities.get(str(channel), channel)) for channel in range(channels.pop())),
         classes=classes,
         shape=tuple(np.median(shapes, axis=0).tolist()),
         spacing=tuple(round(float(edge), 4) for edge in np.median(spacings, axis=0)),

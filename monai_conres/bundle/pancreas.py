@@ -8,7 +8,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import optional_import
 
@@ -17,8 +16,6 @@ from monai_conres.bundle.decathlon import read_decathlon
 from monai_conres.files import find_files, load_header, load_volume
 
 pydicom, _ = optional_import("pydicom", descriptor="{}; install it with: pip install 'monai-conres[dicom]'")
-
-__all__ = ["LoadPancreasCTd", "read_pancreas_ct"]
 
 # The test cases of the four folds that Zhang et al., 2021, published.
 FOLDS = (
@@ -80,32 +77,22 @@ class LoadPancreasCTd(MapTransform):
     The NIfTI labels of Pancreas-CT have a geometry in which they do not lie on the scans. Their voxels are the voxels
     of the series: column, row, and slice by instance number.
 
-    Args:
-        keys: ``"image"``, with or without ``"label"``.
-        allow_missing_keys: True skips missing keys.
+    The arguments are those of MONAI's ``MapTransform``; ``keys`` are ``"image"``, with or without ``"label"``.
 
     Raises:
-        ValueError: when a file cannot be read, or image and label have different sizes. The error names the file.
+        ValueError: when a file cannot be read. The error names the file.
 
     Note:
         Two public preprocessing codes for the collection agree on this order of the labels. It was not checked here on
         the real data: look at the pictures of the first evaluation.
     """
 
-    def __init__(self, keys: KeysCollection, *, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """``data`` with files replaced by volumes ``(1, *spatial)``."""
-        loaded = dict(data)
-        for key in self.key_iterator(loaded):
-            loaded[key] = load_volume(data[key])
-        if "label" in self.keys and "label" in data and Path(data["image"]).is_dir():
-            image, label = loaded["image"], loaded["label"]
-            if image.shape != label.shape:
-                raise _size_error(image.shape[1:], data["image"], label.shape[1:], data["label"])
-            label.affine = image.affine.clone()
-        return loaded
+        volumes = {key: load_volume(data[key]) for key in self.key_iterator(dict(data))}
+        if "label" in volumes and Path(data["image"]).is_dir():
+            volumes["label"].affine = volumes["image"].affine.clone()
+        return {**data, **volumes}
 
 
 def _case(number: int, series: Path, labels: Mapping[str, Path] | None) -> dict[str, Any]:
@@ -125,17 +112,12 @@ def _case(number: int, series: Path, labels: Mapping[str, Path] | None) -> dict[
         size = (int(header.Columns), int(header.Rows), len(slices))
     except Exception as error:
         raise ValueError(f"expected a DICOM file, cannot read {slices[0]} ({error}); fetch it again.") from error
-    shape = load_header(label).get_data_shape()[:3]
-    if tuple(shape) != size:
-        raise _size_error(size, series, shape, label)
+    if (shape := tuple(load_header(label).get_data_shape()[:3])) != size:
+        raise ValueError(
+            f"expected a label of the size {size} of the series in {series}, got {shape} in {label}; fetch both again, "
+            "or exclude the case."
+        )
     return {**case, "label": str(label)}
-
-
-def _size_error(size: Sequence[int], series: str | Path, found: Sequence[int], label: str | Path) -> ValueError:
-    return ValueError(
-        f"expected a label of the size {tuple(size)} of the series in {series}, got {tuple(found)} in {label}; fetch "
-        "both again, or exclude the case."
-    )
 
 
 def _name(number: int) -> str:

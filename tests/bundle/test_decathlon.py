@@ -27,10 +27,23 @@ def test_read_decathlon_lists_cases_channels_and_classes(folder):
     data = read_decathlon(folder)
     assert [case["name"] for case in data.cases] == [f"phantom_00{i}" for i in range(5)]
     assert data.channels == 4
+    assert data.modalities == ("FLAIR", "T1", "T1 with contrast", "T2")
     assert data.classes == ("background", "edema", "necrosis", "enhancing tumor")
     assert data.shape == (12, 14, 10)
     assert data.spacing == (1, 1, 2.5)
     data.check(channels=4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("modality", "expected"), [(None, ("0", "1", "2", "3")), ({"0": "T1", "2": "T2"}, ("T1", "1", "T2", "3"))]
+)
+def test_channels_without_a_name_have_their_number(folder, modality, expected):
+    file = folder / "dataset.json"
+    description = json.loads(file.read_text()) | {"modality": modality}
+    if modality is None:
+        del description["modality"]
+    file.write_text(json.dumps(description))
+    assert read_decathlon(folder).modalities == expected
 
 
 def test_shape_and_spacing_have_the_axes_of_the_prepared_volume(folder):
@@ -142,12 +155,13 @@ def test_folds_of_the_data_set_come_first(folder):
     ("change", "message"),
     [
         ({"labels": {"background": 0}}, "a name for each of the classes"),
+        ({"modality": 4}, "an error: TypeError"),
         ({"labels": {"0": "background", "2": "tumor"}}, "the keys of 'labels' are"),
         ({"training": [{"image": "imagesTr/phantom_000.nii.gz"}]}, "an image and a label for each case"),
         ({"training": [{"image": ["a.nii", "b.nii"], "label": "c.nii"}]}, "without one file as 'image'"),
-        ({"training": [{"image": "a.nii.gz", "label": "c.nii"}]}, r"expected the file .*a\.nii\.gz.* is missing"),
+        ({"training": [{"image": "a.nii.gz", "label": "c.nii"}]}, r"cannot read .*a\.nii\.gz .*fetch it again"),
         ({"training": 2 * [{key: f"{key}sTr/phantom_000.nii.gz" for key in ("image", "label")}]}, "more than once"),
-        (None, r"dataset\.json to list 'training'"),
+        (None, r"dataset\.json that lists 'training'"),
     ],
 )
 def test_errors_of_dataset_json(folder, change, message):
@@ -156,7 +170,7 @@ def test_errors_of_dataset_json(folder, change, message):
     with pytest.raises(ValueError, match=message):
         read_decathlon(folder)
     shutil.rmtree(folder)
-    with pytest.raises(ValueError, match=r"found no .*dataset\.json"):
+    with pytest.raises(ValueError, match=r"Decathlon, with .*No such file"):
         read_decathlon(folder)
 
 

@@ -76,11 +76,8 @@ def test_task07_without_labels_reads_the_test_scans(tmp_path):
 def test_errors_name_case_and_file(folder, tmp_path):
     label = folder / "TCIA_pancreas_labels" / "label0010.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros((12, 14, 8), np.uint8), np.eye(4)), label)
-    message = r"\(12, 14, 9\).*PANCREAS_0010.*\(12, 14, 8\) in .*label0010"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"\(12, 14, 9\).*PANCREAS_0010.*\(12, 14, 8\) in .*label0010"):
         read_pancreas_ct(folder)
-    with pytest.raises(ValueError, match=message):
-        LoadPancreasCTd(["image", "label"])({"image": str(folder / "PANCREAS_0010/study/series"), "label": str(label)})
     label.unlink()
     with pytest.raises(ValueError, match=r"label of PANCREAS_0010, label0010\.nii\.gz"):
         read_pancreas_ct(folder)
