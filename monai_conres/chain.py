@@ -7,7 +7,7 @@ membership of class ``k`` changes between the slices ``s - 1`` and ``s``,
 ``log p(y) = sum_s u_s(y_s) + sum_{s > 0, k > 0} rho_s(k) * [(y_s = k) != (y_{s-1} = k)] - log Z``.
 
 The bracket is the residual mask of the labelling (Eq. 1 and 13 of Zhang et al., 2021). The background, state 0, has no
-residual: ``rho_s(0) = 0``. A change from ``a`` to ``c`` costs ``rho_s(a) + rho_s(c)``, a product of two factors, so
+residual: ``rho_s(0) = 0``. A change from ``a`` to ``c`` adds ``rho_s(a) + rho_s(c)``, one term for each state, so
 that a message along the chain costs O(C) for C states. Drawn voxels are clamped to what was drawn.
 
 ``R`` residual channels with ``C = R + 1`` segmentation channels are classes of a softmax, one chain of ``C`` states for
