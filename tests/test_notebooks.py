@@ -13,6 +13,7 @@ import pytest
 from examples.execute_notebooks import FOLDER, execute
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SLOW = {"5_deploy": pytest.mark.slow}  # exports three programs: a minute
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -25,11 +26,7 @@ def text_of(output: nbformat.NotebookNode) -> str:
 
 
 @pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=[pytest.mark.slow] if number else [], id=path.stem)
-        for number, path in enumerate(NOTEBOOKS)
-    ],
+    "path", [pytest.param(path, marks=SLOW.get(path.stem, ()), id=path.stem) for path in NOTEBOOKS]
 )
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("ITERATIONS", "2")
