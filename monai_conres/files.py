@@ -501,18 +501,8 @@ def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in names if is_named(name, pattern)]
+        found += [Path(here, name) for name in names if fnmatch(name.lower(), pattern) and not name.startswith(".")]
     return sorted(found)
-
-
-def is_named(name: str, pattern: str) -> bool:
-    """Whether the name of a file matches a pattern in lower case and is not hidden.
-
-    Example:
-        >>> is_named("SCAN.NII.GZ", "*.nii*"), is_named(".scan.nii", "*.nii*")
-        (True, False)
-    """
-    return fnmatch(name.lower(), pattern) and not name.startswith(".")
 
 
 def repeated(names: Sequence[str]) -> str | None:

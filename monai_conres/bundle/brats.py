@@ -83,8 +83,6 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
         )
     kinds = [*modalities, "seg"] if labels else list(modalities)
     cases = for_each(lambda parent: _case(parent, files[parent], kinds), files)
-    if (twice := repeated([case["name"] for case in cases])) is not None:
-        raise ValueError(f"expected each case once in {folder}, got {twice} in two folders; keep one of them.")
     return Datalist(cases, _structures(1, 2, 3 if names_of_2023 == {True} else 4))
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from monai.data import partition_dataset
 from monai.utils import ensure_tuple, optional_import
 
-from monai_conres.files import is_named, load_volume, read_header, repeated, stem, stored_axes
+from monai_conres.files import find_files, load_volume, read_header, repeated, stem, stored_axes
+from monai_conres.scans import Structures
 
 tqdm, _ = optional_import("tqdm", name="tqdm", descriptor="{}; install it with: pip install 'monai-conres[examples]'")
 
@@ -29,11 +30,19 @@ class Datalist:
             files with one for each channel. ``"label"`` is a file, if there is a label. ``"name"`` is unique.
         structures: the label values of each structure. Structures may overlap: the core is part of the whole tumor.
         folds: names of the validation cases of each fold, if the data set defines folds.
+
+    Raises:
+        ValueError: when two cases have one name.
     """
 
     cases: Cases
-    structures: dict[str, tuple[int, ...]]
+    structures: Structures
     folds: list[set[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if (twice := repeated([case["name"] for case in self.cases])) is not None:
+            files = [case["image"] for case in self.cases if case["name"] == twice]
+            raise ValueError(f"expected a different name for each case, got {twice} for {files}; keep or rename one.")
 
     def split(self, fold: int = 0, *, folds: int = 5, seed: int = 0) -> tuple[Cases, Cases]:
         """Training and validation cases of one fold.
@@ -100,7 +109,7 @@ class Datalist:
         return training, validation
 
 
-def read_scans(folder: str | os.PathLike, structures: Mapping[str, Sequence[int]]) -> Datalist:
+def read_scans(folder: str | os.PathLike, structures: Structures) -> Datalist:
     """Read a folder of new scans: each NIfTI file is a case without a label.
 
     Args:
@@ -110,14 +119,11 @@ def read_scans(folder: str | os.PathLike, structures: Mapping[str, Sequence[int]
     Raises:
         ValueError: when there is no file, two files have one name, or a file cannot be read.
     """
-    files = sorted(file for file in Path(folder).glob("*") if is_named(file.name, "*.nii*"))
+    files = [file for file in find_files(folder, "*.nii*") if file.parent == Path(folder)]
     if not files:
         raise ValueError(f"expected NIfTI files (*.nii.gz) in {folder}, found none.")
     for_each(read_header, files)
-    if (twice := repeated([stem(file) for file in files])) is not None:
-        raise ValueError(f"expected each scan once in {folder}, got {twice}.nii and {twice}.nii.gz; keep one of them.")
-    cases = [{"name": stem(file), "image": str(file)} for file in files]
-    return Datalist(cases, dict(structures))  # type: ignore[arg-type]
+    return Datalist([{"name": stem(file), "image": str(file)} for file in files], structures)
 
 
 def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int | None = None) -> None:

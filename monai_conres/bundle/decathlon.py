@@ -12,7 +12,7 @@ import numpy as np
 from monai.data import load_decathlon_datalist
 
 from monai_conres.bundle.datalist import Datalist, check_same_grid
-from monai_conres.files import read_header, repeated, stem, stored_axes
+from monai_conres.files import read_header, stem, stored_axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +86,6 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         shapes.append(np.asarray(shape)[axes])
         spacings.append(np.asarray(image.get_zooms())[axes])
         channels.add(shape[3] if len(shape) > 3 else 1)
-    names = sorted(case["name"] for case in cases)
-    if (twice := repeated(names)) is not None:
-        raise ValueError(
-            f"expected a different file name for the image of each case in {file}, got {twice!r} more than once; "
-            "rename the files."
-        )
     if len(channels) != 1:
         raise ValueError(f"expected the same number of channels in all images of {file}, got {sorted(channels)}.")
     splits = folder / "splits_final.json"
@@ -100,6 +94,7 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected a list of {{'train': [...], 'val': [...]}} in {splits}, got {error!r}.") from error
     if nnunet_folds and not folds:
+        names = sorted(case["name"] for case in cases)
         order = np.random.RandomState(12345).permutation(len(names))  # as nnU-Net
         folds = [{names[index] for index in part} for part in np.array_split(order, 5)]
     classes = tuple(labels[key] for key in sorted(labels, key=int))

@@ -116,9 +116,8 @@ class CaseReport:
         volumes = [convert_to_tensor(volume, track_meta=False) for volume in (prediction.cpu(), label)]
         metrics: dict[str, Callable] = {"Dice": partial(compute_dice, ignore_empty=False)}
         if self.full:  # a poor prediction has a large surface, whose distances take minutes
-            spacing = prediction.pixdim.tolist()
-            metrics["HD95"] = partial(BratsHausdorffDistanceMetric(), spacing=spacing)
-            metrics["NSD"] = partial(BratsSurfaceDiceMetric(tolerance=1.0), spacing=spacing)
+            distances: Any = {"HD95": BratsHausdorffDistanceMetric(), "NSD": BratsSurfaceDiceMetric(tolerance=1.0)}
+            metrics |= {name: partial(metric, spacing=prediction.pixdim.tolist()) for name, metric in distances.items()}
         row = {}
         for metric, compute in metrics.items():
             for structure, values in self.structures.items():  # one at a time: these are whole volumes in float32

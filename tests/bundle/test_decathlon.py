@@ -79,7 +79,9 @@ def test_read_scans_needs_different_names(folder):
     scans = folder / "imagesTr"
     assert len(read_scans(scans, {"tumor": (1,)}).cases) == 5
     nib.save(nib.load(scans / "phantom_000.nii.gz"), scans / "phantom_000.nii")
-    with pytest.raises(ValueError, match=r"each scan once in .*, got phantom_000\.nii and phantom_000\.nii\.gz"):
+    with pytest.raises(
+        ValueError, match=r"different name .*, got phantom_000 for .*phantom_000\.nii'.*phantom_000\.nii\.gz'"
+    ):
         read_scans(scans, {"tumor": (1,)})
 
 
@@ -160,7 +162,10 @@ def test_folds_of_the_data_set_come_first(folder):
         ({"training": [{"image": "imagesTr/phantom_000.nii.gz"}]}, "an image and a label for each case"),
         ({"training": [{"image": ["a.nii", "b.nii"], "label": "c.nii"}]}, "without one file as 'image'"),
         ({"training": [{"image": "a.nii.gz", "label": "c.nii"}]}, r"cannot read .*a\.nii\.gz .*fetch it again"),
-        ({"training": 2 * [{key: f"{key}sTr/phantom_000.nii.gz" for key in ("image", "label")}]}, "more than once"),
+        (
+            {"training": 2 * [{key: f"{key}sTr/phantom_000.nii.gz" for key in ("image", "label")}]},
+            "a different name for each case, got phantom_000",
+        ),
         (None, r"dataset\.json that lists 'training'"),
     ],
 )
