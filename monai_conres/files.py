@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import lru_cache, partial
+from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,11 @@ __all__ = [
     "ScanSettings",
     "TrainedNetwork",
     "atomic_path",
-    "build_network",
-    "check_fit",
     "check_writable",
+    "describe_network",
     "find_files",
     "load_network",
     "load_volume",
-    "network_entry",
     "plain_values",
     "read_header",
     "read_network",
@@ -56,7 +54,9 @@ __all__ = [
 ]
 
 FORMAT = 1  # of network.json
+KEYS = {"format", "network", "scans", "training"}
 CONRESNET, WRAPPER = "monai_conres.ConResNet", "monai_conres.ConResWrapper"
+Backbone = tuple[str, Mapping[str, Any]]  # import path of a class, and its arguments
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def save_network(
     network: nn.Module,
     scans: ScanSettings,
     *,
-    backbone: tuple[str, Mapping[str, Any]] | None = None,
+    backbone: Backbone | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a network's weights to ``model.pt`` and everything else to ``network.json``.
@@ -92,9 +92,8 @@ def save_network(
         network: a :class:`~monai_conres.ConResNet`, or what :func:`~monai_conres.attach_conres` returns. Any other
             network needs ``backbone``.
         scans: how a scan becomes the network's input, and the output a label map.
-        backbone: import path of the class and constructor arguments of the network that the decoder was attached to,
-            such as ``("monai.networks.nets.SegResNet", {"init_filters": 8})``. With ``None``, :func:`load_network`
-            asks for the backbone.
+        backbone: class and arguments of the network that the decoder was attached to, such as
+            ``("monai.networks.nets.SegResNet", {"init_filters": 8})``. ``None``: :func:`load_network` asks for them.
         training: plain values about the training. ``"cases"`` are the names of the training cases.
 
     Raises:
@@ -110,10 +109,7 @@ def save_network(
     """
     if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         network = network.module
-    entry = network_entry(network, backbone)
-    check_fit(entry, scans)
-    content = {"format": FORMAT, "network": entry, "scans": dataclasses.asdict(scans), "training": dict(training or {})}
-    text = json.dumps(plain_values(content), indent=1) + "\n"
+    text = json.dumps(describe_network(network, scans, backbone=backbone, training=training), indent=1) + "\n"
     description = Path(folder, "network.json")
     with atomic_path(Path(folder, "model.pt")) as temporary:
         torch.save(network.state_dict(), temporary)
@@ -144,12 +140,10 @@ def load_network(
             belong to another network.
     """
     content = read_network(folder)
-    network = build_network(content["network"], backbone)
+    network = _build(content["network"], backbone)
     file = Path(folder, weights)
     try:
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except FileNotFoundError as error:
-        raise ValueError(f"expected a network's weights in {file}, found no file; save the network again.") from error
     except Exception as error:
         raise ValueError(
             f"expected the weights of the network of {folder}/network.json in {file}, cannot load them "
@@ -160,90 +154,82 @@ def load_network(
 
 
 def read_network(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read ``network.json`` only: ``"network"`` for :func:`build_network`, ``"scans"`` and ``"training"``.
+    """Read ``network.json`` only, as :func:`describe_network` returns it, but ``"scans"`` are :class:`ScanSettings`.
 
     Raises:
         ValueError: when the file is missing, cannot be read, is of a newer version or has other keys or values.
     """
     file = Path(folder, "network.json")
-    if not file.is_file():
-        raise ValueError(f"expected {file}, found no file; write it with save_network after the training.")
     try:
         content = plain_values(json.loads(file.read_text()), "the file")
-        if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise ValueError(
-                f"expected format {FORMAT}, got {content.get('format')}; update monai_conres for a newer one"
-            )
-        _check_keys(content, "the file", "format", "network", "scans", "training")
-        network = content["network"]
-        wrapped = isinstance(network, dict) and network.get("class") == WRAPPER
-        _check_keys(network, "network", "class", *(("stages", "decoder", "backbone") if wrapped else ("arguments",)))
-        if wrapped and network["backbone"] is not None:
-            _check_keys(network["backbone"], "backbone", "class", "arguments")
+        if content["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, got {content['format']}; update monai_conres for a newer one")
+        if set(content) != KEYS:
+            raise ValueError(f"expected the keys {sorted(KEYS)}, got {sorted(content)}")
         content["scans"] = ScanSettings(**content["scans"])
-        check_fit(network, content["scans"])
+        _check_fit(content["network"], content["scans"])
     except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"expected a network that save_network wrote, cannot read {file}: {error}") from error
+        raise ValueError(f"expected a network that save_network wrote, cannot read {file}: {_brief(error)}") from error
     return content
 
 
-def network_entry(network: nn.Module, backbone: tuple[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """Class and constructor arguments of a network as plain values; the arguments are as in :func:`save_network`.
-
-    Raises:
-        ValueError: when they are not known, or are no plain values.
-    """
+def describe_network(
+    network: nn.Module, scans: ScanSettings, *, backbone: Backbone | None, training: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The content of ``network.json``. Arguments and errors are those of :func:`save_network`."""
     given = None if backbone is None else {"class": backbone[0], "arguments": backbone[1]}
-    if type(network).__module__.startswith("torch."):
-        raise ValueError(
-            f"expected a network, got a {type(network).__name__} of torch around one; give the network that you "
-            "compiled or wrapped."
-        )
     entry: dict[str, Any]
     if isinstance(network, ConResWrapper):
         entry = {"class": WRAPPER, "stages": network.stages, "decoder": network.decoder.arguments, "backbone": given}
-    elif given is not None:
+    elif type(network) is ConResNet:
+        entry = {"class": CONRESNET, "arguments": network.arguments}
+    elif given is not None and not type(network).__module__.startswith("torch."):
         entry = given
-    elif isinstance(getattr(network, "arguments", None), dict):
-        cls = CONRESNET if type(network) is ConResNet else f"{type(network).__module__}.{type(network).__name__}"
-        entry = {"class": cls, "arguments": network.arguments}
     else:
         raise ValueError(
-            f"expected a ConResNet or what attach_conres returns, got a {type(network).__name__}; give its class and "
-            "arguments as backbone=(class, {...})."
+            f"expected a ConResNet or what attach_conres returns, got a {type(network).__name__}; give the network "
+            "that you compiled or wrapped, or the class and arguments of another one as backbone=(class, {...})."
         )
-    return plain_values(entry, "network")
+    settings = dataclasses.asdict(scans)
+    content = plain_values({"format": FORMAT, "network": entry, "scans": settings, "training": training or {}})
+    _check_fit(content["network"], scans)
+    return content
 
 
-def build_network(entry: Mapping[str, Any], backbone: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
-    """Build a network with new weights from what :func:`network_entry` returns.
-
-    Args:
-        entry: class and arguments of the network.
-        backbone: as in :func:`load_network`.
-
-    Raises:
-        ValueError: when a class cannot be imported or built, or a backbone is missing.
-    """
+def _build(entry: Mapping[str, Any], backbone: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
+    """A network with new weights."""
     if entry["class"] != WRAPPER:
-        if backbone is not None:
-            raise ValueError(f"expected no backbone for a {entry['class']}, which needs none; leave backbone out.")
-        return _construct(entry["class"], entry["arguments"])
+        return _construct(entry)
     if backbone is None:
         if entry["backbone"] is None:
             raise ValueError(
                 "expected the backbone of the attached decoder, network.json does not have it; give backbone=, the "
                 "network or a function that makes it."
             )
-        backbone = partial(_construct, entry["backbone"]["class"], entry["backbone"]["arguments"])
-    if not isinstance(backbone, nn.Module):
+        backbone = _construct(entry["backbone"])
+    elif not isinstance(backbone, nn.Module):
         backbone = backbone()
     try:
         return ConResWrapper(backbone, ConResDecoder(**entry["decoder"]), entry["stages"])
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"expected a backbone with the modules {entry['stages']}, got a {type(backbone).__name__} without one "
+            f"expected a backbone with the modules {entry.get('stages')}, got a {type(backbone).__name__} without one "
             f"({error}); give the backbone that the decoder was attached to."
+        ) from error
+
+
+def _construct(entry: Mapping[str, Any]) -> nn.Module:
+    """Import and build a network."""
+    try:
+        module, _, name = entry["class"].rpartition(".")
+        found = getattr(importlib.import_module(module), name)
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            raise TypeError("it is no torch.nn.Module")
+        return found(**entry["arguments"])
+    except Exception as error:
+        raise ValueError(
+            f"expected a network's class and its arguments, cannot build {dict(entry)} ({_brief(error)}); install what "
+            "it needs, or correct network.json."
         ) from error
 
 
@@ -265,7 +251,7 @@ def plain_values(value: Any, name: str = "settings") -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str) and not value.startswith("$"):
-        return str.__str__(value)
+        return str.__str__(value)  # of an enumeration
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real) and math.isfinite(value):
@@ -276,7 +262,7 @@ def plain_values(value: Any, name: str = "settings") -> Any:
     )
 
 
-def check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
+def _check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
     """Raise ``ValueError`` unless a network of this package has the channels of the scans."""
     if entry["class"] == WRAPPER:
         arguments, foreground = entry["decoder"], entry["decoder"]["out_channels"]
@@ -292,27 +278,6 @@ def check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
             f"{list(scans.channels)} and the classes {list(scans.classes)} of the scans with a {scans.activation}, got "
             f"{got[0]} and {got[1]}; softmax needs include_background=False."
         )
-
-
-def _check_keys(part: Any, name: str, *keys: str) -> None:
-    if not isinstance(part, dict) or set(part) != set(keys):
-        got = sorted(part) if isinstance(part, dict) else type(part).__name__
-        raise ValueError(f"expected the keys {sorted(keys)} in {name}, got {got}")
-
-
-def _construct(cls: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Import and build a network."""
-    module, _, name = cls.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise TypeError("it is no torch.nn.Module")
-        return found(**arguments)
-    except Exception as error:
-        raise ValueError(
-            f"expected a network's class and its arguments, cannot build {cls} from {arguments} ({_brief(error)}); "
-            "install what it needs, or correct network.json."
-        ) from error
 
 
 def load_volume(file: str | os.PathLike) -> MetaTensor:
@@ -429,7 +394,7 @@ def stem(file: Path) -> str:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path for a file or folder, which is renamed to ``path`` when the block ends without an error.
 
-    A file at ``path`` is replaced. Missing parent folders are made.
+    The new file replaces a file at ``path``. Missing parent folders are made.
 
     Raises:
         OSError: when ``path`` is a folder with files in it.
@@ -506,15 +471,10 @@ def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
 
 
 def repeated(names: Sequence[str]) -> str | None:
-    """The first name that occurs more than once, or None.
-
-    Example:
-        >>> repeated(["a", "b", "c", "b"])
-        'b'
-    """
+    """The first name that occurs more than once, or None."""
     return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
 def _brief(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """An error's type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

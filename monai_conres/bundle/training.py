@@ -6,7 +6,6 @@ the same batches as one process.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import shutil
@@ -24,7 +23,7 @@ from monai.utils import optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import get_worker_info
 
-from monai_conres.files import atomic_path, check_fit, network_entry, plain_values, save_network, write_csv
+from monai_conres.files import Backbone, atomic_path, describe_network, plain_values, save_network, write_csv
 from monai_conres.scans import ScanSettings
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ class TrainingCheckpoint:
         *,
         scans: ScanSettings,
         training: Mapping[str, Any] | None = None,
-        backbone: tuple[str, Mapping[str, Any]] | None = None,
+        backbone: Backbone | None = None,
         interval: int = 1,
     ) -> None:
         self.run_dir = Path(run_dir)
@@ -174,16 +173,12 @@ class TrainingCheckpoint:
         self.training = dict(training or {})
         self.backbone = backbone
         self.interval = interval
-        settings = {
-            "network": network_entry(self.network, backbone),
-            "scans": {**dataclasses.asdict(scans), "classes": list(scans.classes.items())},  # their order counts
-            "training": self.training,
-        }
+        settings = describe_network(self.network, scans, backbone=backbone, training=self.training)
+        settings["scans"]["classes"] = list(settings["scans"]["classes"].items())  # their order counts
         for name, thing in self.objects.items():
             if isinstance(thing, torch.optim.Optimizer):
                 settings[name] = {"kind": type(thing).__name__, **_numbers(thing.defaults)}
         self.settings = plain_values(settings)
-        check_fit(self.settings["network"], scans)  # not only after the training
 
     def attach(self, engine: Engine) -> None:
         """Load when ``engine`` starts, and save after its epochs. Attach this handler last."""
