@@ -1,0 +1,126 @@
+"""Fitting the weights of the chain, and training through the chain."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.networks.nets import DynUNet, UNet
+
+from monai_conres import ConResLoss, ConResNet, attach_conres, residual_mask
+from monai_conres.chain import slice_marginals
+from monai_conres.chain_training import ChainLoss, fit_chain
+from monai_conres.decoder import ConResOutput
+from tests.test_chain import CHANNELS, PLAIN, enumerate_volume, random_chain, random_label
+
+
+def sample_label(unary: torch.Tensor, rho: torch.Tensor) -> torch.Tensor:
+    """A label drawn from the chain, slice by slice."""
+    drawn = torch.full_like(unary[:, :1], -1, dtype=torch.int64)
+    for s in range(unary.shape[-1]):
+        p = slice_marginals(unary, rho, drawn)[..., s].exp().movedim(1, -1)
+        drawn[:, 0, ..., s] = torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1])
+    return drawn
+
+
+def test_fit_chain_finds_the_weights_that_made_the_label():
+    torch.manual_seed(0)
+    segmentation, residual = 2 * torch.randn(1, 3, 500, 8), 2 * torch.randn(1, 2, 500, 8)
+    image = torch.randn(1, 1, 500, 8)
+    contrast = torch.nn.functional.pad(image.diff(dim=-1).abs(), (1, 0))
+    rho = 0.6 * residual + 0.8 * contrast + torch.tensor([-2.0, -1.0]).view(1, 2, 1, 1)
+    case = {"segmentation": segmentation, "residual": residual, "image": image}
+    case["label"] = sample_label(0.5 * segmentation, rho)
+    settings = fit_chain([case])
+    assert settings == fit_chain([case])
+    assert settings.tau == pytest.approx(0.5, abs=0.05)
+    assert settings.residual_scale == pytest.approx(0.6, abs=0.07)
+    assert settings.image_contrast == pytest.approx(0.8, abs=0.15)
+    assert settings.offset == pytest.approx((-2.0, -1.0), abs=0.25)
+
+
+def test_fit_chain_switches_a_useless_residual_decoder_off():
+    torch.manual_seed(0)
+    segmentation, rho = torch.randn(1, 1, 300, 6), torch.full((1, 1, 300, 6), -1.5)
+    two_classes = torch.cat([torch.zeros_like(segmentation), segmentation], 1)
+    label = sample_label(two_classes, rho)
+    wrong = torch.randn(segmentation.shape) - residual_mask(label)
+    settings = fit_chain([{"segmentation": segmentation, "residual": wrong, "label": label}])
+    assert settings.residual_scale < 0.1
+    without = fit_chain([{"segmentation": segmentation, "label": label}])
+    assert (without.residual_scale, without.image_contrast) == (0.0, 0.0)
+
+
+def test_fit_chain_refuses_missing_cases_and_keys():
+    with pytest.raises(ValueError, match="at least one case"):
+        fit_chain([])
+    with pytest.raises(ValueError, match="segmentation and label"):
+        fit_chain([{"segmentation": torch.zeros(1, 1, 2, 3)}])
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_chain_loss_is_the_likelihood_of_the_label(channels):
+    unary, rho, _ = random_chain(channels)
+    label = random_label(channels, (3, 5))
+    loss = ChainLoss(settings=PLAIN)(ConResOutput(unary, (rho,)), label)
+    free, all_drawn = (enumerate_volume(unary, rho, d, -1) for d in (torch.full_like(label, -1), label))
+    expected = [a.log_z - b.log_z for (*_, a), (*_, b) in zip(free, all_drawn, strict=True)]
+    assert loss.item() == pytest.approx(np.mean(expected) / 5, abs=1e-10)
+
+
+def test_chain_loss_clamps_random_slices_of_the_label():
+    unary, rho, _ = random_chain((3, 2))
+    label = random_label((3, 2), (3, 5))
+    seen = []
+
+    def loss(marginals, target):
+        right = marginals.gather(1, target)
+        seen.append((right.abs() < 1e-12).all(2)[:, 0].sum(1))  # slices with probability one for the label
+        return marginals.mean()
+
+    for _ in range(40):
+        ChainLoss(loss, settings=PLAIN, max_drawn=2)(ConResOutput(unary, (rho,)), label)
+    assert torch.cat(seen).unique().tolist() == [0, 1, 2]
+    one_hot = torch.cat([label == c for c in range(3)], 1)
+    for target in (label, one_hot):  # nothing drawn: the marginals
+        got = ChainLoss(lambda m, _: m.sum(), settings=PLAIN, max_drawn=0)(ConResOutput(unary, (rho,)), target)
+        assert got == slice_marginals(unary, rho).sum()
+
+
+def networks():
+    yield ConResNet(1, 3, include_background=False, channels=(8, 16), strides=(2,), blocks=(1, 1, 1)), None
+    kernels = {"kernel_size": (3, 3, 3), "strides": (1, 2, 2), "upsample_kernel_size": (2, 2), "filters": (8, 8, 16)}
+    deep = DynUNet(3, 1, 3, **kernels, deep_supervision=True, deep_supr_num=1)
+    own = DeepSupervisionLoss(DiceCELoss(softmax=True, to_onehot_y=True))
+    yield attach_conres(deep, in_channels=1, include_background=False), own
+    unet = UNet(3, 1, 3, channels=(8, 8, 16), strides=(2, 2))  # its residuals have half the resolution
+    yield attach_conres(unet, in_channels=1, include_background=False), DiceCELoss(softmax=True, to_onehot_y=True)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_chain_loss_trains_networks(number, likelihood):
+    torch.manual_seed(0)
+    network, own = list(networks())[number]
+    label = torch.randint(0, 3, (2, 1, 8, 8, 8))
+    joint = ConResLoss(own, softmax=own is None)
+    chain = ChainLoss(None if likelihood else joint, spatial_axis=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = network.train()(torch.randn(2, 1, 8, 8, 8))
+        loss = joint(output, label) + 0.5 * chain(output, label)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    residuals = [r.detach().requires_grad_() for r in output.residuals]
+    (gradient, *_) = torch.autograd.grad(
+        chain(ConResOutput(output.segmentation, tuple(residuals)), label), residuals, allow_unused=True
+    )
+    assert gradient.any()  # the residual decoder learns through the chain
+
+
+def test_chain_loss_refuses_outputs_without_residuals():
+    for output in (torch.zeros(1, 1, 4, 4), ConResOutput(torch.zeros(1, 1, 4, 4), ())):
+        with pytest.raises(ValueError, match="ConResOutput with residuals"):
+            ChainLoss()(output, torch.zeros(1, 1, 4, 4))
