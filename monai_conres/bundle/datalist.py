@@ -83,13 +83,7 @@ class Datalist:
     def check(
         self, *, rank: int = 0, num_replicas: int = 1, channels: int | None = None, progress: bool = True
     ) -> None:
-        """Read every file of this process's share of the cases to its end: see :func:`check_voxels`.
-
-        Args:
-            rank: number of this process.
-            num_replicas: number of processes that share the work.
-            channels: number of channels that each image must have.
-            progress: True shows a progress bar.
+        """:func:`check_voxels` of each case; process ``rank`` of ``num_replicas`` reads its share.
 
         Raises:
             ValueError: one line for each case with an error.
@@ -112,10 +106,6 @@ class Datalist:
 def read_scans(folder: str | os.PathLike, structures: Structures) -> Datalist:
     """Read a folder of new scans: each NIfTI file is a case without a label.
 
-    Args:
-        folder: folder with ``*.nii`` or ``*.nii.gz`` files.
-        structures: the structures to segment, as in :class:`Datalist`.
-
     Raises:
         ValueError: when there is no file, two files have one name, or a file cannot be read.
     """
@@ -130,7 +120,7 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
     """Read the files of one case to their ends. A broken download often has a good header.
 
     Args:
-        case: one of the cases of a :class:`Datalist`.
+        case: ``"image"``, a file or several, and ``"label"``, if there is one.
         values: values that a label may have, including the background's 0.
         channels: number of channels of the image, over all its files. ``None`` accepts any number.
 
@@ -142,28 +132,22 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
     for file in ensure_tuple(case["image"]):
         volume = load_volume(file)
         if not volume.isfinite().all():
-            raise ValueError(
-                f"expected finite intensities in {file}, got others; repair the file or take the case out."
-            )
+            raise ValueError(f"expected finite numbers in {file}, got others; repair the file or take the case out.")
         found += len(volume)
     if channels not in (None, found):
         raise ValueError(
-            f"expected {channels} channels in the image of {', '.join(map(str, ensure_tuple(case['image'])))}, got "
-            f"{found}; take the case out, or choose the channels that the network takes."
+            f"expected {channels} channels in the image {case['image']}, got {found}; take the case out, or choose the "
+            "channels that the network takes."
         )
-    if "label" not in case:
-        return
-    label = load_volume(case["label"])
-    if len(label) != 1:
-        raise ValueError(
-            f"expected a label of one channel in {case['label']}, got {len(label)}; store its classes as numbers."
-        )
-    present = np.unique(label.numpy())
-    if not (allowed := np.isin(present, list(values))).all():
-        raise ValueError(
-            f"expected the values {sorted(values)} in {case['label']}, got {present[~allowed][:5].tolist()}; repair "
-            "the file or take the case out."
-        )
+    if "label" in case:
+        label = load_volume(case["label"])
+        if len(label) != 1:
+            raise ValueError(f"expected one channel in {case['label']}, got {len(label)}; store classes as numbers.")
+        if others := sorted(set(label.unique().tolist()) - set(values)):
+            raise ValueError(
+                f"expected the values {sorted(values)} in {case['label']}, got {others[:5]}; repair the file or take "
+                "the case out."
+            )
 
 
 def check_same_grid(name: str, files: Sequence[str], *, origin: bool = True) -> None:

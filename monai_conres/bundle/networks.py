@@ -107,14 +107,10 @@ class MeanProbability(nn.Module):
 class ProbabilityInferer(SlidingWindowInferer):
     """MONAI's sliding-window inferer, which takes the :class:`MeanProbability` of a network of logits.
 
-    So MONAI's tools, which know a network and an inferer, blend probabilities. A :class:`MeanProbability` passes
+    So MONAI's tools, which know a network and an inferer, blend probabilities. A :class:`MeanProbability` goes through
     unchanged.
 
-    Args:
-        args: arguments of ``SlidingWindowInferer``, such as ``roi_size``.
-        softmax: as in :class:`MeanProbability`.
-        flip_axes: as in :class:`MeanProbability`.
-        kwargs: further arguments of ``SlidingWindowInferer``.
+    ``softmax`` and ``flip_axes`` are arguments of :class:`MeanProbability`, all others of ``SlidingWindowInferer``.
 
     Example:
         >>> ProbabilityInferer(roi_size=(4, 4, 4))(torch.zeros(1, 1, 4, 4, 6), nn.Identity()).unique()
@@ -202,14 +198,8 @@ def stored_network(run_dir: Run, default: Mapping[str, Any], **given: Any) -> nn
 def stored_scans(run_dir: Run, default: Mapping[str, Any], **given: Any) -> ScanSettings:
     """The :class:`~monai_conres.files.ScanSettings` of a run folder, or of ``default`` without a ``network.json``.
 
-    Args:
-        run_dir: a run folder.
-        default: settings for the untrained network.
-        given: settings from the command line, such as ``--scans#overlap 0.5``. ``patch_size``, ``overlap`` and
-            ``flip_axes`` replace those of the training. Others must agree with them.
-
-    Raises:
-        ValueError: when ``given`` contradicts ``network.json``.
+    Arguments and errors are those of :func:`stored_network`. But ``patch_size``, ``overlap`` and ``flip_axes``, such as
+    ``--scans#overlap 0.5``, replace those of the training.
 
     Example:
         >>> default = {"channels": ["T1"], "patch_size": [8, 8, 8], "classes": {"core": [1]}, "activation": "sigmoid"}

@@ -59,11 +59,7 @@ class LabelToTargetd(_StructuresTransform):
 class ProbabilityToLabeld(_StructuresTransform):
     """Turn probabilities ``(c, *spatial)`` into a label map ``(1, *spatial)`` with the label values of the data.
 
-    Args:
-        keys: keys of the probabilities.
-        structures: label values of each structure.
-        softmax: False for one channel of each structure, which is present from a probability of 0.5. True for the
-            background and all values, where the largest probability wins.
+    :func:`~monai_conres.scans.paint_structures` says how, with the arguments of :class:`LabelToTargetd`.
 
     Example:
         >>> probabilities = {"pred": torch.tensor([[0.1, 0.2, 0.9], [0.4, 0.8, 0.7]])}

@@ -275,30 +275,14 @@ def seed_everything(seed: int) -> None:
 
 
 def number_of_epochs(iterations: int, loader: Sized) -> int:
-    """How many epochs have at least this number of iterations.
-
-    Raises:
-        ValueError: when the loader has no batch.
-
-    Example:
-        >>> number_of_epochs(40_000, range(125))
-        320
-    """
+    """How many epochs have at least this number of iterations. An empty loader raises ``ValueError``."""
     if len(loader) == 0:
         raise ValueError("expected at least one batch in an epoch, got fewer cases than batch_size; lower it.")
     return -(-iterations // len(loader))
 
 
 def share_of_batch(batch_size: int, processes: int) -> int:
-    """How many cases of a batch each process takes.
-
-    Raises:
-        ValueError: when the processes cannot share the batch evenly.
-
-    Example:
-        >>> share_of_batch(9, 3)
-        3
-    """
+    """How many cases of a batch each process takes. An uneven share raises ``ValueError``."""
     if batch_size < processes or batch_size % processes:
         raise ValueError(
             f"expected a batch_size that {processes} processes can share evenly, got {batch_size}; change one of them."

@@ -97,7 +97,7 @@ def test_read_scans_takes_endings_in_capitals(folder):
 def test_check_names_every_file_with_other_channels_or_axes(folder):
     scans = folder / "imagesTr"
     data = read_scans(scans, {"tumor": (1,)})
-    with pytest.raises(ValueError, match=r"expected 1 channels in the image of .*phantom_000\.nii\.gz, got 4"):
+    with pytest.raises(ValueError, match=r"expected 1 channels in the image .*phantom_000\.nii\.gz, got 4"):
         data.check(channels=1, progress=False)
     image = nib.load(scans / "phantom_003.nii.gz")
     stored = np.asarray(image.dataobj)
