@@ -1,4 +1,4 @@
-"""The built site (make docs): every picture and link is there, and a browser has nothing to complain about."""
+"""The built site (make docs): all pictures and links exist, and a browser has no complaints."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-SITE = Path(__file__).parent.parent / "docs" / "_build" / "html"
+DOCS = Path(__file__).parent.parent / "docs"
+SITE = DOCS / "_build" / "html"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 SHOWN = ("index.html", "concepts.html", "notebooks/1_the_idea.html", "api.html")
 
-pytestmark = pytest.mark.skipif(not (SITE / "index.html").is_file(), reason="no site here; make docs builds it")
+needs_site = pytest.mark.skipif(not (SITE / "index.html").is_file(), reason="no site here; make docs builds it")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here")
 
 
 class Page(HTMLParser):
-    """What a page refers to, and the places in it that others can refer to."""
+    """The references of a page, and the places in the page that others can refer to."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -51,28 +53,29 @@ def broken_references(file: Path) -> Iterator[str]:
             yield reference
 
 
-def test_every_picture_and_every_link_within_the_site_is_there():
+@needs_site
+def test_site_has_no_broken_references():
     pages = sorted(file for file in SITE.rglob("*.html") if "_static" not in file.parts)
     assert len(pages) > 15
     broken = {str(file.relative_to(SITE)): found for file in pages if (found := list(broken_references(file)))}
     assert not broken
 
 
-def test_a_missing_picture_is_found(tmp_path):
+def test_broken_references_are_found(tmp_path):
     file = tmp_path / "page.html"
     file.write_text('<img src="no.png"><a href="#here">x</a><a href="#there">y</a><p id="here">')
     assert list(broken_references(file)) == ["no.png", "#there"]
 
 
-def test_every_measured_table_is_shown():
-    docs = SITE.parents[1]
-    text = "".join(file.read_text() for file in docs.glob("*.md"))
-    tables = [file.relative_to(docs) for file in (docs / "tables").rglob("*.md")]
+def test_docs_show_every_measured_table():
+    text = "".join(file.read_text() for file in DOCS.glob("*.md"))
+    tables = [file.relative_to(DOCS) for file in (DOCS / "tables").rglob("*.md")]
     assert len(tables) > 5
     assert [table for table in tables if f"```{{include}} {table}\n" not in text] == []
 
 
-def test_no_page_needs_another_server():
+@needs_site
+def test_site_loads_nothing_from_other_servers():
     for file in SITE.rglob("*.html"):
         text = file.read_text()
         assert 'src="http' not in text, file
@@ -86,18 +89,19 @@ def complaints(url: str, folder: Path) -> list[str]:
     written = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "<body" in written.stdout
     said = [line for line in written.stderr.splitlines() if "CONSOLE" in line]
-    # the theme says whether it is light or dark, and how far it has scrolled
+    # the theme reports its colors and its scroll position
     return [line for line in said if "[PST]: Changed to" not in line and "[PST]: Scrolled" not in line]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here")
+@needs_site
+@needs_browser
 @pytest.mark.parametrize("name", SHOWN)
-def test_a_browser_shows_the_page_without_complaints(name, tmp_path):
+def test_browser_shows_page_without_complaints(name, tmp_path):
     assert complaints((SITE / name).as_uri(), tmp_path) == []
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here")
-def test_an_error_of_a_script_is_a_complaint(tmp_path):
+@needs_browser
+def test_browser_complains_about_script_error(tmp_path):
     file = tmp_path / "page.html"
     file.write_text("<body><script>undefined_function()</script>")
     assert len(complaints(file.as_uri(), tmp_path / "profile")) == 1

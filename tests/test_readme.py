@@ -1,4 +1,4 @@
-"""Every Python block of README and docs runs; the blocks of one page share their names, as a reader's session would."""
+"""Every Python block of README and docs runs. The blocks of one page share their names, as in a reader's session."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in page.read_text()
-]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [page for page in [ROOT / "README.md", *DOCS] if "```python" in page.read_text()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # what a block writes
+    monkeypatch.chdir(tmp_path)  # blocks write files
     torch.manual_seed(0)
     text = page.read_text()
     names: dict = {}
@@ -29,8 +28,17 @@ def test_readme_has_code_blocks():
     assert ROOT / "README.md" in PAGES
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
-def test_links_to_files_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *DOCS], ids=lambda page: page.name)
+def test_links_to_files_exist(page):
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert missing == []
+
+
+def test_readme_is_under_700_words():
+    assert len((ROOT / "README.md").read_text().split()) < 700
+
+
+def test_docs_are_under_8000_words():
+    pages = [page for page in [*DOCS, *(ROOT / "docs" / "tables").rglob("*.md")] if page.name != "api.md"]
+    assert sum(len(page.read_text().split()) for page in pages) < 8000
