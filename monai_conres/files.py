@@ -313,8 +313,7 @@ def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTens
     Args:
         path: name of the file, ``.nii`` or ``.nii.gz``.
         label: whole numbers from 0 to 255, on the voxel grid of ``like``.
-        like: the image, as :func:`load_volume` returns it, or a prediction brought back to the image's voxels. Its
-            affine is in mm.
+        like: the image as loaded, or a prediction on the image's voxels. Its affine is in mm.
 
     Raises:
         TypeError: when ``like`` has no affine.
@@ -334,8 +333,7 @@ def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTens
     affine = like.affine.cpu().numpy()
     written = nib.Nifti1Image(convert_to_tensor(label, track_meta=False).cpu().numpy()[0].astype(np.uint8), affine)
     # The code names the space of the affine: the scanner's or a template's. A DICOM series has no code.
-    codes = [int(like.meta.get(key, 0)) for key in ("sform_code", "qform_code")]
-    code = next((code for code in codes if code), 1)
+    code = int(like.meta.get("sform_code", 0)) or int(like.meta.get("qform_code", 0)) or 1
     written.set_qform(affine, code=code)
     written.set_sform(affine, code=code)
     written.header.set_xyzt_units("mm")
@@ -347,23 +345,20 @@ def read_header(file: str | os.PathLike) -> Any:
     """The checked header of a NIfTI file with a volume: affine and pixdim give the same size of a voxel.
 
     Raises:
-        ValueError: when the header cannot be read, has no volume or contradicts itself. The error names the file.
+        ValueError: when the header cannot be read, is not of a volume or contradicts itself. The error names the file.
     """
     header = load_header(file)
     affine, voxel = header.get_best_affine(), np.asarray(header.get_zooms()[:3])
     edges = nib.affines.voxel_sizes(affine)
     if len(header.get_data_shape()) < 3:
-        raise ValueError(f"expected a volume in {file}, got the shape {header.get_data_shape()}; take the file out.")
-    if not abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges.prod():
-        raise ValueError(
-            f"expected an affine of three axes in the header of {file}, got {affine[:3].tolist()}; mend the header."
-        )
-    if not np.allclose(edges, voxel, rtol=0.01):
-        raise ValueError(
-            f"expected one size of the voxels in the header of {file}, got {edges.round(4).tolist()} mm in its affine "
-            f"and {voxel.round(4).tolist()} mm in its pixdim; mend the one that is wrong."
-        )
-    return header
+        wrong = f"a volume, got the shape {header.get_data_shape()},"
+    elif not abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges.prod():
+        wrong = f"an affine of three axes, got {affine[:3].tolist()},"
+    elif not np.allclose(edges, voxel, rtol=0.01):
+        wrong = f"one voxel size, got {edges.round(4).tolist()} mm (affine) and {voxel.round(4).tolist()} mm (pixdim),"
+    else:
+        return header
+    raise ValueError(f"expected {wrong} in the header of {file}; mend the header, or take the file out.")
 
 
 def load_header(file: str | os.PathLike) -> Any:
@@ -433,15 +428,10 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> Non
 
 
 def check_writable(folder: str | os.PathLike) -> None:
-    """Make a folder and try to write to it, before hours of work end in an error.
-
-    Raises:
-        ValueError: when that is not possible.
-    """
+    """Make a folder and try to write to it, before hours of work end in an error. Raises ``ValueError``."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
-            file.write(b"1")
+        tempfile.TemporaryFile(dir=os.fspath(folder)).close()
     except OSError as error:
         raise ValueError(f"expected a folder to write to, cannot write to {folder} ({error}).") from error
 
@@ -449,14 +439,7 @@ def check_writable(folder: str | os.PathLike) -> None:
 def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
     """Files at any depth whose names match a pattern in lower case, sorted. The case of the names does not matter.
 
-    Hidden files and folders are left out. Links to folders are followed, each folder once.
-
-    Example:
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> (folder / "case").mkdir()
-        >>> (folder / "case" / "scan.nii").touch()
-        >>> [file.name for file in find_files(folder, "*.nii*")]
-        ['scan.nii']
+    The function leaves out hidden files and folders. It follows links to folders, into each folder once.
     """
     found: list[Path] = []
     seen: set[str] = set()

@@ -116,10 +116,7 @@ class ScanSettings:
     def preprocessing(self, *, label: bool = False) -> Compose:
         """The transforms from ``{"image": FILE_OR_FILES}`` to the network's input, a ``MetaTensor`` ``(c, *spatial)``.
 
-        They load, orient, resample and normalize.
-
-        Args:
-            label: True also loads, orients and resamples ``"label"``, for training.
+        They load, orient, resample and normalize. ``label=True`` also loads, orients and resamples ``"label"``.
         """
         keys = ("image", "label") if label else ("image",)
         steps = [
@@ -132,19 +129,14 @@ class ScanSettings:
         return Compose([*steps, *self.normalize("image").transforms, typed])
 
     def inferer(self, **kwargs: Any) -> SlidingWindowInferer:
-        """MONAI's ``SlidingWindowInferer`` with the settings' windows, blended with Gaussian weights.
-
-        ``kwargs`` are further arguments of that class, such as ``device`` or ``sw_batch_size``.
-        """
+        """MONAI's ``SlidingWindowInferer`` with these windows and Gaussian weights. ``kwargs`` go to it, too."""
         settings = {"roi_size": self.patch_size, "overlap": self.overlap, "mode": "gaussian"}
         return SlidingWindowInferer(**{**settings, **kwargs})
 
     def to_scan(self, prediction: torch.Tensor, image: MetaTensor) -> MetaTensor:
-        """Bring a prediction ``(c, *spatial)`` back to the voxels of the scan file: undo orientation and spacing.
+        """Bring logits or probabilities ``(c, *spatial)`` back to the voxels of the scan file.
 
-        Args:
-            prediction: logits or probabilities on the voxels of ``image``; resampled linearly.
-            image: the image, as :meth:`preprocessing` returns it.
+        The inverse of orientation and spacing of ``image``, as :meth:`preprocessing` returns it; resampling is linear.
         """
         stored = image.meta["original_affine"]
         here = MetaTensor(convert_to_tensor(prediction, track_meta=False), meta=image.meta)

@@ -20,6 +20,7 @@ from monai_conres.files import (
     load_network,
     load_volume,
     plain_values,
+    read_header,
     read_network,
     save_network,
     write_label_map,
@@ -256,6 +257,33 @@ def test_label_map_keeps_the_geometry_of_the_scan(tmp_path, ending):
     assert written.header.get_xyzt_units()[0] == "mm"
     with pytest.raises(TypeError, match="expected a MetaTensor"):
         write_label_map(tmp_path / "other.nii", label, label)
+
+
+@pytest.mark.parametrize(
+    ("shape", "columns", "message"),
+    [
+        ((4, 5), ((1, 0, 0), (0, 1, 0), (0, 0, 1)), r"a volume, got the shape \(4, 5\)"),
+        ((4, 5, 6), ((1, 0, 0), (0, 1, 0), (1, 1, 0)), r"an affine of three axes, got \[\[1\.0, 0\.0, 1\.0, 0\.0\]"),
+        (
+            (4, 5, 6),
+            ((2, 0, 0), (0, 1, 0), (0, 0, 1)),
+            r"got \[2\.0, 1\.0, 1\.0\] mm \(affine\) and \[1\.0, 1\.0, 1\.0\] mm",
+        ),
+        ((4, 5, 6), ((1.005, 0, 0), (0, 1, 0), (0, 0, 1)), None),
+    ],
+)
+def test_header_must_describe_a_volume(tmp_path, shape, columns, message):
+    file, affine = tmp_path / "scan.nii", np.eye(4)
+    affine[:3, :3] = np.transpose(columns)
+    image = nib.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4))
+    image.header.set_sform(affine, code=1)
+    image.header.set_zooms((1, 1, 1)[: len(shape)])
+    nib.Nifti1Image(np.asarray(image.dataobj), None, image.header).to_filename(file)
+    if message is None:
+        assert read_header(file).get_data_shape() == shape
+    else:
+        with pytest.raises(ValueError, match=rf"expected .*{message}.* in the header of .*scan\.nii; mend"):
+            read_header(file)
 
 
 def test_file_is_replaced_when_complete(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from monai_conres.bundle.datalist import Datalist, check_same_grid, for_each, read_scans
 from monai_conres.bundle.decathlon import read_decathlon
-from monai_conres.files import find_files, repeated
+from monai_conres.files import find_files
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 # The names of 2023. In 2020 the label of one case is called W39_1998.09.19_Segm.nii.
@@ -58,7 +58,7 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
         {'ET': (4,), 'WT': (1, 2, 4), 'TC': (1, 4)}
     """
     folder = Path(folder)
-    if not modalities or set(modalities) - set(MODALITIES) or repeated(modalities):
+    if not modalities or set(modalities) - set(MODALITIES) or len(set(modalities)) < len(modalities):
         raise ValueError(f"expected modalities among {list(MODALITIES)}, each once, got {list(modalities)}.")
     if (folder / "dataset.json").is_file():
         return _read_task01(folder, modalities, labels)
