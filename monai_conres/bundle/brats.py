@@ -22,18 +22,18 @@ _FILE = re.compile(r".*[_-](flair|t1ce|t1|t2|t2f|t1n|t1c|t2w|seg|segm)\.nii(\.gz
 def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES, *, labels: bool = True) -> Datalist:
     """Read the cases of a BraTS folder: one folder with the files of each case, at any depth.
 
-    ======================  =====================================  =============================================
-    source                  files of a case                        values of necrosis, edema, enhancing tumor
-    ======================  =====================================  =============================================
-    BraTS 2018 to 2021      ``CASE_flair.nii.gz``, ``_t1``,        1, 2, 4
-                            ``_t1ce``, ``_t2``, ``_seg``
-    BraTS 2023              ``CASE-t2f.nii.gz``, ``-t1n``,         1, 2, 3
-                            ``-t1c``, ``-t2w``, ``-seg``
-    Decathlon Task01        ``dataset.json``, ``imagesTr`` ...     2, 1, 3
-    ======================  =====================================  =============================================
+    ==================  =====================================================  ==========================
+    source              files of a case                                        necrosis, edema, enhancing
+    ==================  =====================================================  ==========================
+    BraTS 2018 to 2021  ``CASE_flair.nii.gz``, ``_t1``, ``_t1ce``, ``_t2``,    1, 2, 4
+                        ``_seg``
+    BraTS 2023          ``CASE-t2f.nii.gz``, ``-t1n``, ``-t1c``, ``-t2w``,     1, 2, 3
+                        ``-seg``
+    Decathlon Task01    ``dataset.json``, ``imagesTr``, ``labelsTr``           2, 1, 3
+    ==================  =====================================================  ==========================
 
     The structures are the challenge's: ET is the enhancing tumor, WT the whole tumor, and TC the core, which is
-    everything except the edema. It reads the headers of all files. :meth:`Datalist.check` reads the voxels.
+    everything except the edema. The function reads headers, and :meth:`Datalist.check` reads voxels.
 
     Args:
         folder: the folder as downloaded, for example ``MICCAI_BraTS_2018_Data_Training``.

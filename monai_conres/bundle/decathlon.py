@@ -40,7 +40,7 @@ class DecathlonDatalist(Datalist):
 def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> DecathlonDatalist:
     """Read the training cases of a data set in the layout of the Medical Segmentation Decathlon.
 
-    It reads the headers of all files. :meth:`Datalist.check` reads the voxels.
+    The function reads headers, and :meth:`Datalist.check` reads voxels.
 
     Args:
         folder: the folder with ``dataset.json``. nnU-Net's ``splits_final.json`` next to that file is optional.

@@ -25,13 +25,14 @@ from monai_conres.residual import slice_dim
 from monai_conres.scans import ScanSettings, Structures, label_values
 
 Run = str | os.PathLike  # a folder with model.pt and network.json
+Flips = Sequence[Sequence[int]]
 
 
 class MeanProbability(nn.Module):
     """Mean of the probabilities of several networks, each on the image and on its mirror images.
 
-    It is a network of its own. So sliding-window inference blends probabilities, as Zhang et al., 2021, do, and takes
-    no more memory than with one of the networks.
+    This is a network. So sliding-window inference blends probabilities, as Zhang et al., 2021, do, and takes no more
+    memory than with one of the networks.
 
     Args:
         networks: networks that return logits, one tensor, in ``eval()`` mode.
@@ -51,9 +52,7 @@ class MeanProbability(nn.Module):
         tensor([0.5000])
     """
 
-    def __init__(
-        self, networks: Sequence[nn.Module], *, softmax: bool = False, flip_axes: Sequence[Sequence[int]] = ()
-    ) -> None:
+    def __init__(self, networks: Sequence[nn.Module], *, softmax: bool = False, flip_axes: Flips = ()) -> None:
         super().__init__()
         if not networks:
             raise ValueError("expected one network or more to average, got none.")
@@ -79,8 +78,8 @@ class MeanProbability(nn.Module):
         """Logits ``(segmentation, residual)`` of ``image``, for an inferer: ``inferer(image, self.with_residual)``.
 
         The softmax or sigmoid of the segmentation is the mean probability, and the residual is the mean of the logits.
-        A flip along the slice axis shifts the residual by one slice, which is undone. There the residual of the first
-        slice has no meaning, as in a single network.
+        A flip along the slice axis shifts the residual by one slice, and the method shifts it back. The residual of the
+        first slice has no meaning, as in a single network.
 
         Raises:
             ValueError: when a network has no residual, or the networks have different slice axes.
@@ -117,9 +116,7 @@ class ProbabilityInferer(SlidingWindowInferer):
         tensor([0.5000])
     """
 
-    def __init__(
-        self, *args: Any, softmax: bool = False, flip_axes: Sequence[Sequence[int]] = (), **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, softmax: bool = False, flip_axes: Flips = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.softmax = softmax
         self.flip_axes = flip_axes
@@ -172,7 +169,7 @@ def load_networks(
 def stored_network(run_dir: Run, default: Mapping[str, Any], **given: Any) -> nn.Module:
     """The trained network of a run folder, or an untrained :class:`ConResNet` if there is no ``network.json``.
 
-    As ``network_def`` of a configuration it gives MONAI's tools a network also before any training.
+    So a configuration's ``network_def`` gives MONAI's tools a network also before any training.
 
     Args:
         run_dir: a run folder.
@@ -265,11 +262,8 @@ def _check_agreement(run_dir: Run, name: str, stored: Any, given: Any) -> None:
 def save_torchscript(network: nn.Module, path: str | os.PathLike, image: torch.Tensor) -> None:
     """Write a network, such as a :class:`MeanProbability`, as TorchScript, which loads without this package.
 
-    Args:
-        network: a network of one tensor to one tensor, which goes to ``eval()`` mode.
-        path: name of the file.
-        image: an image ``(b, c, d, h, w)`` on the network's device to trace the network with. The file also takes
-            other sizes and numbers of images.
+    ``image`` ``(b, c, *spatial)`` on the network's device is for tracing. The file also takes images of other sizes.
+    The function sets ``eval()`` mode.
 
     Example:
         >>> import tempfile

@@ -30,14 +30,14 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
     """Read the cases of Pancreas-CT with the published four folds, or the cases of the Decathlon's Task07.
 
     TCIA's files may be at any depth of ``folder``: ``PANCREAS_0001/.../*.dcm``, one DICOM series for each case, and
-    ``label0001.nii.gz`` from the archive of labels. Task07 has a ``dataset.json``; here its pancreas and tumor are one
-    structure. A folder of NIfTI files also works without labels.
+    ``label0001.nii.gz`` from the archive of labels. Task07 has a ``dataset.json``; its pancreas and tumor become one
+    structure. With ``labels=False``, a folder of NIfTI files also works.
 
     Args:
         folder: the folder with both downloads.
         labels: False for scans without labels. In Task07 these are the scans of ``imagesTs``.
-        exclude: numbers of cases of Pancreas-CT to leave out. 25 and 70 are known to repeat other patients, and later
-            versions of the collection leave them out.
+        exclude: numbers of cases of Pancreas-CT to leave out. 25 and 70 are known to repeat other patients. Later
+            versions of the collection do not have them.
 
     Raises:
         ValueError: when there are no cases, a label is missing, or scan and label have different sizes. The error
@@ -74,17 +74,14 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
 class LoadPancreasCTd(MapTransform):
     """Load image and label. The label of a DICOM series gets the geometry of the series.
 
-    The NIfTI labels of Pancreas-CT have a geometry in which they do not lie on the scans. Their voxels are the voxels
-    of the series: column, row, and slice by instance number.
+    The headers of Pancreas-CT's NIfTI labels put them beside the scans. But their voxels are the voxels of the series:
+    column, row, and slice by instance number. Two public preprocessing codes agree on this. It was not checked on the
+    real data: look at the pictures of the first evaluation.
 
     The arguments are those of MONAI's ``MapTransform``; ``keys`` are ``"image"``, with or without ``"label"``.
 
     Raises:
         ValueError: when a file cannot be read. The error names the file.
-
-    Note:
-        Two public preprocessing codes for the collection agree on this order of the labels. It was not checked here on
-        the real data: look at the pictures of the first evaluation.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -29,6 +29,7 @@ from monai_conres.scans import ScanSettings
 if TYPE_CHECKING:
     from ignite.engine import Engine
 Events, _ = optional_import("ignite.engine", name="Events")
+Average, _ = optional_import("ignite.metrics", name="Average")
 idist, _ = optional_import("ignite.distributed")
 
 
@@ -71,12 +72,7 @@ class SeededDataset(CacheDataset):
 
 
 class EpochSeeds:
-    """A handler that seeds each epoch: the random transforms of a data set, and torch's generator for dropout.
-
-    Args:
-        dataset: a :class:`SeededDataset`.
-        seed: seed of torch's generator, together with the epoch and the process.
-    """
+    """A handler that seeds each epoch: a :class:`SeededDataset`, and torch's generator for dropout in each process."""
 
     def __init__(self, dataset: SeededDataset, *, seed: int = 0) -> None:
         self.dataset = dataset
@@ -99,11 +95,11 @@ class LossCurve:
         self.path = Path(path)
         self.optimizer = optimizer
         self.rows: list[dict[str, float]] = []
-        self._sum: Any = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Count each iteration of ``engine``, a trainer with ``decollate=False``."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        mean = Average(output_transform=lambda output: output["loss"], device=engine.state.device)
+        mean.attach(engine, "loss")
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,14 +110,9 @@ class LossCurve:
         """Continue a curve."""
         self.rows = list(state["rows"])
 
-    def _add(self, engine: Engine) -> None:
-        self._sum = self._sum + engine.state.output["loss"].detach()  # stays on the device, so that nothing waits
-
     def __call__(self, engine: Engine) -> None:
         """Write the curve with the current epoch."""
-        state = engine.state
-        loss = idist.all_reduce(float(self._sum) / state.epoch_length) / idist.get_world_size()
-        self._sum = 0.0
+        state, loss = engine.state, engine.state.metrics["loss"]
         rate = self.optimizer.param_groups[0]["lr"]
         self.rows.append({"epoch": state.epoch, "iteration": state.iteration, "learning rate": rate, "loss": loss})
         if idist.get_rank() == 0:
@@ -145,8 +136,9 @@ class TrainingCheckpoint:
         objects: what the checkpoint holds, by name, each with ``state_dict`` and ``load_state_dict``. One is
             ``"network"``.
         scans: how a scan becomes the network's input.
-        training: further settings that must not change, such as the seed: plain values by name. ``"cases"`` are the
-            names of the training cases, which :func:`~monai_conres.bundle.load_networks` does not allow to be scored.
+        training: further settings that must not change, such as the seed: plain values by name. ``"cases"`` are names
+            that :func:`~monai_conres.bundle.load_networks` does not allow to be scored, ``"validation"`` are names that
+            :func:`~monai_conres.bundle.held_out_cases` takes.
         backbone: class and arguments of the backbone of an attached network, for ``network.json``.
         interval: number of epochs between checkpoints.
 
@@ -169,11 +161,9 @@ class TrainingCheckpoint:
         self.path = self.run_dir / "checkpoint.pt"
         self.objects = dict(objects)
         self.network = self.objects["network"]
-        self.scans = scans
-        self.training = dict(training or {})
-        self.backbone = backbone
+        self.saved: dict[str, Any] = {"scans": scans, "backbone": backbone, "training": training}
         self.interval = interval
-        settings = describe_network(self.network, scans, backbone=backbone, training=self.training)
+        settings = describe_network(self.network, **self.saved)
         settings["scans"]["classes"] = list(settings["scans"]["classes"].items())  # their order counts
         for name, thing in self.objects.items():
             if isinstance(thing, torch.optim.Optimizer):
@@ -222,7 +212,7 @@ class TrainingCheckpoint:
         self.save(engine)
         if idist.get_rank() == 0:
             with _disk_errors(self.run_dir / "model.pt"):
-                save_network(self.run_dir, self.network, self.scans, backbone=self.backbone, training=self.training)
+                save_network(self.run_dir, self.network, **self.saved)
 
     def _parts(self, engine: Engine) -> dict[str, Any]:
         """Everything with a state. Mixed precision adds the scale of the loss."""
@@ -232,7 +222,7 @@ class TrainingCheckpoint:
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Errors of the disk name the file. torch raises its own error for a full disk."""
+    """Name the file in an error of the disk. torch raises its own error for a full disk."""
     try:
         yield
     except (OSError, RuntimeError) as error:
