@@ -2,7 +2,7 @@
 
 python docs/figures.py                        # the picture of a phantom
 python docs/figures.py --sarcoma FOLDER       # also the picture of a real scan, of STS_MR_CT_PET
-python docs/figures.py --hippocampus FOLDER   # also pictures of two networks, trained on Task04_Hippocampus; minutes
+python docs/figures.py --hippocampus FOLDER   # also pictures of two networks that it trains; 12 minutes of CPU time
 
 STS_MR_CT_PET is in the layout of the Medical Segmentation Decathlon and has the channels T1 MR, CT and PET. It is made
 from the validation data of the Image Biomarker Standardisation Initiative. Those come from the collection
