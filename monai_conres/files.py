@@ -84,8 +84,8 @@ def save_network(
 ) -> None:
     """Write a network's weights to ``model.pt`` and everything else to ``network.json``.
 
-    Call the function once before the training, too: then wrong settings do not cost a training. A killed process
-    leaves no ``network.json``, or one that belongs to ``model.pt``.
+    Call the function also before the training: then wrong settings do not cost a training. A killed process leaves no
+    ``network.json``, or one that belongs to ``model.pt``.
 
     Args:
         folder: the run folder. Files that are there are replaced.
@@ -358,7 +358,7 @@ def read_header(file: str | os.PathLike) -> Any:
         wrong = f"one voxel size, got {edges.round(4).tolist()} mm (affine) and {voxel.round(4).tolist()} mm (pixdim),"
     else:
         return header
-    raise ValueError(f"expected {wrong} in the header of {file}; mend the header, or take the file out.")
+    raise ValueError(f"expected {wrong} in the header of {file}; repair it, or take the file out.")
 
 
 def load_header(file: str | os.PathLike) -> Any:

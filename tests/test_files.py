@@ -282,7 +282,7 @@ def test_header_must_describe_a_volume(tmp_path, shape, columns, message):
     if message is None:
         assert read_header(file).get_data_shape() == shape
     else:
-        with pytest.raises(ValueError, match=rf"expected .*{message}.* in the header of .*scan\.nii; mend"):
+        with pytest.raises(ValueError, match=rf"expected .*{message}.* in the header of .*scan\.nii; repair"):
             read_header(file)
 
 

@@ -45,12 +45,7 @@ class Datalist:
             raise ValueError(f"expected a different name for each case, got {twice} for {files}; keep or rename one.")
 
     def split(self, fold: int = 0, *, folds: int = 5, seed: int = 0) -> tuple[Cases, Cases]:
-        """Training and validation cases of one fold.
-
-        Args:
-            fold: number of the fold, from 0.
-            folds: how many folds to make, if the data set does not define its own.
-            seed: seed of these folds.
+        """Training and validation cases of one fold, from 0. ``seed`` draws ``folds`` if the data set defines none.
 
         Raises:
             ValueError: when there is no such fold, or the fold leaves nothing to train or to validate with.
@@ -170,17 +165,7 @@ def check_same_grid(name: str, files: Sequence[str], *, origin: bool = True) -> 
 
 
 def for_each(function: Callable, items: Iterable) -> list:
-    """Results of a function for each item. All errors become one error, with one line for each.
-
-    Raises:
-        ValueError: when the function raised a ``ValueError``, after all items.
-
-    Example:
-        >>> for_each(int, ["1", "x", "2", "y"])
-        Traceback (most recent call last):
-        ValueError: invalid literal for int() with base 10: 'x'
-        invalid literal for int() with base 10: 'y'
-    """
+    """Results of a function for each item. All its ``ValueError`` become one, with one line for each."""
     results, errors = [], []
     for item in items:
         try:

@@ -17,13 +17,13 @@ from monai_conres.files import read_header, stem, stored_axes
 
 @dataclass(frozen=True, kw_only=True)
 class DecathlonDatalist(Datalist):
-    """Cases of a data set in this layout, and what is usual among them.
+    """Cases of a data set in this layout, with their median shape and voxel size.
 
     Attributes:
         modalities: names of the images' channels in ``dataset.json``. A channel without a name has its number.
         classes: names of the classes, the background first.
         shape: median number of voxels along each axis, in the order of ``Orientationd("RAS")``.
-        spacing: median size of a voxel along each axis, in mm, in the same order.
+        spacing: median size of a voxel along each axis, in mm, in that order.
     """
 
     modalities: tuple[str, ...]
@@ -114,8 +114,8 @@ def training_plan(
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Patch size and strides for volumes of some shape and spacing, as nnU-Net plans them.
 
-    An axis is down-sampled while its voxels are shorter than twice the shortest ones. So thick slices keep their number
-    until the plane has caught up. The patch has about the same length in mm along every axis.
+    A stride halves an axis while its voxels are shorter than twice the shortest ones. So the number of thick slices
+    stays until the pixels are as large. The patch has about the same length in mm along every axis.
 
     Args:
         shape: usual number of voxels along each axis.

@@ -30,8 +30,8 @@ idist, _ = optional_import("ignite.distributed")
 class CaseReport:
     """A handler that measures, writes and draws each case of an evaluator, and writes a table of all cases.
 
-    It compares files: the prediction, in the geometry and with the label values of the data set, and the label on the
-    disk. Each of several processes takes its own cases, and the first process writes the table of all.
+    The handler compares the label on the disk with the prediction, which has the geometry and the label values of the
+    data set. Each of several processes takes its own cases, and the first process writes the table of all.
 
     ======================  ============================================================================
     file                    content
@@ -97,7 +97,7 @@ class CaseReport:
                 self.rows.append({"case": case["name"], **self._measure(prediction, label)})
 
     def __call__(self, engine: Engine) -> None:
-        """Write the table of all cases. The mean Dice becomes one of the engine's metrics."""
+        """Write the table of all cases. Its means become metrics of the engine."""
         rows = sorted((row for part in idist.all_gather(self.rows) for row in part), key=lambda row: row["case"])
         self.rows = []
         if not rows:

@@ -1,7 +1,7 @@
 """Training that can be interrupted and repeated: each epoch depends only on a seed and its number.
 
-A killed run therefore continues as if nothing had happened, with any number of workers, and several processes train on
-the same batches as one process.
+So a killed run continues and ends with the weights of an undisturbed run, with any number of workers. Several processes
+train on the batches of one process.
 """
 
 from __future__ import annotations
