@@ -173,6 +173,7 @@ class ConResWrapper(nn.Module):
         self._handles = [
             backbone.get_submodule(name).register_forward_hook(partial(self._gate, name)) for name in modules
         ]
+        self._attached = True
         setattr(backbone, _MARK, True)
         self.training = backbone.training  # not train(), because parts of the backbone may be frozen in eval mode
 
@@ -180,7 +181,7 @@ class ConResWrapper(nn.Module):
         """Segment ``image``; other arguments go to the backbone. :func:`attach_conres` says what is returned."""
         if self.training:
             return self.heads(image, *args, **kwargs)
-        if self.decoder.context == "mapping":  # the residual path does not change the segmentation
+        if self.decoder.context == "mapping" and self._attached:  # the residual path does not change the segmentation
             return self.backbone(image, *args, **kwargs)
         return self._run(image, *args, **kwargs)[0]
 
@@ -227,12 +228,14 @@ class ConResWrapper(nn.Module):
         """
         for handle in self._handles:
             handle.remove()
-        delattr(self.backbone, _MARK)
+        if self._attached:
+            delattr(self.backbone, _MARK)
+        self._attached = False
         return self.backbone
 
     def _run(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
         """The backbone's output and the context residual features, coarse to fine."""
-        if not hasattr(self.backbone, _MARK):
+        if not self._attached:
             raise RuntimeError("expected a wrapper with its decoder, got one after unwrap(); attach a decoder again.")
         thread = _thread()
         current = self._passes[thread] = _Pass(self, image, torch.is_grad_enabled())

@@ -53,14 +53,16 @@ class ConResNet(nn.Module):
         inner_norm: see :class:`ContextResidualModule`.
         align_corners: how features are up-sampled; True in the released code of the authors.
         use_checkpoint: True computes features again in the backward pass instead of keeping them. A training step
-            takes less memory and more time.
+            takes less memory and more time. ``torch.func.grad`` does not work with it. The attribute of this name may
+            be changed later.
 
     Attributes:
         arguments: the arguments above by name, for ``network.json``.
 
     Shape:
         ``(b, in_channels, d, h, w)``, each size at least the product of the strides along its axis. Where a group of
-        ``norm`` has one channel (8 channels at the coarsest resolution), the coarsest features need two voxels. Logits
+        ``norm`` has one channel (8 channels at the coarsest resolution, or instance norm), the coarsest features need
+        two voxels. Logits
         of the segmentation and of the finest residual have the same ``d, h, w``.
 
     Raises:
@@ -101,7 +103,7 @@ class ConResNet(nn.Module):
         align_corners: bool = False,
         use_checkpoint: bool = False,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        arguments = {name: value for name, value in list(locals().items()) if name not in ("self", "__class__")}
         super().__init__()
         check_context(context, ("attention", "mapping", "none"))
         slice_dim(5, spatial_axis)
@@ -208,7 +210,10 @@ class ConResNet(nn.Module):
         """
         segmentation, residuals = self.heads(image)
         if not residuals:
-            raise ValueError('expected a network that predicts residual masks, got context="none"; build another one.')
+            raise ValueError(
+                'expected a network that predicts residual masks, got context="none"; build it with "attention" or '
+                '"mapping".'
+            )
         return segmentation, residuals[0]
 
     def heads(self, image: torch.Tensor) -> ConResOutput:

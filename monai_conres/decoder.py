@@ -141,7 +141,7 @@ class ContextResidualModule(nn.Module):
     def gate(self, residual: torch.Tensor) -> torch.Tensor:
         """``sigmoid(O_res)`` of Eq. 6, ``(b, channels, d, h, w)``, from the context residual features ``O_res``."""
         gate = (residual if self.expand is None else self.expand(residual)).sigmoid()
-        return gate if self.strength is None else self.strength.view(-1, 1, 1, 1) * gate
+        return gate if self.strength is None else self.strength.view(-1, 1, 1, 1).to(gate.dtype) * gate
 
     def _incoming(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """``I_res`` of Eq. 5 with the spatial size of the features and ``width`` channels."""
@@ -204,7 +204,7 @@ class ConResDecoder(nn.Module):
         inner_norm: bool = True,
         align_corners: bool = False,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        arguments = {name: value for name, value in list(locals().items()) if name not in ("self", "__class__")}
         super().__init__()
         check_context(context, ("attention", "mapping"))
         slice_dim(5, spatial_axis)

@@ -192,7 +192,7 @@ def fast_layout(weight: torch.Tensor) -> torch.Tensor:
     """``weight`` with its channels last on a CPU, so that convolutions return features in that layout."""
     if weight.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return weight
-    return weight.contiguous(memory_format=torch.channels_last_3d)
+    return weight.movedim(1, -1).contiguous().movedim(-1, 1)  # torch.channels_last_3d, also under vmap
 
 
 class GroupNorm(nn.GroupNorm):
@@ -201,10 +201,11 @@ class GroupNorm(nn.GroupNorm):
     torch's CUDA kernel starts one block of threads for each group of each volume. This class computes the same function
     with the same parameters from statistics of each channel, which torch reduces with all blocks. Under autocast the
     output has the precision of the input, and the statistics are in float32. On a CPU, and while a graph is traced or
-    compiled, this class is torch's own group normalization.
+    compiled, this class is torch's own group normalization. On an accelerator there are only first derivatives in
+    reverse mode: no forward-mode differentiation and no second derivatives.
 
     Raises:
-        ValueError: when a group holds one value only.
+        ValueError: when a batch of one has only one value in each group.
 
     Example:
         >>> x = torch.randn(1, 8, 4, 5, 6)
@@ -216,7 +217,7 @@ class GroupNorm(nn.GroupNorm):
         """``(b, c, *spatial)`` to the same shape."""
         if x.device.type == "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return super().forward(x)
-        if x.shape[1:].numel() == self.num_groups:
+        if x.numel() == self.num_groups:
             raise ValueError(
                 f"expected more than one value in each of {self.num_groups} groups, got shape {tuple(x.shape)}; give a "
                 "larger image or fewer groups."
@@ -265,7 +266,7 @@ class NormalizeGroups(torch.autograd.Function):
         of_weight = _repeat(reciprocal, x) * (of_weight - _repeat(mean, x) * of_bias)
         # means over a group of the gradient of (x - mean) / deviation, and of its product with that
         first, second = (
-            (part if weight is None else weight * part).unflatten(1, (groups, -1)).sum(2) * groups / x[0].numel()
+            (part if weight is None else weight * part).unflatten(1, (groups, -1)).sum(2) * groups / x.shape[1:].numel()
             for part in (of_bias, of_weight)
         )
         of_x = torch.addcmul(

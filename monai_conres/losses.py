@@ -123,8 +123,8 @@ class ConResLoss(nn.Module):
     ===========  ==================================  ===================================================
 
     Args:
-        segmentation_loss: any loss of ``(logits, label)``; it gets both as they come. ``None`` is Eq. 7 of Zhang et
-            al., 2021, in one of two forms:
+        segmentation_loss: any loss of ``(logits, label)``; it gets the network's output and the label as plain tensors.
+            ``None`` is Eq. 7 of Zhang et al., 2021, in one of two forms:
         sigmoid: True is binary cross entropy and Dice loss, a sigmoid for each channel.
         softmax: True is cross entropy and Dice loss, a softmax over the channels.
         residual_weight: weight of the residual loss.
@@ -144,6 +144,9 @@ class ConResLoss(nn.Module):
     Note:
         The first of several deep supervision outputs is taken to be the final one when shapes are checked. A stacked
         tensor ``(b, n, c, *spatial)``, as of MONAI's ``DynUNet``, is given to ``segmentation_loss`` as a list of ``n``.
+
+        An own loss with a softmax belongs to a network with ``include_background=False``. The joint loss cannot see
+        which activation an own loss has: with ``c = r`` it trains a residual mask of the background, too.
 
         MONAI's ``DiceCELoss(sigmoid=True)`` has a softmax in its cross entropy when there are several channels; the
         default here has a binary cross entropy for each.
@@ -198,21 +201,23 @@ class ConResLoss(nn.Module):
 
     def _check(self, segmentation: Any, residual_channels: int, label: torch.Tensor) -> None:
         """Raise unless segmentation channels, residual channels and label go together."""
-        if isinstance(segmentation, Mapping):
-            segmentation = list(segmentation.values())
-        final = segmentation if isinstance(segmentation, torch.Tensor) else segmentation[0]
+        heads = segmentation.values() if isinstance(segmentation, Mapping) else segmentation
+        final = segmentation if isinstance(segmentation, torch.Tensor) else next(iter(heads), None)
+        if not isinstance(final, torch.Tensor):
+            return  # only the own loss knows what this is
         channels = final.shape[1]
         is_softmax = channels == residual_channels + 1
         counts = f"for {channels} segmentation channels, got {residual_channels}"
         if not is_softmax and channels != residual_channels:
             raise ValueError(
-                f"expected {channels} residual masks (sigmoids) or {channels - 1} (softmax) {counts}; build the network "
-                "with include_background=True or False."
+                f"expected {channels} residual masks (sigmoids) or {channels - 1} (softmax) {counts}; build the "
+                "network with include_background=True or False."
             )
-        if isinstance(self.segmentation_loss, _DefaultLoss) and is_softmax != self.softmax:
+        if isinstance(self.segmentation_loss, _DefaultLoss) and is_softmax != self.softmax and channels > 1:
+            flags = ("softmax", "sigmoid") if self.softmax else ("sigmoid", "softmax")
             raise ValueError(
-                f"expected {channels - self.softmax} residual masks with {'softmax' if self.softmax else 'sigmoid'}="
-                f"True {counts}; build the network with include_background={not self.softmax}."
+                f"expected {channels - self.softmax} residual masks with {flags[0]}=True {counts}; build the network "
+                f"with include_background={not self.softmax}, or give the loss {flags[1]}=True."
             )
         if label.ndim == final.ndim and label.shape[1] == 1 < residual_channels and not is_softmax:
             raise ValueError(
@@ -319,6 +324,16 @@ class _DefaultLoss(nn.Module):
             raise ValueError(
                 f"expected 2 or more channels, the background among them, with softmax=True, got logits of shape "
                 f"{tuple(logits.shape)}; one channel goes with sigmoid=True."
+            )
+        if not self.softmax and label.ndim == logits.ndim and label.shape[1] == 1 < channels:
+            raise ValueError(
+                f"expected a label of {channels} channels of zeros and ones with sigmoid=True, got one channel; for "
+                "class indices use softmax=True and a network with include_background=False."
+            )
+        if label.ndim == logits.ndim - 1:
+            raise ValueError(
+                f"expected a label with batch and channel for logits of shape {tuple(logits.shape)}, got shape "
+                f"{tuple(label.shape)}; add the channel: label[:, None]."
             )
         masks = class_masks(label, channels - self.softmax)
         if [len(masks), *masks.shape[2:]] != [batch, *size]:

@@ -17,7 +17,8 @@ __all__ = ["RENAMED"]
 _RESIDUAL_CHANNELS = "include_background=False (out_channels - 1 residual masks) or True (out_channels)"
 _CONTEXT = 'context="attention", "mapping" or "none"'
 _WITH_RESIDUAL = "network.with_residual(image), to hand to an inferer: inferer(image, network.with_residual)"
-_LABEL = "nothing: the channels of output and label decide how the label is read"
+_LABEL = "leave it out: the channels of output and label decide how the label is read"
+_TRACED = "leave it out: attach_conres finds the number of output channels"
 _BUNDLE = "monai_conres.bundle"
 
 RENAMED = {
@@ -30,8 +31,8 @@ RENAMED = {
     "ContextResidualModule(mapping=)": _CONTEXT,
     "ContextResidualModule(attention=)": _CONTEXT,
     "ConResDecoder(attention=)": 'context="attention" or "mapping"',
-    "attach_conres(out_channels)": "nothing: attach_conres finds the number of output channels",
-    "attach_conres(out_channels=)": "nothing: attach_conres finds the number of output channels",
+    "attach_conres(out_channels)": _TRACED,
+    "attach_conres(out_channels=)": _TRACED,
     "attach_conres(residual_channels=)": _RESIDUAL_CHANNELS,
     "attach_conres(attention=)": 'context="attention" or "mapping"',
     "ConResWrapper.eval_residual": _WITH_RESIDUAL,
@@ -58,7 +59,8 @@ def renamed(old: str) -> str:
         >>> renamed("ConResNet.authors")
         'ConResNet.authors is the spelling of version 0.1; use ConResNet.released.'
     """
-    return f"{old} is the spelling of version 0.1; use {RENAMED[old]}."
+    new = RENAMED[old]
+    return f"{old} is the spelling of version 0.1; {new if new.startswith('leave') else f'use {new}'}."
 
 
 def refuse_old_arguments(function: _Function) -> _Function:
@@ -83,7 +85,7 @@ def refuse_old_arguments(function: _Function) -> _Function:
 
 
 class OldAttribute:
-    """Descriptor of an attribute of version 0.1: reading and setting it raise with the new spelling."""
+    """An attribute of version 0.1: reading it from the class and setting it raise with the new spelling."""
 
     def __init__(self, old: str) -> None:
         self.old = old

@@ -19,7 +19,8 @@ def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> tor
     sigmoid, and Eq. 1 where ``volume`` is a binary mask. Differentiable.
 
     Args:
-        volume: ``(b, c, *spatial)`` of any real or boolean dtype. Unsigned integers do not wrap around.
+        volume: ``(b, c, *spatial)`` of any real or boolean dtype. Unsigned integers do not wrap around. The difference
+            of signed integers has to fit their dtype, and ``uint64`` the range of ``int64``.
         spatial_axis: index of the slice axis among the spatial axes.
 
     Returns:
@@ -110,7 +111,11 @@ def restore_mask(first_slice: torch.Tensor, residual: torch.Tensor, *, spatial_a
 
 
 def foreground_masks(
-    label: torch.Tensor, *, num_classes: int | None = None, include_background: bool = True
+    label: torch.Tensor,
+    *,
+    num_classes: int | None = None,
+    include_background: bool = True,
+    expected: str = "zeros and ones, or class indices together with num_classes",
 ) -> torch.Tensor:
     """A mask of zeros and ones for each class that has a residual; checks the values of the label.
 
@@ -118,6 +123,7 @@ def foreground_masks(
         label: as for :func:`residual_mask`.
         num_classes: as for :func:`residual_mask`.
         include_background: as for :func:`residual_mask`.
+        expected: what an error calls the values of a label without ``num_classes``.
 
     Returns:
         Zeros and ones in the dtype of ``label``, one channel per class.
@@ -140,7 +146,7 @@ def foreground_masks(
                     f"{tuple(label.shape)}; pass num_classes for class indices, or include_background=True."
                 )
             label = label[:, 1:]
-        check_values(label, 2, "zeros and ones, or class indices together with num_classes")
+        check_values(label, 2, expected)
         return label
     if num_classes < 2:
         raise ValueError(f"expected num_classes of 2 or more (background included), got {num_classes}.")
@@ -176,15 +182,15 @@ def class_masks(label: torch.Tensor, residual_channels: int) -> torch.Tensor:
     slice_dim(label.ndim, -1)
     channels = label.shape[1]
     if channels == residual_channels:
-        return foreground_masks(label)
+        return foreground_masks(label, expected="zeros and ones")
     if channels == residual_channels + 1:
-        return foreground_masks(label, include_background=False)
+        return foreground_masks(label, include_background=False, expected="zeros and ones")
     if channels == 1:
         return foreground_masks(label, num_classes=residual_channels + 1)
     raise ValueError(
         f"expected a label of 1 channel (class indices), {residual_channels} (masks) or {residual_channels + 1} "
-        f"(one-hot) for {residual_channels} foreground classes, got shape {tuple(label.shape)}; a label without a "
-        "channel needs one: label[:, None]."
+        f"(one-hot) for {residual_channels} foreground classes, got shape {tuple(label.shape)}; give a label of these "
+        "classes. A label without a channel needs one: label[:, None]."
     )
 
 

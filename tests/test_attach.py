@@ -422,6 +422,18 @@ class Wrapped(nn.Module):
         return self.network(x)
 
 
+def test_unwrap_ends_only_its_own_wrapper():
+    backbone = nets.SegResNet(init_filters=8, out_channels=2).eval()
+    first = attach_conres(backbone, 1, context="mapping")
+    assert first.unwrap() is first.unwrap() is backbone
+    second = attach_conres(backbone, 1)
+    first.unwrap()
+    image = torch.randn(1, 1, *SIZE)
+    assert second(image).shape == (1, 2, *SIZE)
+    with pytest.raises(RuntimeError, match=r"got one after unwrap\(\)"):
+        first(image)
+
+
 @pytest.mark.parametrize(
     "again", [lambda network: network, lambda network: network.backbone, Wrapped, lambda n: copy.deepcopy(n.backbone)]
 )

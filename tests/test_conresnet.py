@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from monai_conres import ConResLoss, ConResNet, ConResOutput, ContextResidualModule
+from monai_conres import ConResNet, ConResOutput, ContextResidualModule
 from monai_conres.layers import WeightStandardizedConv3d
 
 
@@ -135,6 +135,20 @@ def test_mapping_runs_no_residual_decoder_in_eval():
         module.register_forward_hook(lambda *_: pytest.fail("the residual decoder ran"))
     network(torch.randn(1, 2, 8, 8, 4))
     assert parameters(network) > parameters(small_network(context="none"))
+
+
+def test_network_has_the_parameters_of_version_0_1():
+    """The keys as version 0.1 saved them, so that its weights load."""
+    unit = ["norm.weight", "norm.bias", "conv.weight"]
+    keys = {"encoder.0.0.weight", *(f"encoder.1.0.{part}" for part in unit), "head.weight", "head.bias"}
+    for block in ("encoder.0.1", "encoder.1.1", "bottleneck.0"):
+        keys |= {f"{block}.unit{number}.{part}" for number in (1, 2) for part in unit}
+    keys |= {f"{name}.{part}" for name in ("bottleneck.1", "decoder.0") for part in unit}
+    stage = "residual_decoder.stages.0"
+    keys |= {f"{stage}.entry.weight", f"{stage}.inner.weight", f"{stage}.inner_norm.weight", f"{stage}.inner_norm.bias"}
+    keys |= {f"{stage}.outer.{part}" for part in unit}
+    keys |= {"residual_decoder.heads.0.weight", "residual_decoder.heads.0.bias"}
+    assert set(ConResNet(2, 3, channels=(8, 16), strides=(2,), blocks=(1, 1, 1)).state_dict()) == keys
 
 
 def test_network_keeps_its_arguments():

@@ -120,6 +120,19 @@ def test_gradients_of_each_case(image):
             torch.testing.assert_close(got[name][number], parameter.grad, msg=name)
 
 
+def test_ensemble_under_vmap_gives_the_logits_of_each_network(image):
+    networks = [small_network(dropout=None) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in networks[1].parameters():
+            parameter.mul_(1.1)
+        parameters, buffers = torch.func.stack_module_state(networks)
+        got = torch.func.vmap(lambda p, b: torch.func.functional_call(networks[0], (p, b), (image,)).segmentation)(
+            parameters, buffers
+        )
+        expected = torch.stack([network(image).segmentation for network in networks])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_tensors_without_values():
     """As tools have them that find out how much memory a network takes."""
     with FakeTensorMode():

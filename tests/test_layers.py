@@ -252,6 +252,18 @@ def test_normalize_groups_under_torch_func():
         gradient.sum().backward()
 
 
+def test_convolution_on_a_cpu_returns_channels_last():
+    x = torch.randn(2, 8, 5, 6, 7)
+    assert WeightStandardizedConv3d(8, 16)(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_normalize_groups_of_an_empty_batch():
+    x = torch.empty(0, 8, 2, 2, 2, requires_grad=True)
+    y = normalize(x, torch.ones(8), torch.zeros(8), 4)
+    y.sum().backward()
+    assert x.grad.shape == y.shape == x.shape
+
+
 def test_group_norm_has_the_parameters_of_torch():
     ours, theirs = GroupNorm(2, 8), torch.nn.GroupNorm(2, 8)
     ours.load_state_dict(theirs.state_dict())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.losses import BoundaryLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss, FocalLoss
+from monai.losses import BoundaryLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss
 from torch.profiler import profile
 
 from monai_conres import CompoundBoundaryLoss, ConResLoss, ConResNet, ConResOutput, ContextResidualLoss
@@ -85,9 +85,7 @@ def test_residual_loss_without_any_residual(label, background_weight):
 
 def test_residual_loss_does_not_overflow_in_half_precision():
     logits = torch.full((1, 1, 4, 4, 4), 60000.0, dtype=torch.float16, requires_grad=True)
-    label = torch.zeros(1, 1, 4, 4, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = ContextResidualLoss()(logits, label)
+    loss = ContextResidualLoss()(logits, torch.zeros(1, 1, 4, 4, 4))
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(logits[0, 0, 0, 0, 0].item())
@@ -276,8 +274,17 @@ def test_sigmoid_loss_refuses_a_network_for_a_softmax():
         ConResLoss(sigmoid=True)(ConResOutput(logits, (logits[:, 1:],)), logits)
 
 
+def test_sigmoid_loss_of_one_class(random):
+    mask, (logits, _) = smooth_mask(random, 1), heads(random, 1)
+    output = ConResOutput(torch.from_numpy(logits), (torch.from_numpy(logits),))
+    expected = reference.binary_segmentation_loss(logits, mask) + reference.residual_loss([logits], mask, 4, 0.5, 1.0)
+    assert ConResLoss(sigmoid=True)(output, torch.from_numpy(mask)).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_joint_loss_refuses_class_indices_for_sigmoids():
     logits, label = torch.zeros(1, 3, *SIZE), torch.ones(1, 1, *SIZE)
+    with pytest.raises(ValueError, match="3 channels of zeros and ones with sigmoid=True, got one channel"):
+        ConResLoss(sigmoid=True)(logits, label)  # a plain tensor, as in validation
     own = DiceCELoss(softmax=True, to_onehot_y=True)
     with pytest.raises(ValueError, match="class indices, build the network with include_background=False"):
         ConResLoss(own)(ConResOutput(logits, (logits,)), label)
@@ -294,7 +301,7 @@ def test_default_loss_refuses_labels_that_do_not_fit():
     segmentation, label = torch.zeros(1, 3, *SIZE), torch.zeros(1, 1, *SIZE)
     with pytest.raises(ValueError, match=r"same batch and size as the logits .*got shape \(1, 1, 5, 6, 4\)"):
         loss(segmentation, label[..., :4])
-    with pytest.raises(ValueError, match=r"label\[:, None\]"):
+    with pytest.raises(ValueError, match=r"add the channel: label\[:, None\]"):
         loss(segmentation, label[:, 0])
     for output in (segmentation, ConResOutput(segmentation, (segmentation[:, 1:],))):
         with pytest.raises(ValueError, match="class indices from 0 to 2, got values from 7"):
@@ -303,8 +310,9 @@ def test_default_loss_refuses_labels_that_do_not_fit():
             loss(output, segmentation + 0.5)
     with pytest.raises(ValueError, match="masks that do not overlap, since softmax=True"):
         loss(segmentation, torch.ones(1, 2, *SIZE))
-    with pytest.raises(ValueError, match=r"one channel goes with sigmoid=True"):
-        loss(segmentation[:, :1], label)
+    for output in (segmentation[:, :1], ConResOutput(segmentation[:, :1], (segmentation[:, :1],))):
+        with pytest.raises(ValueError, match=r"one channel goes with sigmoid=True"):
+            loss(output, label)
     for deep in ([segmentation, segmentation], torch.stack([segmentation, segmentation], 1)):
         with pytest.raises(TypeError, match=r"got a list of 2 tensors; for a network with deep supervision"):
             loss(ConResOutput(deep, ()), label)

@@ -18,7 +18,8 @@ import sys, torch, monai_conres
 from monai.networks.nets import BasicUNet
 network = monai_conres.attach_conres(BasicUNet(features=(8, 8, 16, 32, 64, 8), out_channels=2), 1)
 segmentation, residuals = network(torch.zeros(1, 1, 32, 32, 32))
-monai_conres.ConResLoss(sigmoid=True)((network(torch.zeros(1, 1, 32, 32, 32))), torch.zeros(1, 2, 32, 32, 32)).backward()
+image, label = torch.zeros(1, 1, 32, 32, 32), torch.zeros(1, 2, 32, 32, 32)
+monai_conres.ConResLoss(sigmoid=True)(network(image), label).backward()
 assert segmentation.shape == (1, 2, 32, 32, 32) and residuals[0].shape == (1, 2, 32, 32, 32)
 assert "nibabel" not in sys.modules and "matplotlib" not in sys.modules and "ignite" not in sys.modules
 print(monai_conres.__file__)
@@ -41,7 +42,8 @@ def test_wheel_works_without_clone_and_extras(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "monai_conres/py.typed" in names
     assert not [name for name in names if not name.startswith("monai_conres")]
-    assert any(name.endswith("/setup.cfg") for name in tarfile.open(source).getnames())
+    with tarfile.open(source) as archive:
+        assert any(name.endswith("/setup.cfg") for name in archive.getnames())
 
     run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
     python = tmp_path / "env" / "bin" / "python"
