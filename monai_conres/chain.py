@@ -185,13 +185,16 @@ def _marginal_states(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return states
 
 
-def _entropies(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Entropy of each marginal in nats, ``(slices, 1, positions)``; zero where nothing but background can be."""
+def _error_probabilities(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Probability that the state with the largest marginal is wrong, ``(slices, 1, positions)``.
+
+    It is zero where only background can be.
+    """
     uncertain = ~_is_background(unary, steps, tolerance=1e-6)
     log_p = _log_marginals(unary[..., uncertain], steps[..., uncertain])
-    entropies = unary.new_zeros(len(unary), 1, unary.shape[2])
-    entropies[..., uncertain] = -(log_p.exp() * log_p).sum(1, keepdim=True)
-    return entropies
+    errors = unary.new_zeros(len(unary), 1, unary.shape[2])
+    errors[..., uncertain] = -log_p.amax(1, keepdim=True).expm1()
+    return errors
 
 
 # From volumes to blocks of chains and back.
@@ -509,9 +512,13 @@ def next_slice(
     Arguments and errors are those of :func:`complete_mask`.
 
     Returns:
-        For each case, the entropy of the marginals of each slice that is not drawn, in nats, summed over its voxels, in
-        descending order. ``next(iter(ranking))`` is the slice to draw next, ``list(ranking)[:3]`` the next three.
-        Empty when all slices are drawn.
+        For each case, the slices that are not drawn, and how many voxels of each one :func:`complete_mask` gets wrong,
+        as the marginals expect: the sum of ``1 - max p``, in descending order. ``next(iter(ranking))`` is the slice to
+        draw next. Empty when all slices are drawn.
+
+    Note:
+        The sum of the entropies would rank badly. Thousands of voxels that are almost certainly background add up to
+        more entropy than the voxels at the border of a shape.
 
     Example:
         >>> segmentation, residual = torch.tensor([[[9.0, 2.0, 0.0, -1.0, -9.0]]]), torch.zeros(1, 1, 5)
@@ -522,10 +529,10 @@ def next_slice(
     unary, rho, clamped, is_drawn = _prepare(
         segmentation, residual, drawn, slices, image, settings, spatial_axis, sigmoid, softmax, ignore_index
     )
-    entropies = _along_slices(_entropies, unary, rho, clamped, spatial_axis)
-    entropies = entropies.movedim(slice_dim(entropies.ndim, spatial_axis), 1).flatten(2).sum(2)
+    errors = _along_slices(_error_probabilities, unary, rho, clamped, spatial_axis)
+    errors = errors.movedim(slice_dim(errors.ndim, spatial_axis), 1).flatten(2).sum(2)
     rankings = []
-    for entropy, known in zip(entropies.tolist(), is_drawn.tolist(), strict=True):
+    for expected, known in zip(errors.tolist(), is_drawn.tolist(), strict=True):
         candidates = [index for index, is_known in enumerate(known) if not is_known]
-        rankings.append({index: entropy[index] for index in sorted(candidates, key=lambda i: -entropy[i])})
+        rankings.append({index: expected[index] for index in sorted(candidates, key=lambda i: -expected[i])})
     return rankings
