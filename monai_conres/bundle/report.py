@@ -128,15 +128,13 @@ class CaseReport:
     def _draw(self, case: Mapping[str, Any], prediction: MetaTensor, label: MetaTensor | None) -> None:
         from monai_conres.visualize import plot_slices, save_figure  # imports matplotlib
 
-        image = load_volume(ensure_tuple(case["image"])[0])[:1]
-        volumes = {"image": image, "label": label, "prediction": prediction.cpu()}
-        drawn = {  # all in the prediction's geometry: the header of a label may differ from the scan's
-            title: Orientation("RAS", labels=None)(MetaTensor(volume.as_tensor(), affine=prediction.affine.cpu()))
-            for title, volume in volumes.items()
-            if volume is not None
-        }
-        image = drawn.pop("image")
-        masks = {title: structure_masks(volume.as_tensor(), self.structures) for title, volume in drawn.items()}
+        def turn(volume: MetaTensor) -> MetaTensor:
+            """In the prediction's geometry: the header of a label may differ from the scan's."""
+            return Orientation("RAS", labels=None)(MetaTensor(volume.as_tensor().cpu(), affine=prediction.affine.cpu()))
+
+        image = turn(load_volume(ensure_tuple(case["image"])[0])[:1])
+        drawn = {"prediction": prediction} if label is None else {"label": label, "prediction": prediction}
+        masks = {title: structure_masks(turn(volume).as_tensor(), self.structures) for title, volume in drawn.items()}
         figure = plot_slices(image, masks, class_names=list(self.structures), spacing=image.pixdim.tolist())
         save_figure(figure, self.output_dir / f"{case['name']}.png")
 
@@ -152,17 +150,17 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         (0.75, 0.5, 2)
     """
     draws = np.random.default_rng(0).integers(len(rows), size=(2000, len(rows)))
-    summary = {}
-    for key in [key for key in rows[0] if key != "case"]:
-        values = np.array([float(row[key]) for row in rows])
-        summary[key] = {
+    columns = {key: np.array([float(row[key]) for row in rows]) for key in rows[0] if key != "case"}
+    return {
+        key: {
             "mean": values.mean().item(),
             "interval": np.percentile(values[draws].mean(1), [2.5, 97.5]).tolist(),
             "min": values.min().item(),
             "max": values.max().item(),
             "cases": len(rows),
         }
-    return summary
+        for key, values in columns.items()
+    }
 
 
 def join_reports(tables: Sequence[str | os.PathLike], folder: str | os.PathLike) -> str:

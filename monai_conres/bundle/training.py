@@ -36,11 +36,7 @@ idist, _ = optional_import("ignite.distributed")
 class SeededDataset(CacheDataset):
     """MONAI's ``CacheDataset``, whose random transforms depend only on the seed, the epoch and the case.
 
-    Args:
-        data: the cases.
-        transform: a list of transforms, or a ``Compose``.
-        seed: seed of the random transforms.
-        cache_rate: share of the cases that stay in memory after the transforms before the first random one.
+    ``cache_rate`` is the share of the cases that stay in memory after the transforms before the first random one.
 
     Example:
         >>> from monai.transforms import RandFlip
