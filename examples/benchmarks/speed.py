@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -106,9 +107,25 @@ class ReleasedStructure(nn.Module):
         return ConResOutput(network.head(x), tuple(residuals[::-1]))
 
 
+class Without(nn.Module):
+    """ConResNet with another function in the place of one of ``layers.py``, to see what that one brings."""
+
+    def __init__(self, name: str, function: Callable) -> None:
+        super().__init__()
+        self.network = ConResNet(CHANNELS, CLASSES)
+        self.name, self.function = name, function
+
+    def forward(self, image: torch.Tensor) -> ConResOutput | torch.Tensor:
+        with mock.patch(f"monai_conres.layers.{self.name}", self.function):
+            return self.network(image)
+
+
 NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     "released structure": lambda size: ReleasedStructure(),
     "ConResNet": lambda size: ConResNet(CHANNELS, CLASSES),
+    "ConResNet, torch's layout": lambda size: Without("fast_layout", lambda weight: weight),
+    "ConResNet, torch's convolution": lambda size: Without("torch_convolves_slowly", lambda x: False),
+    "ConResNet, torch's group norm": lambda size: Without("GroupNorm.forward", nn.GroupNorm.forward),
     "ConResNet, use_checkpoint": lambda size: ConResNet(CHANNELS, CLASSES, use_checkpoint=True),
     "released structure, baseline": lambda size: ReleasedStructure(context="none"),
     "ConResNet, baseline": lambda size: ConResNet(CHANNELS, CLASSES, context="none"),
@@ -358,7 +375,7 @@ def main() -> None:
         "--networks",
         nargs="+",
         choices=[name + dtype + way for name in NETWORKS for dtype in ("", *AUTOCAST) for way in ("", COMPILED)],
-        default=list(NETWORKS),
+        default=[name for name in NETWORKS if "torch's" not in name],
         metavar="NAME",
         help=f"{', '.join(NETWORKS)}; with the endings ', bf16' or ', fp16' and ', compiled'",
     )
