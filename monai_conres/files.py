@@ -160,6 +160,11 @@ def read_network(folder: str | os.PathLike) -> dict[str, Any]:
         ValueError: when the file is missing, cannot be read, is of a newer version or has other keys or values.
     """
     file = Path(folder, "network.json")
+    if not file.is_file():
+        raise ValueError(
+            f"expected a folder of a trained network, found no {file}; give the folder that a training wrote to, or "
+            "write the file with save_network."
+        )
     try:
         content = plain_values(json.loads(file.read_text()), "the file")
         if content["format"] != FORMAT:
