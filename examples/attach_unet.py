@@ -44,7 +44,7 @@ def main(options: argparse.Namespace) -> None:
     classes = len(data.classes)
 
     scans = ScanSettings(
-        channels=tuple(map(str, range(data.channels))),
+        channels=data.modalities,
         patch_size=PATCH,
         classes=data.structures,
         activation="softmax",

@@ -140,7 +140,7 @@ def main(options: argparse.Namespace) -> None:
     )
     print(f"{len(training)} training and {len(validation)} validation cases, patch {patch}, strides {strides}")
     scans = ScanSettings(
-        channels=tuple(map(str, range(data.channels))),
+        channels=data.modalities,
         patch_size=patch,
         classes=data.structures,
         activation="softmax",
