@@ -1,0 +1,161 @@
+"""Complete the label map of a scan from a few drawn slices, with your own network.
+
+python -m monai_conres complete --network run --image scan.nii.gz --drawn slices.nii.gz --out volume.nii.gz
+python -m monai_conres complete --network run --image T1.nii.gz T2.nii.gz --drawn slices.nii.gz --out volume.nii.gz \\
+    --slices 12 40 --preview preview.png
+
+The drawn file has the voxels of the scan and the label values of the training. Slices that are not drawn are empty.
+Slices count from 0. The command prints along which axis of the file they count, and which slices to draw next.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from monai_conres.commands import find_callable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from monai_conres.completion import CompletedScan
+    from monai_conres.scans import Structures
+
+ORDINALS = ("first", "second", "third")
+ROWS = 6  # of the preview
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", required=True, metavar="FOLDER", help="run folder with network.json and model.pt")
+    parser.add_argument("--image", required=True, nargs="+", type=Path, help="the scan, or one file for each channel")
+    parser.add_argument("--drawn", required=True, type=Path, help="label map with the drawn slices")
+    parser.add_argument("--out", required=True, type=Path, help="file for the completed label map, .nii or .nii.gz")
+    parser.add_argument("--slices", type=int, nargs="+", help="the drawn slices (default: those with any label)")
+    parser.add_argument("--next", type=int, default=3, metavar="N", help="how many slices to propose (default: 3)")
+    parser.add_argument(
+        "--backbone", metavar="PLACE", help="file.py:function that builds the backbone, if it is asked for"
+    )
+    parser.add_argument("--preview", type=Path, help="file for a picture of the result, .png")
+    parser.add_argument("--device", help="where the network computes (default: cuda if there is one)")
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    from monai_conres.completion import complete_scan
+    from monai_conres.files import check_writable, load_network, write_label_map
+
+    check_outputs(options)
+    trained = load_network(options.network, backbone=find_callable(options.backbone) if options.backbone else None)
+    trained.network.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for file in filter(None, (options.out, options.preview)):
+        check_writable(file.absolute().parent)
+    completed = complete_scan(
+        trained, options.image, options.drawn, slices=options.slices, propose=options.next, progress=True
+    )
+    size = completed.label.shape[1 + completed.spatial_axis]
+    print(
+        f"Slices count from 0 to {size - 1} along the {ORDINALS[completed.spatial_axis]} axis of the file, from "
+        f"{completed.direction}."
+    )
+    print(f"Drawn slices: {' '.join(map(str, completed.slices))}")
+    if not completed.uses_residual:
+        print("The network has no residual decoder. Only the contrast of the image tells where the labels change.")
+    write_label_map(options.out, completed.label, completed.label)
+    print(f"Completed volume: {options.out}")
+    if options.preview:
+        from monai_conres.visualize import save_figure
+
+        save_figure(preview(completed, trained.scans.classes), options.preview)
+        print(f"Preview: {options.preview}")
+    if completed.proposed:
+        print(f"Slices to draw next, the most uncertain first: {' '.join(map(str, completed.proposed))}")
+    elif options.next > 0:
+        print("All slices are drawn.")
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise for names of output files that would cost the user a result or an input."""
+    if not options.out.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"expected a name that ends with .nii or .nii.gz for --out, got {options.out}.")
+    if options.preview and options.preview.suffix != ".png":
+        raise ValueError(f"expected a name that ends with .png for --preview, got {options.preview}.")
+    for file in (options.drawn, *options.image):
+        if options.out.resolve() == file.resolve():
+            raise ValueError(f"expected another file for --out, got {file}, which is read; give a new name.")
+    if options.preview:
+        try:
+            import monai_conres.visualize  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"expected what draws pictures for --preview: {error}") from error
+
+
+def preview(completed: CompletedScan, classes: Structures) -> Figure:
+    """Slices of the image, of what was drawn, of the network without it, and of the completed volume.
+
+    The slices are turned to RAS and keep their numbers in the file. A frame marks the drawn ones.
+    """
+    import nibabel as nib
+    import numpy as np
+
+    from monai_conres.scans import label_values
+    from monai_conres.visualize import plot_slices
+
+    affine = completed.label.affine.numpy()
+    turn = nib.io_orientation(affine)
+    values = label_values(classes)
+
+    def upright(volume: Sequence) -> np.ndarray:
+        return nib.apply_orientation(np.moveaxis(np.asarray(volume), 0, -1), turn)[..., 0]
+
+    def indices(label: Sequence) -> np.ndarray:
+        return np.searchsorted([0, *sorted(values)], upright(label))
+
+    axis, direction = (int(number) for number in turn[completed.spatial_axis])
+    size = completed.label.shape[1 + completed.spatial_axis]
+    shown = shown_slices(completed)
+    flipped = [size - 1 - number if direction < 0 else number for number in shown]
+    sizes = completed.label.pixdim.tolist()
+    spacing = [sizes[number] for number in turn[:, 0].argsort()]
+    figure = plot_slices(
+        upright(completed.image),
+        {
+            "drawn": indices(completed.drawn),
+            "network alone": indices(completed.predicted),
+            "completed": indices(completed.label),
+        },
+        slices=flipped,
+        class_names=[value_name(value, classes) for value in sorted(values)],
+        spatial_axis=axis,
+        spacing=spacing,
+    )
+    for row, number in enumerate(shown):
+        panels = figure.axes[4 * row : 4 * row + 4]
+        panels[0].set_ylabel(f"slice {number}" + (", drawn" if number in completed.slices else ""), fontsize=9)
+        if number in completed.slices:
+            for panel in panels:
+                panel.spines[:].set(color="#D55E00", linewidth=3)
+    return figure
+
+
+def shown_slices(completed: CompletedScan) -> list[int]:
+    """Up to 6 slices: half of them drawn, the one to draw next, and others evenly spread over the labels."""
+    drawn = completed.slices
+    count = min(len(drawn), ROWS // 2)
+    shown = {drawn[(2 * i + 1) * len(drawn) // (2 * count)] for i in range(count)} | set(completed.proposed[:1])
+    filled = completed.label.as_tensor().movedim(1 + completed.spatial_axis, 0).flatten(1).any(1).nonzero()[:, 0]
+    others = [number for number in filled.tolist() if number not in shown]
+    count = min(len(others), ROWS - len(shown))
+    return sorted(shown | {others[(2 * i + 1) * len(others) // (2 * count)] for i in range(count)})
+
+
+def value_name(value: int, classes: Structures) -> str:
+    """The name of the class with only this value, or the value.
+
+    Example:
+        >>> value_name(4, {"ET": (4,), "WT": (1, 2, 4)}), value_name(2, {"ET": (4,), "WT": (1, 2, 4)})
+        ('ET', 'label 2')
+    """
+    return next((name for name, values in classes.items() if tuple(values) == (value,)), f"label {value}")

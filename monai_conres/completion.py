@@ -1,0 +1,370 @@
+"""Whole volumes: segmentation and residual by sliding windows, and scans that are completed from a few drawn slices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from monai.data import MetaTensor
+from monai.utils import convert_to_tensor, optional_import
+
+from monai_conres.chain import ChainSettings, complete_mask, next_slice
+from monai_conres.decoder import ConResDecoder
+from monai_conres.files import TrainedNetwork, load_volume, read_header
+from monai_conres.residual import slice_dim
+from monai_conres.scans import ScanSettings, label_values, paint_structures, structure_masks
+
+nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
+
+__all__ = ["CompletedScan", "complete_scan", "predict_with_residual"]
+
+Files = str | os.PathLike | Sequence[str | os.PathLike]
+
+ENDS = {"R": "left to right", "A": "posterior to anterior", "S": "inferior to superior"}
+ENDS |= {"L": "right to left", "P": "anterior to posterior", "I": "superior to inferior"}
+# voxels by which two grids may differ
+TOLERANCE = 0.1
+
+
+@torch.no_grad()
+def predict_with_residual(
+    image: torch.Tensor,
+    network: Any,
+    inferer: Callable[..., Any],
+    *,
+    flip_axes: Sequence[Sequence[int]] = (),
+    spatial_axis: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``(segmentation, residual)`` of whole volumes by sliding windows, without a wrong residual at the borders.
+
+    A residual tells the change to the slice before. The first slice of a window has none before it, so its residual
+    gets no weight where windows overlap. ``inferer(image, network.with_residual)`` would blend it in.
+
+    Args:
+        image: ``(b, c, *spatial)``.
+        network: a network with the method ``with_residual``, in ``eval()`` mode.
+        inferer: any inferer of MONAI, such as ``SlidingWindowInferer``. Its windows overlap by one slice or more along
+            the slice axis.
+        flip_axes: sets of spatial axes to flip each window along, such as ``[[0], [0, 1]]``. The result is the mean of
+            the logits, the window without a flip included. The shift of the residual in a flip is undone.
+        spatial_axis: index of the slice axis among the spatial axes; ``None`` takes that of the residual decoder.
+
+    Returns:
+        ``(b, c, *spatial)`` and ``(b, r, *spatial)``. The first slice of the volume has the smallest residual logit of
+        the volume, because nothing is before it.
+
+    Raises:
+        ValueError: when windows do not overlap along the slice axis, or the network has no residual decoder.
+
+    Example:
+        >>> from monai.inferers import SlidingWindowInferer
+        >>> from monai_conres import ConResNet
+        >>> network = ConResNet(1, 3, include_background=False, channels=(8, 16), strides=(2,), blocks=(1, 1, 1)).eval()
+        >>> inferer = SlidingWindowInferer(roi_size=(8, 8, 8), overlap=0.25)
+        >>> segmentation, residual = predict_with_residual(torch.randn(1, 1, 8, 10, 13), network, inferer)
+        >>> segmentation.shape, residual.shape
+        (torch.Size([1, 3, 8, 10, 13]), torch.Size([1, 2, 8, 10, 13]))
+    """
+    if spatial_axis is None:
+        spatial_axis = _slice_axis(network)
+    dim = slice_dim(image.ndim, spatial_axis)
+
+    def predictor(window: torch.Tensor) -> torch.Tensor:
+        """Segmentation, weighted residual and its weight, as one tensor, which any inferer can stitch."""
+        segmentation, residual = _mean_over_flips(network.with_residual, window, flip_axes, dim)
+        weight = torch.ones_like(residual[:, :1])
+        weight.select(dim, 0).zero_()
+        return torch.cat([segmentation, residual * weight, weight], 1)
+
+    stitched = convert_to_tensor(inferer(image, predictor), track_meta=False)
+    # r residuals and their weight come with r segmentations of sigmoids, or r + 1 of a softmax
+    foreground = (stitched.shape[1] - 1) // 2
+    segmentation, residual, weight = stitched.split([stitched.shape[1] - foreground - 1, foreground, 1], dim=1)
+    later = slice(1, None)
+    if not (weight.movedim(dim, 0)[later] > 0).all():
+        raise ValueError(
+            "expected windows that overlap by at least one slice along the slice axis (spatial_axis="
+            f"{spatial_axis}), got slices that are the first one in each of their windows; raise the inferer's overlap "
+            "or its roi_size along this axis."
+        )
+    residual = residual / weight
+    residual.movedim(dim, 0)[0] = residual.movedim(dim, 0)[later].amin() if residual.shape[dim] > 1 else 0
+    return segmentation, residual
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedScan:
+    """What :func:`complete_scan` returns. All volumes are on the voxels of the scan file.
+
+    Attributes:
+        label: the completed label map ``(1, *spatial)`` in uint8, with the values of the drawn file.
+        predicted: the label map ``(1, *spatial)`` of the network without the drawn slices.
+        drawn: the drawn slices ``(1, *spatial)`` in uint8, zero elsewhere.
+        image: the image as the network sees it, ``(c, *spatial)``.
+        slices: the drawn slices, from 0.
+        proposed: the slices to draw next, the most uncertain first. Each one is chosen as if those before it were drawn
+            as they are completed now.
+        spatial_axis: the axis of the file along which slices count.
+        direction: the anatomical direction of that axis, such as ``"inferior to superior"``.
+        uses_residual: False for a network without residual decoder, where only the image's contrast tells changes.
+    """
+
+    label: MetaTensor
+    predicted: MetaTensor
+    drawn: MetaTensor
+    image: MetaTensor
+    slices: list[int]
+    proposed: list[int]
+    spatial_axis: int
+    direction: str
+    uses_residual: bool
+
+
+@torch.no_grad()
+def complete_scan(
+    trained: TrainedNetwork,
+    image: Files,
+    drawn: str | os.PathLike,
+    *,
+    slices: Sequence[int] | None = None,
+    settings: ChainSettings | None = None,
+    propose: int = 3,
+    progress: bool = False,
+) -> CompletedScan:
+    """Complete the label map of a scan file from a few slices of it that are drawn.
+
+    The network sees the scan as in its training. Segmentation and residual go back to the voxels of the scan file,
+    where the chain runs. The network computes on its own device.
+
+    Args:
+        trained: what :func:`~monai_conres.files.load_network` returns.
+        image: the NIfTI file of the scan, or one file for each channel in the order of ``trained.scans.channels``.
+        drawn: a NIfTI label map on the voxels of the scan, with the label values of ``trained.scans.classes``.
+        slices: the drawn slices, from 0, along the axis of the file that is the network's slice axis. ``None``: the
+            slices with any label. A slice that is drawn empty has to be named here.
+        settings: weights of the chain; ``None`` takes those that were saved with the network, or the defaults.
+        propose: how many slices to propose for drawing next.
+        progress: True shows a progress bar of the windows.
+
+    Returns:
+        The completed label map and what belongs to it. Drawn slices have the values of the drawn file.
+
+    Raises:
+        ValueError: when a file cannot be read, the files do not lie on the same voxels, no slice is drawn, a slice is
+            outside the scan, a drawn value is none of the network's, or the network resamples along the slice axis.
+    """
+    scans, axis = trained.scans, _slice_axis(trained.network)
+    files = [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
+    scan = _load_scan(scans, files)
+    affine = np.asarray(scan.meta["original_affine"])
+    file_axis, flipped = _file_axis(scans, scan, axis)
+    _check_grid(read_header(drawn), drawn, files[0], scan.meta["spatial_shape"], affine)
+    known, values = _drawn_slices(drawn, slices, file_axis, scans)
+    segmentation, residual, seen = _predict_scan(trained, scan, axis, progress)
+    if flipped and residual is not None:  # of two slices with a change between them, the other one comes second now
+        residual = residual.roll(1, file_axis + 1)
+
+    softmax = scans.activation == "softmax"
+    chain: dict[str, Any] = {
+        "segmentation": segmentation[None],
+        "residual": None if residual is None else residual[None],
+        "drawn": _to_classes(values, scans)[None],
+        "slices": known,
+        "image": seen[None],
+        "settings": settings or getattr(trained, "chain", None),
+        "spatial_axis": file_axis,
+        "softmax": softmax,
+        "sigmoid": not softmax,
+    }
+    finished = complete_mask(**chain)
+    is_drawn = torch.zeros(finished.shape[2 + file_axis], dtype=torch.bool)
+    is_drawn[known] = True
+    shape = [-1 if axis == file_axis else 1 for axis in range(-1, 3)]
+    proposed: list[int] = []
+    for _ in range(min(propose, int((~is_drawn).sum()))):
+        (ranking,) = next_slice(**{**chain, "drawn": finished, "slices": [*known, *proposed]})
+        proposed.append(next(iter(ranking)))
+
+    def on_scan(volume: torch.Tensor) -> MetaTensor:
+        codes = {key: scan.meta[key] for key in ("sform_code", "qform_code") if key in scan.meta}
+        return MetaTensor(volume, affine=torch.as_tensor(affine), meta=codes)
+
+    return CompletedScan(
+        # two values of one structure are one class, so what was drawn is copied
+        label=on_scan(torch.where(is_drawn.view(shape), values, _to_values(finished[0], scans))),
+        predicted=on_scan(scans.to_labels(segmentation)),
+        drawn=on_scan(values),
+        image=on_scan(seen),
+        slices=known,
+        proposed=proposed,
+        spatial_axis=file_axis,
+        direction=ENDS[nib.aff2axcodes(affine)[file_axis]],
+        uses_residual=residual is not None,
+    )
+
+
+def _slice_axis(network: nn.Module) -> int:
+    """``spatial_axis`` of a network; of one without residual decoder, what it was built with."""
+    axes = {module.spatial_axis for module in network.modules() if isinstance(module, ConResDecoder)}
+    if len(axes) > 1:
+        raise ValueError(f"expected one slice axis in the network, got spatial_axis {sorted(axes)}; give spatial_axis.")
+    return axes.pop() if axes else getattr(network, "arguments", {}).get("spatial_axis", -1)
+
+
+def _mean_over_flips(
+    predict: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    window: torch.Tensor,
+    flip_axes: Sequence[Sequence[int]],
+    dim: int,
+) -> list[torch.Tensor]:
+    """Mean of the logits ``(segmentation,)`` or ``(segmentation, residual)`` over a window and its mirror images."""
+    outputs = []
+    for axes in ((), *flip_axes):
+        dims = [slice_dim(window.ndim, axis) for axis in axes]
+        segmentation, *residuals = (logits.flip(dims) for logits in predict(window.flip(dims)))
+        if dim in dims:  # a flip along the slice axis shifts the residual by one slice
+            residuals = [residual.roll(1, dim) for residual in residuals]
+        outputs.append([segmentation, *residuals])
+    return [torch.stack(logits).mean(0) for logits in zip(*outputs, strict=True)]
+
+
+def _segment(network: nn.Module, flip_axes: Sequence[Sequence[int]], window: torch.Tensor) -> torch.Tensor:
+    """Mean of the logits of a network without residual decoder over a window and its mirror images."""
+    return _mean_over_flips(lambda image: (network(image),), window, flip_axes, dim=-1)[0]
+
+
+def _predict_scan(
+    trained: TrainedNetwork, scan: MetaTensor, axis: int, progress: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Segmentation, residual and image ``(c, *spatial)`` on the voxels of the scan file.
+
+    A flip of the slice axis leaves the residual one slice too early. There is none without residual decoder.
+    """
+    network, scans = trained.network, trained.scans
+    # windows that do not overlap along the slices leave out changes
+    overlap = [max(scans.overlap, 0.25) if k == axis % 3 else scans.overlap for k in range(3)]
+    device = next(network.parameters()).device
+    inferer = scans.inferer(overlap=overlap, sw_device=device, device="cpu", progress=progress)
+    image = convert_to_tensor(scan, track_meta=False)[None]
+    outputs: Sequence[torch.Tensor]
+    if any(isinstance(module, ConResDecoder) for module in network.modules()):
+        outputs = predict_with_residual(image, network, inferer, flip_axes=scans.flip_axes)
+    else:
+        outputs = [inferer(image, partial(_segment, network, scans.flip_axes))]
+    parts = [*outputs, image]
+    back = scans.to_scan(torch.cat(parts, 1)[0], scan).as_tensor()
+    segmentation, *residuals, seen = back.split([part.shape[1] for part in parts])
+    return segmentation, residuals[0] if residuals else None, seen
+
+
+def _load_scan(scans: ScanSettings, files: Sequence[Path]) -> MetaTensor:
+    """The network's input from the files of a scan, checked."""
+    headers = [read_header(file) for file in files]
+    for file, header in zip(files, headers, strict=True):
+        _check_grid(header, file, files[0], headers[0].get_data_shape()[:3], headers[0].get_best_affine())
+    try:
+        scan = scans.preprocessing()({"image": [str(file) for file in files]})["image"]
+    except (OSError, RuntimeError) as error:
+        reason = error.__cause__ or error  # MONAI's message names the transform only
+        raise ValueError(f"expected a scan, cannot read {', '.join(map(str, files))} ({reason}).") from error
+    if len(scan) != len(scans.channels):
+        raise ValueError(
+            f"expected {len(scans.channels)} channels, {', '.join(scans.channels)}, got {len(scan)}; give one file "
+            "with all of them, or one file for each of them in this order."
+        )
+    if not scan.isfinite().all():
+        raise ValueError(f"expected finite numbers in {', '.join(map(str, files))}, got NaN or infinity.")
+    return scan
+
+
+def _check_grid(header: Any, file: str | os.PathLike, other: Path, shape: Sequence[int], affine: np.ndarray) -> None:
+    """Raise unless the voxels of a file lie where those of the other file do."""
+    own = header.get_data_shape()[:3]
+    if tuple(own) != tuple(shape):
+        raise ValueError(
+            f"expected {file} to have the size {tuple(map(int, shape))} of {other}, got {tuple(map(int, own))}; draw "
+            "on the scan itself, or resample to its voxels first."
+        )
+    corners = np.stack(np.meshgrid(*([0, size - 1] for size in shape), [1], indexing="ij"), -1).reshape(-1, 4)
+    shift = np.abs(corners @ (np.linalg.inv(affine) @ header.get_best_affine() - np.eye(4)).T).max()
+    if shift > TOLERANCE:
+        raise ValueError(
+            f"expected {file} to have the affine of {other}, got one that moves corners by up to {shift:.3g} voxels; "
+            "draw on the scan itself, or resample to its voxels first."
+        )
+
+
+def _file_axis(scans: ScanSettings, scan: MetaTensor, axis: int) -> tuple[int, bool]:
+    """The axis of the file that is the network's slice axis, and whether the file runs along it the other way."""
+    affine = np.asarray(scan.meta["original_affine"])
+    codes, letter = nib.aff2axcodes(affine), scans.orientation[axis]
+    pair = next(pair for pair in ("LR", "PA", "IS") if letter in pair)
+    (file_axis,) = (number for number, code in enumerate(codes) if code in pair)
+    own = nib.affines.voxel_sizes(affine)[file_axis]
+    seen, slices = float(scan.pixdim[axis]), scan.shape[1:][axis]
+    if slices != scan.meta["spatial_shape"][file_axis] or abs(seen - own) * slices > TOLERANCE * own:
+        raise ValueError(
+            f"expected a scan with slices every {seen:.4g} mm ({ENDS[letter]}), because the network resamples scans to "
+            f"this distance, got {own:.4g} mm; resample the scan along this axis first, and draw on the result."
+        )
+    return file_axis, codes[file_axis] != letter
+
+
+def _drawn_slices(
+    file: str | os.PathLike, slices: Sequence[int] | None, axis: int, scans: ScanSettings
+) -> tuple[list[int], torch.Tensor]:
+    """Which slices are drawn, and the label map ``(1, *spatial)`` in uint8 with zeros in all other slices."""
+    label = convert_to_tensor(load_volume(file), track_meta=False)
+    if len(label) != 1:
+        raise ValueError(
+            f"expected one label map in {file}, got {len(label)} channels; write one value for each class."
+        )
+    by_slice = label.movedim(axis + 1, 0)
+    if slices is None:
+        slices = (by_slice != 0).flatten(1).any(1).nonzero()[:, 0].tolist()
+    known = sorted(set(slices))
+    if not known:
+        raise ValueError(
+            f"expected a drawn slice in {file}, got none; draw a slice, or name one that is drawn empty in slices."
+        )
+    if known[0] < 0 or known[-1] >= len(by_slice):
+        raise ValueError(
+            f"expected slices from 0 to {len(by_slice) - 1}, got {known}; they count from 0 along the "
+            f"{('first', 'second', 'third')[axis]} axis of the file."
+        )
+    values = torch.zeros_like(label, dtype=torch.uint8)
+    allowed = [0, *sorted(label_values(scans.classes))]
+    drawn = by_slice[known]
+    wrong = drawn[~torch.isin(drawn, torch.tensor(allowed, dtype=drawn.dtype))]
+    if len(wrong):
+        found = ", ".join(sorted({f"{value:g}" for value in wrong[:10000].tolist()}, key=float)[:5])
+        raise ValueError(
+            f"expected the values {allowed} in the drawn slices of {file}, which the network knows as "
+            f"{dict(scans.classes)}, got {found}; map the others to these, or to 0."
+        )
+    values.movedim(axis + 1, 0)[known] = drawn.to(torch.uint8)
+    return known, values
+
+
+def _to_classes(label: torch.Tensor, scans: ScanSettings) -> torch.Tensor:
+    """What the chain takes, of a label map ``(1, *spatial)``: class indices, or a mask for each structure."""
+    if scans.activation == "sigmoid":
+        return structure_masks(label, scans.classes)
+    table = torch.zeros(256, dtype=torch.uint8)
+    for index, value in enumerate(label_values(scans.classes), start=1):
+        table[value] = index
+    return table[label.long()]
+
+
+def _to_values(classes: torch.Tensor, scans: ScanSettings) -> torch.Tensor:
+    """The label map of what :func:`_to_classes` returns."""
+    if scans.activation == "sigmoid":
+        return paint_structures(classes, scans.classes)
+    return torch.tensor([0, *label_values(scans.classes)], dtype=torch.uint8)[classes.long()]

@@ -1,0 +1,419 @@
+"""Whole volumes and scan files that are completed from a few drawn slices, and the command for it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from monai.data import MetaTensor
+from monai.inferers import PatchInferer, SimpleInferer, SlidingWindowInferer, SlidingWindowSplitter
+from monai.networks.nets import SegResNet
+
+from monai_conres import ConResNet, attach_conres
+from monai_conres.__main__ import main
+from monai_conres.chain import ChainSettings
+from monai_conres.completion import complete_scan, predict_with_residual
+from monai_conres.files import TrainedNetwork, load_network, save_network
+from monai_conres.residual import inter_slice_residual, residual_mask
+from monai_conres.scans import ScanSettings
+
+BRATS = {"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)}
+SMALL = {"channels": (8, 16), "strides": ((2, 2, 1),), "blocks": (1, 1, 1)}
+PLAIN = ChainSettings(tau=1.0, residual_scale=1.0, image_contrast=0.0, offset=0.0)
+
+
+class Contrast(nn.Module):
+    """A network that sees each voxel and the slice before it, so windows and whole volumes give the same."""
+
+    def __init__(self, classes: int = 2, spatial_axis: int = -1) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(-1, 1, classes).view(1, -1, 1, 1, 1))
+        self.arguments = {"spatial_axis": spatial_axis}
+
+    def with_residual(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = inter_slice_residual(image[:, :1], spatial_axis=self.arguments["spatial_axis"])
+        return image[:, :1] * self.scale, 5 * residual - 2 + 0 * self.scale[:, 1:]
+
+
+def slices_before(image: torch.Tensor, axis: int) -> torch.Tensor:
+    """All slices with a slice before them."""
+    return image.narrow(2 + axis % 3, 1, image.shape[2 + axis % 3] - 1)
+
+
+# whole volumes
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+@pytest.mark.parametrize("mode", ["constant", "gaussian"])
+def test_windows_equal_one_window_over_the_volume(axis, mode):
+    network, image = Contrast(3, axis), torch.randn(2, 2, 10, 13, 11)
+    inferer = SlidingWindowInferer((6, 6, 6), sw_batch_size=3, overlap=0.25, mode=mode)
+    with torch.no_grad():
+        whole = network.with_residual(image)
+        blended = inferer(image, network.with_residual)[1]
+        segmentation, residual = predict_with_residual(image, network, inferer)
+    torch.testing.assert_close(segmentation, whole[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slices_before(residual, axis), slices_before(whole[1], axis), rtol=1e-4, atol=1e-4)
+    assert (slices_before(blended, axis) - slices_before(whole[1], axis)).abs().max() > 0.1  # without the weights
+    first = residual.narrow(2 + axis % 3, 0, 1)
+    assert (first == residual.amin()).all()
+
+
+@pytest.mark.parametrize(
+    "inferer",
+    [
+        SimpleInferer(),
+        SlidingWindowInferer((6, 6, 6), overlap=0.5, sw_device="cpu", device="cpu", buffer_steps=1),
+        SlidingWindowInferer((20, 6, 20), overlap=0.5),  # the image is smaller, so it is padded
+        PatchInferer(SlidingWindowSplitter((6, 6, 6), overlap=0.5, pad_mode="constant")),
+    ],
+    ids=lambda inferer: type(inferer).__name__,
+)
+def test_any_inferer_of_monai_stitches_segmentation_and_residual(inferer):
+    network, image = Contrast(2), torch.randn(1, 1, 9, 9, 9)
+    with torch.no_grad():
+        whole = network.with_residual(image)
+    got = predict_with_residual(MetaTensor(image), network, inferer)
+    torch.testing.assert_close(got[0], whole[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1][..., 1:], whole[1][..., 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_windows_have_to_overlap_along_the_slice_axis():
+    image = torch.randn(1, 1, 8, 8, 8)
+    for axis, roi in ((-1, (8, 8, 4)), (0, (4, 8, 8)), (1, (8, 1, 8))):
+        with pytest.raises(ValueError, match="overlap by at least one slice along the slice axis"):
+            predict_with_residual(image, Contrast(2, axis), SlidingWindowInferer(roi, overlap=0.0))
+    predict_with_residual(image, Contrast(2, 0), SlidingWindowInferer((8, 4, 4), overlap=0.0))
+
+
+def test_volume_of_one_slice_has_no_residual():
+    _, residual = predict_with_residual(torch.randn(1, 1, 8, 8, 1), Contrast(2), SimpleInferer())
+    assert not residual.any()
+
+
+def test_flips_of_windows_undo_the_shift_of_the_residual():
+    network, image = Contrast(2), torch.randn(1, 1, 6, 7, 9)
+    inferer = SlidingWindowInferer((4, 4, 5), overlap=0.5)
+    plain = predict_with_residual(image, network, inferer)
+    flipped = predict_with_residual(image, network, inferer, flip_axes=[[2], [0, -1], [1]])
+    for expected, got in zip(plain, flipped, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_slice_axis_is_that_of_the_residual_decoder():
+    network = ConResNet(1, 2, spatial_axis=1, **SMALL).eval()
+    inferer = SlidingWindowInferer((8, 8, 8), overlap=(0, 0.25, 0))
+    _, residual = predict_with_residual(torch.randn(1, 1, 8, 12, 16), network, inferer)
+    assert (residual[:, :, :, 0] == residual.amin()).all()
+    with pytest.raises(ValueError, match=r"slice axis \(spatial_axis=2\)"):
+        predict_with_residual(torch.randn(1, 1, 8, 12, 16), network, inferer, spatial_axis=2)
+    with pytest.raises(ValueError, match="predicts residual masks"):
+        predict_with_residual(torch.randn(1, 1, 8, 8, 8), ConResNet(1, 2, context="none", **SMALL), inferer)
+
+
+# scan files
+
+ROTATION = nib.eulerangles.euler2mat(0.2, -0.15, 0.3)
+
+
+def stored_affine(codes: str, spacing: tuple[float, float, float], *, oblique: bool) -> np.ndarray:
+    """The affine of a file whose axes run towards ``codes``, with voxels of ``spacing`` mm along R, A and S."""
+    turn = nib.orientations.axcodes2ornt(codes)
+    affine = np.zeros((4, 4))
+    for axis, (world, sign) in enumerate(turn):
+        affine[int(world), axis] = sign * spacing[int(world)]
+    if oblique:
+        affine[:3, :3] = ROTATION @ affine[:3, :3]
+    affine[:, 3] = (11, -20, 33, 1)
+    return affine
+
+
+def store(volume: np.ndarray, codes: str) -> np.ndarray:
+    """A volume with axes R, A, S as a file with axes ``codes`` stores it."""
+    return nib.orientations.apply_orientation(
+        volume,
+        nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)),
+    )
+
+
+def phantom(size=(13, 15, 9), values=(1,)) -> tuple[np.ndarray, np.ndarray]:
+    """A noisy image, and its label map with axes R, A, S: boxes whose place changes from slice to slice."""
+    label = np.zeros(size, np.uint8)
+    for number, value in enumerate(values):
+        for s in range(1, size[2] - 1):
+            label[1 + s // 2 : 5 + s // 2, 4 * number : 4 * number + 3 + s // 4, s] = value
+    return np.random.default_rng(0).normal(0, 0.1, size), label
+
+
+def write(path: Path, volume: np.ndarray, affine: np.ndarray) -> Path:
+    nib.save(nib.Nifti1Image(volume, affine), path)
+    return path
+
+
+def settings(**changes) -> ScanSettings:
+    arguments = {"channels": ("T1",), "patch_size": (16, 16, 8), "classes": BRATS, "activation": "softmax"}
+    return ScanSettings(**arguments | changes)
+
+
+def network_for(scans: ScanSettings, axis: int = -1, *, context: str = "attention") -> ConResNet:
+    torch.manual_seed(0)
+    arguments = {"include_background": scans.activation == "sigmoid", "spatial_axis": axis, "context": context}
+    return ConResNet(len(scans.channels), scans.out_channels, **arguments, **SMALL).eval()
+
+
+def write_case(folder: Path, codes: str, *, oblique: bool, values=(1, 2, 4), spacing=(1.0, 1.5, 4.0), axis=-1):
+    """A scan and a drawing of two of its slices. The last results are the whole label and the file's slice axis."""
+    image, label = (store(volume, codes) for volume in phantom(values=values))
+    affine = stored_affine(codes, spacing, oblique=oblique)
+    (file_axis,) = (k for k in range(3) if codes[k] in ("RL", "AP", "SI")[axis])
+    slices = [label.shape[file_axis] // 3, label.shape[file_axis] - 3]
+    drawn = np.zeros_like(label)
+    np.moveaxis(drawn, file_axis, 0)[slices] = np.moveaxis(label, file_axis, 0)[slices]
+    files = [write(folder / f"{name}.nii.gz", x, affine) for name, x in (("scan", image + label), ("drawn", drawn))]
+    return files, slices, label, file_axis
+
+
+FILES = [("RAS", False), ("LPS", False), ("PIR", False), ("LPS", True), ("PIR", True), ("SLA", True)]
+
+
+@pytest.mark.parametrize(("codes", "oblique"), FILES)
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_residuals_of_a_label_complete_files_of_any_orientation(tmp_path, codes, oblique, axis):
+    """The network knows the residual masks of the label and nothing else. One drawn slice gives the volume."""
+    (image, drawn), slices, label, file_axis = write_case(tmp_path, codes, oblique=oblique, values=(1,), axis=axis)
+    _, upright = phantom()
+    residual = 80.0 * residual_mask(torch.from_numpy(upright)[None, None], spatial_axis=axis) - 40
+    scans = settings(classes={"core": [1]}, patch_size=upright.shape)
+    network = network_for(scans, axis)
+    network.with_residual = lambda image: (torch.zeros(1, 2, *upright.shape), residual)
+    for number in (slices, slices[:1], slices[1:]):
+        completed = complete_scan(TrainedNetwork(network, scans, {}), image, drawn, slices=number, settings=PLAIN)
+        assert (completed.slices, completed.spatial_axis) == (number, file_axis)
+        np.testing.assert_array_equal(completed.label[0].numpy(), label)
+        assert not set(completed.proposed) & set(number)
+
+
+@pytest.mark.parametrize(("codes", "oblique"), FILES)
+@pytest.mark.parametrize("spacing", [None, (0.7, 0.8, 4.0)])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_completed_scan_has_the_voxels_and_values_of_the_files(tmp_path, codes, oblique, spacing, activation):
+    """The network reads the label from the image's values, in windows and on resampled voxels."""
+    (image, drawn), slices, label, file_axis = write_case(tmp_path, codes, oblique=oblique)
+    scans = settings(activation=activation, spacing=spacing, patch_size=(9, 8, 4))
+
+    def with_residual(window):
+        scores = {value: -9 * (window - value) ** 2 for value in (0, 4, 1, 2)}  # the nearest value wins
+
+        def best(values):
+            return torch.stack([scores[value] for value in values]).amax(0)
+
+        logits = [best(values) - best(set(scores) - set(values)) for values in BRATS.values()]
+        segmentation = torch.cat(list(scores.values()) if activation == "softmax" else logits, 1)
+        return segmentation, torch.zeros_like(segmentation[:, :3])
+
+    network = network_for(scans)
+    network.with_residual = with_residual
+    completed = complete_scan(TrainedNetwork(network, scans, {}), image, drawn, settings=PLAIN)
+    assert completed.slices == slices
+    found = completed.label[0].numpy()
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found.take(slices, file_axis), label.take(slices, file_axis))
+    if spacing is None:
+        np.testing.assert_array_equal(found, label)
+    assert ((found > 0) == (label > 0)).mean() > 0.97
+    np.testing.assert_array_equal(completed.label.affine, nib.load(image).affine)
+    direction = {"S": "inferior to superior", "I": "superior to inferior"}[codes[file_axis]]
+    assert (completed.spatial_axis, completed.direction) == (file_axis, direction)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.5, 2.0), (1.0, 1.5, 4.05)])
+def test_network_that_resamples_along_the_slice_axis_is_refused(tmp_path, spacing):
+    (image, drawn), *_ = write_case(tmp_path, "LPS", oblique=False)
+    scans = settings(spacing=spacing)
+    with pytest.raises(ValueError, match=r"expected a scan with slices every .* mm .*got 4 mm"):
+        complete_scan(TrainedNetwork(network_for(scans), scans, {}), image, drawn)
+    scans = settings(spacing=(2.0, 1.5, 3.0))
+    (image, drawn), *_ = write_case(tmp_path, "LPS", oblique=False, spacing=(2.0, 1.0, 3.0), axis=0)
+    complete_scan(TrainedNetwork(network_for(scans, 0), scans, {}), image, drawn)
+
+
+def test_values_of_one_structure_stay_in_drawn_slices(tmp_path):
+    """Values 1 and 4 are one class here, so the network cannot tell them apart."""
+    (image, drawn), slices, label, axis = write_case(tmp_path, "LPS", oblique=False)
+    scans = settings(classes={"edema": (2,), "core": (4, 1)}, activation="sigmoid")
+    completed = complete_scan(TrainedNetwork(network_for(scans), scans, {}), image, drawn)
+    np.testing.assert_array_equal(completed.label[0].numpy().take(slices, axis), label.take(slices, axis))
+    assert set(np.delete(completed.label[0].numpy(), slices, axis).flat) <= {0, 2, 4}
+
+
+def test_flips_and_windows_of_the_settings_are_used(tmp_path):
+    (image, drawn), *_ = write_case(tmp_path, "RAS", oblique=False)
+    scans = settings(flip_axes=((0,), (2,)), overlap=0.0, patch_size=(16, 16, 3))
+    network, seen = network_for(scans), []
+    heads = network.with_residual
+    network.with_residual = lambda window: (seen.append(window), heads(window))[1]
+    completed = complete_scan(TrainedNetwork(network, scans, {}), image, drawn)
+    assert len(seen) == 4 * 3  # windows of 3 slices overlap by one; an image and two mirror images
+    torch.testing.assert_close(seen[0].flip(2), seen[1], rtol=0, atol=0)
+    torch.testing.assert_close(seen[0].flip(4), seen[2], rtol=0, atol=0)
+    assert completed.uses_residual
+
+
+# the command
+
+
+def run_folder(folder: Path, scans: ScanSettings, **arguments) -> Path:
+    save_network(folder, network_for(scans, **arguments), scans)
+    return folder
+
+
+def complete(*arguments, **files) -> list[str]:
+    options = [[f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in files.items()]
+    return ["complete", *itertools.chain(*options), *map(str, arguments)]
+
+
+@pytest.mark.parametrize("codes", ["LPS", "PIR"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_command_completes_a_scan_of_several_channels(tmp_path, capsys, codes, activation):
+    scans = settings(channels=("T1", "T2"), activation=activation, spacing=(0.9, 1.4, 4.0))
+    network = run_folder(tmp_path / "run", scans)
+    (image, drawn), slices, label, axis = write_case(tmp_path, codes, oblique=True)
+    files = {"network": network, "image": [image, image], "drawn": drawn, "out": tmp_path / "new" / "volume.nii.gz"}
+    main(complete("--next", 2, "--preview", tmp_path / "preview.png", **files))
+    out = capsys.readouterr().out
+    direction = {"S": "inferior to superior", "I": "superior to inferior"}[codes[axis]]
+    ordinal = ["first", "second", "third"][axis]
+    assert f"Slices count from 0 to 8 along the {ordinal} axis of the file, from {direction}." in out
+    assert f"Drawn slices: {slices[0]} {slices[1]}\n" in out
+    proposed = [int(number) for number in out.splitlines()[-1].rpartition(": ")[2].split()]
+    assert len(set(proposed) - set(slices)) == 2
+    written, scan = nib.load(files["out"]), nib.load(image)
+    np.testing.assert_array_equal(written.affine, scan.affine)
+    assert (written.shape, written.header.get_xyzt_units()[0]) == (scan.shape, "mm")
+    found = np.asarray(written.dataobj)
+    np.testing.assert_array_equal(found.take(slices, axis), label.take(slices, axis))
+    assert set(found.flat) <= {0, 1, 2, 4}
+    assert (tmp_path / "preview.png").read_bytes().startswith(b"\x89PNG")
+    expected = complete_scan(load_network(network), [image, image], drawn).label
+    np.testing.assert_array_equal(found, expected[0])
+
+
+def test_command_takes_an_empty_drawn_slice_and_finished_volumes(tmp_path, capsys):
+    network = run_folder(tmp_path / "run", settings())
+    (image, drawn), slices, label, _ = write_case(tmp_path, "RAS", oblique=False)
+    files = {"network": network, "image": image, "drawn": drawn, "out": tmp_path / "volume.nii"}
+    main(complete("--slices", 0, slices[0], **files))
+    assert f"Drawn slices: 0 {slices[0]}\n" in capsys.readouterr().out
+    found = np.asarray(nib.load(files["out"]).dataobj)
+    assert not found[..., 0].any()
+    np.testing.assert_array_equal(found[..., slices[0]], label[..., slices[0]])
+    assert not np.array_equal(found[..., slices[1]], label[..., slices[1]])
+    main(complete("--slices", *range(9), **files))
+    assert capsys.readouterr().out.splitlines()[-1] == "All slices are drawn."
+    np.testing.assert_array_equal(np.asarray(nib.load(files["out"]).dataobj), np.asarray(nib.load(drawn).dataobj))
+
+
+def test_command_works_without_a_residual_decoder(tmp_path, capsys):
+    network = run_folder(tmp_path / "run", settings(), axis=1, context="none")
+    (image, drawn), slices, label, axis = write_case(tmp_path, "PIR", oblique=False, axis=1)
+    main(complete(network=network, image=image, drawn=drawn, out=tmp_path / "volume.nii.gz"))
+    out = capsys.readouterr().out
+    assert "no residual decoder. Only the contrast of the image" in out
+    assert "along the first axis of the file, from anterior to posterior" in out
+    found = np.asarray(nib.load(tmp_path / "volume.nii.gz").dataobj)
+    np.testing.assert_array_equal(found.take(slices, axis), label.take(slices, axis))
+
+
+def test_command_takes_a_backbone(tmp_path, capsys):
+    scans = settings(classes={"a": (1,), "b": (2,)})
+    arguments = {"init_filters": 8, "in_channels": 1, "out_channels": 3, "blocks_down": [1, 1], "blocks_up": [1]}
+    network = attach_conres(SegResNet(**arguments), in_channels=1, include_background=False, width=8)
+    save_network(tmp_path / "run", network, scans)
+    source = f"from monai.networks.nets import SegResNet\ndef build():\n    return SegResNet(**{arguments})\n"
+    (tmp_path / "nets.py").write_text(source)
+    (image, drawn), *_ = write_case(tmp_path, "RAS", oblique=False, values=(1, 2))
+    files = {"network": tmp_path / "run", "image": image, "drawn": drawn, "out": tmp_path / "volume.nii.gz"}
+    main(complete("--backbone", f"{tmp_path / 'nets.py'}:build", **files))
+    assert "Completed volume" in capsys.readouterr().out
+    assert fails(complete(**files), capsys).startswith("expected the backbone")
+
+
+def fails(arguments, capsys) -> str:
+    """The message of a command that stops with an error of the user."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.rpartition("error: ")[2]
+
+
+def shifted(affine: np.ndarray) -> np.ndarray:
+    return affine + np.array([[0, 0, 0, 0], [0, 0, 0, 0.3], [0, 0, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image, drawn, affine: (image, 0 * drawn, affine), "a drawn slice in .*drawn.nii.gz, got none"),
+        (lambda image, drawn, affine: (image, drawn[:-1], affine), "to have the size"),
+        (
+            lambda image, drawn, affine: (image, drawn, shifted(affine)),
+            "affine of .*moves corners by up to 0.189 voxels",
+        ),
+        (lambda image, drawn, affine: (image, 3 * drawn, affine), r"values \[0, 1, 2, 4\] in the drawn .*got 3, 6, 12"),
+        (lambda image, drawn, affine: (image, 0.5 * drawn, affine), "got 0.5"),
+        (lambda image, drawn, affine: (image, drawn - 1.0, affine), "got -1"),
+        (lambda image, drawn, affine: (image, np.nan + drawn, affine), "got nan;"),
+        (lambda image, drawn, affine: (image, np.stack([drawn] * 2, -1), affine), "got 2 channels"),
+        (lambda image, drawn, affine: (np.nan + image, drawn, affine), "finite numbers in .*scan.nii.gz"),
+        (lambda image, drawn, affine: (np.stack([image] * 2, -1), drawn, affine), "expected 1 channels, T1, got 2"),
+    ],
+)
+def test_command_refuses_files_and_writes_nothing(tmp_path, capsys, change, message):
+    network = run_folder(tmp_path / "run", settings())
+    files, *_ = write_case(tmp_path, "LPS", oblique=True)
+    affine = nib.load(files[0]).affine
+    image, drawn, drawn_affine = change(*(nib.load(file).get_fdata() for file in files), affine)
+    image, drawn = write(files[0], image, affine), write(files[1], drawn.astype(np.float32), drawn_affine)
+    before = sorted(tmp_path.iterdir())
+    arguments = complete(network=network, image=image, drawn=drawn, out=tmp_path / "volume.nii.gz")
+    assert re.search(message, fails(arguments, capsys))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_command_refuses_arguments_and_writes_nothing(tmp_path, capsys):
+    network = run_folder(tmp_path / "run", settings())
+    (image, drawn), *_ = write_case(tmp_path, "LPS", oblique=False)
+    other = write(tmp_path / "other.nii.gz", np.zeros((4, 4, 4)), np.eye(4))
+    before = sorted(tmp_path.iterdir())
+    files = {"network": network, "image": image, "drawn": drawn, "out": tmp_path / "volume.nii.gz"}
+    for changes, message in [
+        ({"slices": [9]}, "slices from 0 to 8, got [9]; they count from 0 along the third axis"),
+        ({"slices": ["-1"]}, "slices from 0 to 8, got [-1]"),
+        ({"out": tmp_path / "volume.mha"}, "ends with .nii or .nii.gz"),
+        ({"out": drawn}, "expected another file for --out"),
+        ({"preview": tmp_path / "preview.jpg"}, "ends with .png"),
+        ({"network": tmp_path / "no"}, "network.json"),
+        ({"image": tmp_path / "no.nii.gz"}, "cannot read"),
+        ({"image": [image, other]}, "other.nii.gz to have the size"),
+        ({"image": [image, image]}, "expected 1 channels, T1, got 2"),
+        ({"drawn": tmp_path / "no.nii.gz"}, "cannot read"),
+        ({"backbone": "no.py:build"}, "expected module:name or file.py:name"),
+    ]:
+        assert message in fails(complete(**files | changes), capsys)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_scan_of_one_slice_comes_back_as_drawn(tmp_path):
+    scans = settings(patch_size=(16, 16, 1), classes={"core": [1]})
+    network = ConResNet(1, 2, include_background=False, channels=(8, 8), strides=((2, 2, 1),), blocks=(1, 1, 1)).eval()
+    label = phantom()[1][:, :, 3:4]
+    image, drawn = (write(tmp_path / f"{n}.nii.gz", x, np.eye(4)) for n, x in (("scan", 1.0 * label), ("drawn", label)))
+    completed = complete_scan(TrainedNetwork(network, scans, {}), image, drawn)
+    np.testing.assert_array_equal(completed.label[0].numpy(), label)
+    assert completed.proposed == []
