@@ -1,4 +1,4 @@
-"""MONAI transforms that compute inter-slice residuals, to look at them or to use them in your own loss.
+"""MONAI transforms: inter-slice residuals, to look at them or for your own loss, and completion from drawn slices.
 
 The losses of this package make their targets from the label and do not need these transforms. Flip the label first and
 compute the residual afterwards: a flip along the slice axis shifts a residual by one slice.
@@ -6,17 +6,22 @@ compute the residual afterwards: a flip along the slice axis shifts a residual b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
 
+from monai_conres.chain import ChainSettings, complete_mask
 from monai_conres.residual import inter_slice_residual, residual_mask
 
 __all__ = [
+    "CompleteMaskD",
+    "CompleteMaskDict",
+    "CompleteMaskd",
     "InterSliceResidual",
     "InterSliceResidualD",
     "InterSliceResidualDict",
@@ -159,5 +164,74 @@ class ResidualMaskd(InterSliceResiduald):
         )
 
 
+class CompleteMaskd(MapTransform):
+    """Complete a volume from a few drawn slices (:func:`~monai_conres.chain.complete_mask`), one case at a time.
+
+    Args:
+        keys: keys of drawn masks or label maps. They are replaced by the completed ones.
+        segmentation_key: key of the segmentation's logits.
+        residual_key: key of the residual's logits, ``None`` for a network without them.
+        image_key: key of the image as the network sees it, ``None`` leaves out its contrast.
+        slices_key: key of the list of drawn slices. Where ``data`` does not have it, slices with any label are drawn.
+        settings: see :func:`~monai_conres.chain.complete_mask`.
+        spatial_axis: see :func:`~monai_conres.chain.complete_mask`.
+        sigmoid: see :func:`~monai_conres.chain.complete_mask`.
+        softmax: see :func:`~monai_conres.chain.complete_mask`.
+        ignore_index: see :func:`~monai_conres.chain.complete_mask`.
+        allow_missing_keys: True skips keys that do not exist.
+
+    Raises:
+        ValueError: as :func:`~monai_conres.chain.complete_mask`.
+
+    Example:
+        >>> data = {"pred": torch.zeros(1, 5), "residual": torch.tensor([[-9.0, -9.0, 9.0, -9.0, 9.0]])}
+        >>> CompleteMaskd("label")({**data, "label": torch.tensor([[0, 1, 0, 0, 0]])})["label"]
+        tensor([[1, 1, 0, 0, 1]])
+    """
+
+    backend = InterSliceResidual.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        *,
+        segmentation_key: str = "pred",
+        residual_key: str | None = "residual",
+        image_key: str | None = None,
+        slices_key: str = "slices",
+        settings: ChainSettings | None = None,
+        spatial_axis: int = -1,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        ignore_index: int | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.inputs = {"segmentation": segmentation_key, "residual": residual_key, "image": image_key}
+        self.slices_key = slices_key
+        self.function: Callable[..., torch.Tensor] = partial(
+            complete_mask,
+            settings=settings,
+            spatial_axis=spatial_axis,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            ignore_index=ignore_index,
+        )
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """``data`` with completed masks."""
+        inputs = {
+            name: None if key is None else convert_to_tensor(data[key], track_meta=False)[None]
+            for name, key in self.inputs.items()
+        }
+        slices: Sequence[int] | None = data.get(self.slices_key)
+        result = dict(data)
+        for key in self.key_iterator(data):
+            drawn = convert_to_tensor(data[key], track_meta=False)[None]
+            result[key] = convert_to_dst_type(self.function(drawn=drawn, slices=slices, **inputs)[0], data[key])[0]
+        return result
+
+
+CompleteMaskD = CompleteMaskDict = CompleteMaskd
 InterSliceResidualD = InterSliceResidualDict = InterSliceResiduald
 ResidualMaskD = ResidualMaskDict = ResidualMaskd

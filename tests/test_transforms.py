@@ -10,6 +10,8 @@ from monai.transforms import Compose, EnsureTyped, Flip, RandFlipd
 
 import monai_conres.transforms as transforms
 from monai_conres import InterSliceResidual, InterSliceResiduald, ResidualMask, ResidualMaskd
+from monai_conres.chain import ChainSettings, complete_mask
+from monai_conres.transforms import CompleteMaskd
 from tests import reference
 
 AFFINE = torch.diag(torch.tensor([1.25, 1.25, 7.7, 1.0], dtype=torch.float64))
@@ -89,7 +91,38 @@ def test_flipped_residual_is_shifted_by_one_slice(classes):
     torch.testing.assert_close(pipeline({"label": label})["residual_label"].as_tensor(), right)
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, MetaTensor], ids=["array", "tensor", "MetaTensor"])
+def test_complete_mask_replaces_drawn_labels(classes, kind):
+    logits = {key: torch.randn(c, 4, 5, 7) for key, c in (("pred", 3), ("residual", 2), ("image", 1))}
+    settings = ChainSettings(offset=-1.0)
+    transform = CompleteMaskd(["label", "other"], image_key="image", settings=settings, spatial_axis=1)
+    data = {**logits, "slices": [0, 3], "label": kind(classes), "other": kind(classes[:, ::-1].copy())}
+    got = transform(data)
+    assert set(got) == set(data)
+    batches = [x[None] for x in (logits["pred"], logits["residual"])]
+    for key in ("label", "other"):
+        drawn = torch.as_tensor(np.asarray(data[key]))[None]
+        arguments = {"image": logits["image"][None], "settings": settings, "spatial_axis": 1}
+        expected = complete_mask(*batches, drawn, slices=[0, 3], **arguments)
+        assert (type(got[key]), got[key].dtype) == (type(data[key]), data[key].dtype)
+        np.testing.assert_array_equal(np.asarray(got[key]), expected[0].numpy())
+        np.testing.assert_array_equal(np.asarray(got[key])[:, :, [0, 3]], np.asarray(data[key])[:, :, [0, 3]])
+
+
+def test_complete_mask_takes_networks_without_residual(classes):
+    data = {"logits": torch.randn(3, 4, 5, 7), "image": torch.randn(2, 4, 5, 7), "label": np.array(classes)}
+    data["label"][..., 1:] = 0
+    keys = {"segmentation_key": "logits", "residual_key": None, "image_key": "image"}
+    got = CompleteMaskd("label", **keys, softmax=True)(data)["label"]
+    np.testing.assert_array_equal(got[..., 0], classes[..., 0])  # slices with any label are drawn
+    with pytest.raises(ValueError, match="one of sigmoid=True and softmax=True"):
+        CompleteMaskd("label", **keys)(data)
+    with pytest.raises(KeyError, match="pred"):
+        CompleteMaskd("label")(data)
+
+
 def test_aliases_follow_monai():
+    assert transforms.CompleteMaskDict is transforms.CompleteMaskD is CompleteMaskd
     assert transforms.ResidualMaskDict is transforms.ResidualMaskD is ResidualMaskd
     assert transforms.InterSliceResidualDict is transforms.InterSliceResidualD is InterSliceResiduald
 
