@@ -40,9 +40,9 @@ def nnunet(name: str) -> nn.Module:
     )
 
 
-def dynunet(**kwargs) -> nn.Module:
-    strides = [1, 2, 2, (2, 2, 1)]
-    return nets.DynUNet(3, 1, 3, [3] * 4, strides, strides[1:], filters=[8, 16, 32, 64], **kwargs)
+def dynunet(filters: tuple[int, ...] = (8, 16, 32, 64), **kwargs) -> nn.Module:
+    strides = [1, 2, 2, (2, 2, 1)][: len(filters)]
+    return nets.DynUNet(3, 1, 3, [3] * len(filters), strides, strides[1:], filters=filters, **kwargs)
 
 
 def mednext() -> nn.Module:
@@ -67,9 +67,12 @@ FAMILIES = {
     "UNet": Family(
         lambda: nets.UNet(3, 1, 3, (8, 16, 32, 64), (2, 2, 2), num_res_units=2), UNET, (16, 8), (16, 24, 32)
     ),
-    "BasicUNet": Family(lambda: nets.BasicUNet(3, 1, 3, FEATURES), UPCATS, (32, 16, 8, 8), (35, 32, 33)),
+    "BasicUNet": Family(lambda: nets.BasicUNet(3, 1, 3, FEATURES), UPCATS, (32, 16, 8, 8), (35, 18, 17)),
     "BasicUNetPlusPlus": Family(
-        lambda: nets.BasicUNetPlusPlus(3, 1, 3, FEATURES, deep_supervision=True), NESTED, (32, 16, 8, 8)
+        lambda: nets.BasicUNetPlusPlus(3, 1, 3, FEATURES, deep_supervision=True),
+        NESTED,
+        (32, 16, 8, 8),
+        (32, 16, 16),
     ),
     "DynUNet": Family(dynunet, UPSAMPLES, (32, 16, 8), (16, 24, 20)),
     "DynUNet, deep supervision": Family(
