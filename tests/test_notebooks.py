@@ -13,7 +13,7 @@ import pytest
 from examples.execute_notebooks import FOLDER, execute
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SLOW = {"5_deploy": pytest.mark.slow}  # exports three programs: a minute
+QUICK = ("1_the_idea", "2_train_and_look_inside")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -26,7 +26,8 @@ def text_of(output: nbformat.NotebookNode) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=SLOW.get(path.stem, ()), id=path.stem) for path in NOTEBOOKS]
+    "path",
+    [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in NOTEBOOKS],
 )
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("ITERATIONS", "2")
