@@ -124,7 +124,7 @@ def test_attach_cost(run, tmp_path):
 
 
 def test_quickstart_names_what_is_wrong_with_the_data(run, tmp_path):
-    with pytest.raises(SystemExit, match="error: .*dataset.json"):
+    with pytest.raises(SystemExit, match=r"error: .*dataset\.json"):
         run("quickstart.py", "--data", tmp_path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
