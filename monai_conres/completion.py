@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,26 +184,21 @@ def complete_scan(
         "sigmoid": not softmax,
     }
     finished = complete_mask(**chain)
-    is_drawn = torch.zeros(finished.shape[2 + file_axis], dtype=torch.bool)
-    is_drawn[known] = True
-    shape = [-1 if axis == file_axis else 1 for axis in range(-1, 3)]
-    proposed: list[int] = []
-    for _ in range(min(propose, int((~is_drawn).sum()))):
-        (ranking,) = next_slice(**{**chain, "drawn": finished, "slices": [*known, *proposed]})
-        proposed.append(next(iter(ranking)))
+    label = _to_values(finished[0], scans)
+    # two values of one structure are one class, so what was drawn is copied
+    label.movedim(file_axis + 1, 0)[known] = values.movedim(file_axis + 1, 0)[known]
 
     def on_scan(volume: torch.Tensor) -> MetaTensor:
         codes = {key: scan.meta[key] for key in ("sform_code", "qform_code") if key in scan.meta}
         return MetaTensor(volume, affine=torch.as_tensor(affine), meta=codes)
 
     return CompletedScan(
-        # two values of one structure are one class, so what was drawn is copied
-        label=on_scan(torch.where(is_drawn.view(shape), values, _to_values(finished[0], scans))),
+        label=on_scan(label),
         predicted=on_scan(scans.to_labels(segmentation)),
         drawn=on_scan(values),
         image=on_scan(seen),
         slices=known,
-        proposed=proposed,
+        proposed=_propose({**chain, "drawn": finished}, propose),
         spatial_axis=file_axis,
         direction=ENDS[nib.aff2axcodes(affine)[file_axis]],
         uses_residual=residual is not None,
@@ -262,6 +257,29 @@ def _predict_scan(
     back = scans.to_scan(torch.cat(parts, 1)[0], scan).as_tensor()
     segmentation, *residuals, seen = back.split([part.shape[1] for part in parts])
     return segmentation, residuals[0] if residuals else None, seen
+
+
+def _propose(chain: Mapping[str, Any], count: int) -> list[int]:
+    """Slices to draw next, each one as if those before it were drawn as they are in ``chain["drawn"]``."""
+    dim = slice_dim(chain["drawn"].ndim, chain["spatial_axis"])
+    drawn: list[int] = list(chain["slices"])
+    proposed: list[int] = []
+    errors = next_slice(**chain)[0] if count > 0 else {}
+    while errors and len(proposed) < count:
+        best = max(errors, key=lambda number: errors[number])
+        proposed.append(best)
+        errors.pop(best)
+        # a drawn slice cuts the chain, so only the stretch between the neighbors of the new one changes
+        low = max((number for number in drawn if number < best), default=0)
+        high = min((number for number in drawn if number > best), default=chain["drawn"].shape[dim] - 1)
+        drawn.append(best)
+        part: dict[str, Any] = {
+            k: x.narrow(dim, low, high - low + 1) for k, x in chain.items() if isinstance(x, torch.Tensor)
+        }
+        part["slices"] = [number - low for number in drawn if low <= number <= high]
+        (stretch,) = next_slice(**{**chain, **part})
+        errors.update({number + low: error for number, error in stretch.items()})
+    return proposed
 
 
 def _load_scan(scans: ScanSettings, files: Sequence[Path]) -> MetaTensor:

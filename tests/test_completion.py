@@ -17,8 +17,9 @@ from monai.networks.nets import SegResNet
 
 from monai_conres import ConResNet, attach_conres
 from monai_conres.__main__ import main
-from monai_conres.chain import ChainSettings
-from monai_conres.completion import complete_scan, predict_with_residual
+from monai_conres.chain import ChainSettings, next_slice
+from monai_conres.commands.complete import preview
+from monai_conres.completion import _propose, complete_scan, predict_with_residual
 from monai_conres.files import TrainedNetwork, load_network, save_network
 from monai_conres.residual import inter_slice_residual, residual_mask
 from monai_conres.scans import ScanSettings
@@ -265,6 +266,20 @@ def test_flips_and_windows_of_the_settings_are_used(tmp_path):
     assert completed.uses_residual
 
 
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("slices", [[4], [0, 5], [2, 6, 10]])
+def test_proposed_slices_are_those_of_the_whole_chain(axis, slices):
+    """Only the stretch around a proposed slice is computed again."""
+    chain = {"segmentation": torch.randn(1, 3, 11, 7, 11), "residual": torch.randn(1, 2, 11, 7, 11) - 2}
+    chain |= {"image": torch.randn(1, 1, 11, 7, 11), "drawn": torch.randint(0, 3, (1, 1, 11, 7, 11))}
+    expected: list[int] = []
+    for _ in range(4):
+        (ranking,) = next_slice(**chain, slices=[*slices, *expected], spatial_axis=axis)
+        expected.append(next(iter(ranking)))
+    assert _propose({**chain, "slices": slices, "spatial_axis": axis}, 4) == expected
+    assert len(_propose({**chain, "slices": slices, "spatial_axis": axis}, 99)) == 11 - len(slices)
+
+
 # the command
 
 
@@ -342,6 +357,26 @@ def test_command_takes_a_backbone(tmp_path, capsys):
     main(complete("--backbone", f"{tmp_path / 'nets.py'}:build", **files))
     assert "Completed volume" in capsys.readouterr().out
     assert fails(complete(**files), capsys).startswith("expected the backbone")
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SLA"])
+def test_preview_shows_and_marks_the_drawn_slices(tmp_path, codes):
+    """The numbers are those of the file, although the slices are turned to RAS."""
+    scans = settings(activation="sigmoid")
+    (image, drawn), slices, _, axis = write_case(tmp_path, codes, oblique=True)
+    completed = complete_scan(TrainedNetwork(network_for(scans), scans, {}), image, drawn)
+    figure = preview(completed, BRATS)
+    rows = [figure.axes[row : row + 4] for row in range(0, len(figure.axes), 4)]
+    assert [axes.get_title() for axes in rows[0]] == ["image", "drawn", "network alone", "completed"]
+    numbers = [int(row[0].get_ylabel().split()[1].rstrip(",")) for row in rows]
+    assert set(numbers) >= {*slices, completed.proposed[0]}
+    for number, row in zip(numbers, rows, strict=True):
+        assert row[0].get_ylabel().endswith("drawn") == (number in slices)
+        for axes, volume in zip(row[1:], (completed.drawn, completed.predicted, completed.label), strict=True):
+            colored = np.ptp(np.asarray(axes.images[0].get_array()), axis=-1) > 0.01
+            assert colored.sum() == np.count_nonzero(volume[0].numpy().take(number, axis))
+    texts = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+    assert texts == {"label 1", "label 2", "ET"}
 
 
 def fails(arguments, capsys) -> str:
