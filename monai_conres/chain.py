@@ -41,6 +41,8 @@ Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of two tenso
 
 # finite, because a logsumexp of nothing but -inf has NaN gradients; its exponential is zero
 IMPOSSIBLE = -1e6
+# the smallest probability of an error that counts for the slice to draw next
+DOUBT = 0.05
 # positions that go through the chain together: on a CPU what fits the cache
 BLOCK = {"cpu": 8192}
 LARGE_BLOCK = 65536
@@ -186,14 +188,12 @@ def _marginal_states(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 
 
 def _error_probabilities(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Probability that the state with the largest marginal is wrong, ``(slices, 1, positions)``.
-
-    It is zero where only background can be.
-    """
-    uncertain = ~_is_background(unary, steps, tolerance=1e-6)
+    """Probability that the state with the largest marginal is wrong, ``(slices, 1, positions)``; zero below DOUBT."""
+    # where each foreground class has at most this much, all of them together stay below DOUBT, so the result is exact
+    uncertain = ~_is_background(unary, steps, tolerance=DOUBT / (unary.shape[1] - 1))
     log_p = _log_marginals(unary[..., uncertain], steps[..., uncertain])
     errors = unary.new_zeros(len(unary), 1, unary.shape[2])
-    errors[..., uncertain] = -log_p.amax(1, keepdim=True).expm1()
+    errors[..., uncertain] = F.threshold(-log_p.amax(1, keepdim=True).expm1(), DOUBT, 0.0)
     return errors
 
 
@@ -512,13 +512,13 @@ def next_slice(
     Arguments and errors are those of :func:`complete_mask`.
 
     Returns:
-        For each case, the slices that are not drawn, and how many voxels of each one :func:`complete_mask` gets wrong,
-        as the marginals expect: the sum of ``1 - max p``, in descending order. ``next(iter(ranking))`` is the slice to
-        draw next. Empty when all slices are drawn.
+        For each case, the slices that are not drawn, and how many voxels of each one :func:`complete_mask` probably
+        gets wrong: the sum of ``1 - max p`` over the voxels where this is more than 0.05, in descending order.
+        ``next(iter(ranking))`` is the slice to draw next. Empty when all slices are drawn.
 
     Note:
-        The sum of the entropies would rank badly. Thousands of voxels that are almost certainly background add up to
-        more entropy than the voxels at the border of a shape.
+        A volume has many thousand voxels of almost certain background, above all in its first and last slices, which
+        have one neighbor only. The sum of all entropies would propose these slices.
 
     Example:
         >>> segmentation, residual = torch.tensor([[[9.0, 2.0, 0.0, -1.0, -9.0]]]), torch.zeros(1, 1, 5)
