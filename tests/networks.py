@@ -192,50 +192,9 @@ class SqueezeUNet(nn.Module):
         return self.final(self.dec1(self.up1(y) + a))
 
 
-class Block(nn.Module):
-    """A residual block of an encoder, or with a skip of a decoder."""
-
-    def __init__(self, in_channels: int, out_channels: int, up: bool = False) -> None:
-        super().__init__()
-        self.up = nn.ConvTranspose3d(in_channels, out_channels, 3, 2, 1) if up else None
-        self.first, self.second = (
-            conv(out_channels if up else in_channels, out_channels),
-            conv(out_channels, out_channels),
-        )
-        self.act = nn.ELU(inplace=True)
-
-    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        x = self.first(x if skip is None else skip + self.up(x, output_size=skip.shape[2:]))
-        return self.act(self.second(x) + x)
-
-
-class ResidualUNet(nn.Module):
-    """Lists of encoders and decoders that take the skip as an argument, max pooling, an activation only in eval."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (8, 16, 32, 64)
-        self.encoders = nn.ModuleList(Block(i, o) for i, o in zip((1, *widths), widths, strict=False))
-        self.decoders = nn.ModuleList(Block(2 * o, o, up=True) for o in (32, 16, 8))
-        self.final_conv = nn.Conv3d(8, 3, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = []
-        for number, encoder in enumerate(self.encoders):
-            x = encoder(F.max_pool3d(x, 2) if number else x)
-            features.insert(0, x)
-        for decoder, skip in zip(self.decoders, features[1:], strict=True):
-            x = decoder(x, skip)
-        x = self.final_conv(x)
-        return x if self.training else x.sigmoid()
-
-
 FOREIGN = {
     "functional up-sampling, dictionary": Family(FunctionalUNet, ("up.0", "up.1"), (16, 8), ODD),
     "shared weights": Family(SharedUNet, ("block", "block#1", "block#2"), (8, 8, 8), ODD),
     "squeeze and excitation": Family(SqueezeUNet, ("dec2", "dec1"), (16, 8), ODD),
-    "encoder and decoder lists": Family(
-        ResidualUNet, tuple(f"decoders.{i}" for i in range(3)), (32, 16, 8), (16, 24, 32)
-    ),
 }
 NETWORKS = FAMILIES | FOREIGN

@@ -17,13 +17,14 @@ SIZE = (28, 34, 22)
 
 def test_phantom_depends_only_on_the_seed():
     image, label = tumor_phantom(SIZE, seed=3)
-    same, other = tumor_phantom(SIZE, seed=3), tumor_phantom(SIZE, seed=4)
-    np.testing.assert_array_equal(image, same[0])
-    np.testing.assert_array_equal(label, same[1])
-    assert np.abs(other[0] - image).mean() > 1
+    for got, want in zip(tumor_phantom(SIZE, seed=3), (image, label), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert np.abs(tumor_phantom(SIZE, seed=4)[0] - image).mean() > 1
+    with pytest.raises(ValueError, match="three positive numbers"):
+        tumor_phantom((10, 10))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_tumor_changes_from_slice_to_slice(seed):
     image, label = tumor_phantom(SIZE, seed=seed)
     assert image.shape == (4, *SIZE)
@@ -35,15 +36,6 @@ def test_tumor_changes_from_slice_to_slice(seed):
     assert 0.01 < whole.mean() < 0.3
     slices = [whole[..., s] for s in range(SIZE[2]) if whole[..., s].any()]
     assert np.median([(a ^ b).sum() for a, b in pairwise(slices)]) > 5
-
-
-def test_no_threshold_segments_the_tumor():
-    image, label = tumor_phantom(seed=0)
-    head = image[0] > 0
-    truth = label > 0
-    thresholds = np.percentile(image[0][head], range(50, 100))
-    dice = max(2 * ((image[0] > t) & truth).sum() / ((image[0] > t).sum() + truth.sum()) for t in thresholds)
-    assert dice < 0.7
 
 
 def test_thick_slices_show_the_same_shape():
@@ -87,11 +79,6 @@ def test_interrupted_data_set_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_phantom_dataset(tmp_path / "data", cases=2, size=SIZE)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sizes_need_three_positive_numbers():
-    with pytest.raises(ValueError, match="three positive numbers"):
-        tumor_phantom((10, 10))
 
 
 def test_command_writes_a_data_set_once(tmp_path, monkeypatch, capsys):

@@ -65,22 +65,12 @@ def test_search_tries_sizes_until_one_fits():
     assert decoder_stages(Divisible(), 1).image_size == (96, 96, 96)
 
 
-def test_given_stages_are_ordered():
-    found = decoder_stages(dynunet(), 1, stages=["upsamples.2", "upsamples.0"], spatial_size=(16, 16, 16))
-    assert [stage.name for stage in found.stages] == ["upsamples.0", "upsamples.2"]
-    one = decoder_stages(dynunet(), 1, stages="upsamples.1", spatial_size=(16, 16, 16))
-    assert [stage.name for stage in one.stages] == ["upsamples.1"]
-
-
-def test_table_marks_the_chosen_stages():
-    lines = str(decoder_stages(dynunet(), 1, spatial_size=(16, 24, 20))).splitlines()
+def test_given_stages_are_ordered_and_marked_in_the_table():
+    found = decoder_stages(dynunet(), 1, stages=["upsamples.2", "upsamples.0"], spatial_size=(16, 24, 20))
+    lines = str(found).splitlines()
     assert "channels  size (of an image of 16x24x20)" in lines[0]
     marked = [line.split() for line in lines if line.startswith("*")]
-    assert marked == [
-        ["*", "upsamples.0", "32", "4x6x5"],
-        ["*", "upsamples.1", "16", "8x12x10"],
-        ["*", "upsamples.2", "8", "16x24x20"],
-    ]
+    assert marked == [["*", "upsamples.0", "32", "4x6x5"], ["*", "upsamples.2", "8", "16x24x20"]]
 
 
 class UNet(SqueezeUNet):
@@ -105,14 +95,8 @@ def test_names_are_only_used_for_published_classes():
     assert [stage.name for stage in subclass.stages] == ["model.dec2", "model.dec1"]
 
 
-class Classifier(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(conv(1, 8), conv(8, 8, 2), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 2))
-
-
-class SingleScale(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(conv(1, 8), conv(8, 8), nn.Conv3d(8, 3, 1))
+def classifier() -> nn.Module:
+    return nn.Sequential(conv(1, 8), conv(8, 8, 2), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 2))
 
 
 class TwoWays(nn.Module):
@@ -128,23 +112,31 @@ class TwoWays(nn.Module):
         return self.left(y) + self.right(y)
 
 
-def test_errors_list_the_candidates():
-    with pytest.raises(ValueError, match=r"(?s)\['upsamples.9'\]; choose from:.*upsamples\.0 +32  4x4x4"):
-        decoder_stages(dynunet(), 1, stages=["upsamples.9"], spatial_size=(16, 16, 16))
-    with pytest.raises(
-        ValueError, match=r"found no decoder stage in SingleScale.*stages=\[\.\.\.\](.*\n)*.*8  16x16x16"
-    ):
-        decoder_stages(SingleScale(), 1, spatial_size=(16, 16, 16))
-    with pytest.raises(ValueError, match=r"'left' to reach the output only through 'right', got a way"):
-        decoder_stages(TwoWays(), 1, stages=["left", "right"], spatial_size=(8, 8, 8))
+SIXTEEN = {"spatial_size": (16, 16, 16)}
 
 
-def test_errors_for_networks_that_do_not_run():
-    with pytest.raises(ValueError, match=r"Classifier to give a tensor of shape \(b, c, d, h, w\)"):
-        decoder_stages(Classifier(), 1, spatial_size=(16, 16, 16))
-    with pytest.raises(ValueError, match=r"image of 2 channels, got an error at each size \(64x64x64: .*in_channels"):
-        decoder_stages(dynunet(), 2)
-    with pytest.raises(ValueError, match=r"spatial_size of three numbers.*\(16, 16\)"):
-        decoder_stages(dynunet(), 1, spatial_size=(16, 16))
-    with pytest.raises(ValueError, match="DynUNet with weights, got one on the meta device"):
-        decoder_stages(dynunet().to("meta"), 1)
+@pytest.mark.parametrize(
+    ("network", "channels", "arguments", "message"),
+    [
+        (
+            dynunet(),
+            1,
+            {"stages": ["upsamples.9"], **SIXTEEN},
+            r"(?s)\['upsamples.9'\]; choose from:.*upsamples\.0 +32  4x",
+        ),
+        (nn.Sequential(conv(1, 8), conv(8, 3)), 1, SIXTEEN, r"(?s)found no decoder stage in Sequential.*8  16x16x16"),
+        (
+            TwoWays(),
+            1,
+            {"stages": ["left", "right"], **SIXTEEN},
+            "'left' to reach the output only through 'right', got",
+        ),
+        (classifier(), 1, SIXTEEN, r"Sequential to give a tensor of shape \(b, c, d, h, w\)"),
+        (dynunet(), 2, {}, r"image of 2 channels, got an error at each size \(64x64x64: .*in_channels"),
+        (dynunet(), 1, {"spatial_size": (16, 16)}, r"spatial_size of three numbers.*\(16, 16\)"),
+        (dynunet().to("meta"), 1, {}, "DynUNet with weights, got one on the meta device"),
+    ],
+)
+def test_stages_that_are_not_found_are_an_error(network, channels, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        decoder_stages(network, channels, **arguments)
