@@ -16,7 +16,6 @@ from monai.inferers import SlidingWindowInferer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from monai.networks import nets
 from monai.networks.nets.unet import CheckpointUNet
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from monai_conres import ConResLoss, ConResNet, ConResOutput, ConResWrapper, attach_conres
@@ -144,21 +143,6 @@ def test_include_background_and_width_size_the_decoder(image):
     assert [logits.shape[1] for logits in narrow(image).residuals] == [2, 2]
 
 
-class InPlaceUNet(nn.Module):
-    """Works in place on the features of its stage ``up``."""
-
-    def __init__(self, inplace: bool) -> None:
-        super().__init__()
-        self.inplace = inplace
-        self.down, self.up = nn.Conv3d(1, 8, 3, stride=2, padding=1), nn.ConvTranspose3d(8, 8, 2, stride=2)
-        self.head = nn.Conv3d(8, 3, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.up(self.down(x))
-        features = features.mul_(2) if self.inplace else features * 2
-        return self.head(F.leaky_relu(features, inplace=self.inplace))
-
-
 def test_mapping_leaves_the_segmentation_unchanged(image):
     network = small(context="mapping").eval()
     with torch.no_grad():
@@ -171,9 +155,9 @@ def test_mapping_leaves_the_segmentation_unchanged(image):
 
 def test_mapping_allows_a_backbone_that_works_in_place(image):
     gradients = []
-    for inplace in (False, True):
-        torch.manual_seed(0)
-        network = attach_conres(InPlaceUNet(inplace), 1, stages=["up"], context="mapping", spatial_size=SIZE)
+    for double in (lambda module, args, features: features * 2, lambda module, args, features: features.mul_(2)):
+        network = small(context="mapping")
+        network.backbone.upsamples[1].register_forward_hook(double)
         backward(network(image))
         gradients.append([parameter.grad for parameter in network.parameters()])
     assert all(gradient.any() for gradient in gradients[0])
@@ -206,19 +190,6 @@ def test_copies_are_equal_and_independent(image, duplicate):
     assert not torch.equal(network(image), before)
 
 
-@torch.no_grad()
-def test_moving_average_runs_its_own_decoder(image):
-    network, expected = small().eval(), small().eval()
-    average = AveragedModel(network, avg_fn=lambda old, new, n: 0.5 * old + 0.5 * new)
-    average.update_parameters(network)
-    for parameter in network.parameters():
-        parameter.mul_(3)
-    average.update_parameters(network)
-    for parameter in expected.parameters():
-        parameter.mul_(2)
-    torch.testing.assert_close(average(image), expected(image))
-
-
 def test_modes_of_wrapper_and_parts(image):
     backbone = dynunet()
     backbone.input_block.eval()  # frozen statistics
@@ -239,22 +210,9 @@ def test_modes_of_wrapper_and_parts(image):
 def test_decoder_learns_next_to_a_frozen_backbone(image):
     network = small()
     network.backbone.requires_grad_(False)
-    before = copy.deepcopy(network.state_dict())
-    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
     backward(network(image))
-    optimizer.step()
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, before[name]) == name.startswith("backbone."), name
-
-
-def test_weights_of_the_plain_network_load(image):
-    torch.manual_seed(5)
-    trained = small().unwrap().eval()
-    for parameter in trained.parameters():
-        nn.init.normal_(parameter)
-    network = small(zero_init=True).eval()
-    network.backbone.load_state_dict(trained.state_dict())
-    assert torch.equal(network(image), trained(image))
+    for name, parameter in network.named_parameters():
+        assert (parameter.grad is None) == name.startswith("backbone."), name
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from monai.metrics import DiceMetric
 
 from monai_conres import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 
@@ -68,15 +67,6 @@ def test_empty_masks_get_the_values_of_brats(metric, both, one):
     expected = torch.tensor([[both], [one], [one]], dtype=torch.float32)
     torch.testing.assert_close(metric.get_buffer(), expected)
     torch.testing.assert_close(metric.aggregate(), expected.mean(0))
-
-
-def test_monai_dice_with_ignore_empty_false_follows_brats():
-    prediction, reference = torch.zeros(2, 1, 3, *SIZE)
-    prediction[0, 0, 0, 0, :4], reference[0, 0, 0, 0, 1:7] = 1, 1  # 4 and 6 voxels, 3 in common
-    reference[0, 1, 0] = 1  # one mask is empty, and both are in the last channel
-    dice = DiceMetric(ignore_empty=False)
-    torch.testing.assert_close(dice(prediction, reference), torch.tensor([[0.6, 0.0, 1.0]]))
-    torch.testing.assert_close(dice(reference, prediction), torch.tensor([[0.6, 0.0, 1.0]]))
 
 
 def test_spacing_differs_between_cases_of_a_batch():

@@ -71,16 +71,6 @@ def test_data_set_has_brats_orientation_and_labels(tmp_path):
     np.testing.assert_array_equal(np.asarray(nib.as_closest_canonical(t1ce).dataobj), image[2])
 
 
-def test_interrupted_data_set_leaves_nothing_behind(tmp_path, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("monai_conres.phantom.nib.save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_phantom_dataset(tmp_path / "data", cases=2, size=SIZE)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_command_writes_a_data_set_once(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "data"
     monkeypatch.setattr("sys.argv", ["phantom", str(folder), "--cases", "1", "--size", "12", "14", "10"])

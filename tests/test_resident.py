@@ -25,13 +25,14 @@ def still(monkeypatch):
 def test_patches_of_image_and_label_match_and_depend_on_the_seed(still):
     sizes = [(9, 12, 7), (6, 8, 10)]
     cases = [{"image": torch.arange(math.prod(size)).reshape(1, *size) + 1000 * i} for i, size in enumerate(sizes)]
-    cases = [{**case, "label": case["image"] % 3} for case in cases]
+    cases = [{"image": MetaTensor(case["image"]), "label": MetaTensor(case["image"] % 3)} for case in cases]
     patches = resident.ResidentPatches(cases, (6, 8, 7), (1, 1, 1), "cpu")
     first, again, other = (list(patches.batches(5, 4, seed=seed)) for seed in (1, 1, 2))
     assert len(first) == 5
     starts = set()
     for image, label in first:
         assert image.shape == (4, 1, 6, 8, 7)
+        assert type(image) is type(label) is torch.Tensor
         torch.testing.assert_close(label, image.long() % 3)
         for sample in image.long()[:, 0]:
             size = sizes[int(sample[0, 0, 0] >= 1000)]
@@ -50,12 +51,6 @@ def test_small_case_is_padded_with_its_minimum_on_both_sides(still):
     ((image, label),) = resident.ResidentPatches([case], (4, 3, 4), (1, 1, 1), "cpu").batches(1, 1, seed=0)
     assert image[0, 0, :, 1, 1].tolist() == [-2, 5, 5, -2]
     assert label[0, 0, :, 1, 1].tolist() == [0, 1, 1, 0]
-
-
-def test_patches_are_plain_tensors():
-    case = {"image": MetaTensor(torch.rand(1, 5, 6, 7)), "label": MetaTensor(torch.ones(1, 5, 6, 7))}
-    ((image, label),) = resident.ResidentPatches([case], (4, 4, 4), (1, 1, 1), "cpu").batches(1, 2, seed=0)
-    assert type(image) is type(label) is torch.Tensor
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -42,7 +42,7 @@ def mean(tensor: torch.Tensor, *factor: int) -> np.ndarray:
     return volume
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+@pytest.mark.parametrize("axis", [0, -1])
 def test_feature_residuals_are_differences_of_slices(image, axis):
     coarse = stage(2, 4, 1)
     factor = [2, 4, 1]
@@ -59,8 +59,16 @@ def test_feature_residuals_are_differences_of_slices(image, axis):
     middle = int((1 + 0.5) * (2, 4, 1)[axis])  # the image's slice in the middle of the features' slice
     np.testing.assert_array_equal(picture(figure.axes[0]), np.take(image[0], middle, axis=axis).T)
     assert len({tuple(axes.images[0].get_clim()) for axes in figure.axes[2:4]}) == 1
+
+
+def test_default_slices_are_in_the_middle_or_change_most(image):
     middle = plot_feature_residuals(image, stage(1, 1, 1))
     assert [axes.get_title() for axes in middle.axes[:4]] == [f"slice {number}" for number in (3, 4, 5, 6)]
+    residual = np.zeros((2, *SIZE))
+    residual[1, 3, 4, 7] = 1
+    chosen = plot_attention(image, stage(1, 2, 5), residuals={"reference": residual})
+    assert [axes.get_ylabel() for axes in chosen.axes[::5] if axes.get_ylabel()] == ["slice 7"]
+    assert plot_stages(image, {"a": [stage(1, 1, 1)]}).axes[0].get_title() == "slice 5"
 
 
 def test_attention_shows_features_with_and_without_gate(image):
@@ -79,8 +87,6 @@ def test_attention_shows_features_with_and_without_gate(image):
         assert panels[1].images[0].get_clim() == panels[3].images[0].get_clim() != panels[2].images[0].get_clim()
     shown = [mean(tensor, 1, 2, 5)[:, :, 7:9] for tensor in (fine.features, fine.gated)]
     np.testing.assert_allclose(panels[1].images[0].get_clim(), np.percentile(shown, (1, 99.5)), rtol=1e-5)
-    chosen = plot_attention(image, fine, residuals={"reference": residual})
-    assert [axes.get_ylabel() for axes in chosen.axes[::5] if axes.get_ylabel()] == ["slice 7"]
 
 
 def test_stages_of_networks_with_different_depth(image):
@@ -94,7 +100,6 @@ def test_stages_of_networks_with_different_depth(image):
     np.testing.assert_allclose(picture(panels[5]), mean(fine.gated, 1, 1, 1)[:, :, 6].T, atol=1e-6)
     assert not panels[2].images
     assert not panels[2].axison
-    assert plot_stages(image, {"a": [fine]}).axes[0].get_title() == "slice 5"
 
 
 def test_enlarged_voxels_take_the_value_at_their_center():
