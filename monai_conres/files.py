@@ -40,6 +40,7 @@ __all__ = [
     "ScanSettings",
     "TrainedNetwork",
     "atomic_path",
+    "check_same_grid",
     "check_writable",
     "describe_network",
     "find_files",
@@ -378,6 +379,31 @@ def load_header(file: str | os.PathLike) -> Any:
     except Exception as error:
         raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
     return header
+
+
+def check_same_grid(files: Sequence[str | os.PathLike]) -> None:
+    """Raise unless the voxels of NIfTI files lie in the same places, up to a tenth of a voxel.
+
+    Raises:
+        ValueError: when a size or an affine differs from that of the first file. The error names both files.
+    """
+    first, *others = files
+    header = read_header(first)
+    shape, affine = header.get_data_shape()[:3], header.get_best_affine()
+    corners = np.stack(np.meshgrid(*([0, size - 1] for size in shape), [1], indexing="ij"), -1).reshape(-1, 4)
+    for file in others:
+        other = read_header(file)
+        if (size := other.get_data_shape()[:3]) != shape:
+            raise ValueError(
+                f"expected the same size in {first} and {file}, got {tuple(map(int, shape))} and "
+                f"{tuple(map(int, size))}; fetch both again, or take them out."
+            )
+        shift = np.abs(corners @ (np.linalg.inv(affine) @ other.get_best_affine() - np.eye(4)).T).max()
+        if shift > 0.1:
+            raise ValueError(
+                f"expected the same affine in {first} and {file}, got corners that lie up to {shift:.3g} voxels apart; "
+                "repair the header that is wrong, or take the files out."
+            )
 
 
 def stored_axes(header: Any) -> np.ndarray:

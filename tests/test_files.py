@@ -15,6 +15,7 @@ from monai.networks.nets import SegResNet
 from monai_conres import ConResNet, attach_conres
 from monai_conres.files import (
     atomic_path,
+    check_same_grid,
     describe_network,
     find_files,
     load_network,
@@ -338,3 +339,34 @@ def test_find_files_follows_each_link_once(tmp_path):
     (tmp_path / "data" / "case2" / "back").symlink_to(tmp_path / "data")
     expected = [tmp_path / "data" / case / "scan.nii.gz" for case in ("case1", "case2", "case3")]
     assert find_files(tmp_path / "data", "*.nii*") == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "message"),
+    [
+        ((4, 5, 6), np.eye(4), None),
+        ((4, 5, 7), np.eye(4), r"same size in .*a.nii and .*b.nii, got \(4, 5, 6\) and \(4, 5, 7\)"),
+        ((4, 5, 6), np.diag([-1, 1, 1, 1]), "same affine in .*a.nii and .*b.nii, got corners .* up to 6 voxels"),
+        ((4, 5, 6), np.diag([1, 1, 1.1, 1]), "corners that lie up to 0.5 voxels apart"),
+    ],
+)
+def test_check_same_grid_compares_the_places_of_voxels(tmp_path, shape, change, message):
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    for name, size, own in (("a.nii", (4, 5, 6), affine), ("b.nii", shape, affine @ change)):
+        nib.save(nib.Nifti1Image(np.zeros(size, np.uint8), own), tmp_path / name)
+    files = [tmp_path / "a.nii", tmp_path / "b.nii"]
+    if message is None:
+        check_same_grid(files)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_same_grid(files)
+
+
+def test_check_same_grid_allows_a_tenth_of_a_voxel(tmp_path):
+    for name, shift in (("a.nii", 0.0), ("b.nii", 0.19), ("c.nii", 0.21)):
+        affine = np.diag([2.0, 3.0, 4.0, 1.0])
+        affine[0, 3] = shift  # mm; a voxel has 2
+        nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.uint8), affine), tmp_path / name)
+    check_same_grid([tmp_path / "a.nii", tmp_path / "b.nii"])
+    with pytest.raises(ValueError, match=r"a.nii and .*c.nii, got corners that lie up to 0.105 voxels apart"):
+        check_same_grid([tmp_path / "a.nii", tmp_path / "b.nii", tmp_path / "c.nii"])

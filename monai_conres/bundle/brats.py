@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_conres.bundle.datalist import Datalist, check_same_grid, for_each, read_scans
+from monai_conres.bundle.datalist import Datalist, for_each, read_scans
 from monai_conres.bundle.decathlon import read_decathlon
-from monai_conres.files import find_files
+from monai_conres.files import check_same_grid, find_files
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 # The names of 2023. In 2020 the label of one case is called W39_1998.09.19_Segm.nii.
@@ -99,7 +99,7 @@ def _case(folder: Path, files: dict[str, list[str]], kinds: Sequence[str]) -> di
                 "out the case or the modality."
             )
     chosen = {kind: files[kind][0] for kind in kinds}
-    check_same_grid(folder.name, list(chosen.values()))
+    check_same_grid(list(chosen.values()))
     label = {"label": chosen.pop("seg")} if "seg" in chosen else {}
     return {"name": folder.name, "image": list(chosen.values()), **label}
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from monai.data import partition_dataset
 from monai.utils import ensure_tuple, optional_import
 
-from monai_conres.files import find_files, load_volume, read_header, repeated, stem, stored_axes
+from monai_conres.files import check_same_grid, find_files, load_volume, read_header, repeated, stem
 from monai_conres.scans import Structures
 
 tqdm, _ = optional_import("tqdm", name="tqdm", descriptor="{}; install it with: pip install 'monai-conres[examples]'")
@@ -112,7 +111,9 @@ def read_scans(folder: str | os.PathLike, structures: Structures) -> Datalist:
 
 
 def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int | None = None) -> None:
-    """Read the files of one case to their ends. A broken download often has a good header.
+    """Read the files of one case to their ends, and compare their voxel grids.
+
+    A broken download often has a good header. The grid of a DICOM series is not compared.
 
     Args:
         case: ``"image"``, a file or several, and ``"label"``, if there is one.
@@ -120,11 +121,14 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
         channels: number of channels of the image, over all its files. ``None`` accepts any number.
 
     Raises:
-        ValueError: when a file cannot be read, has voxels that are not finite, or has other channels or values. The
-            error names the file.
+        ValueError: when a file cannot be read, has voxels that are not finite, lies on another grid, or has other
+            channels or values. The error names the file.
     """
-    found = 0
-    for file in ensure_tuple(case["image"]):
+    found, images = 0, ensure_tuple(case["image"])
+    grids = [*images, *([case["label"]] if "label" in case else [])]
+    if not any(Path(file).is_dir() for file in images):
+        check_same_grid(grids)
+    for file in images:
         volume = load_volume(file)
         if not volume.isfinite().all():
             raise ValueError(f"expected finite numbers in {file}, got others; repair the file or take the case out.")
@@ -143,25 +147,6 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
                 f"expected the values {sorted(values)} in {case['label']}, got {others[:5]}; repair the file or take "
                 "the case out."
             )
-
-
-def check_same_grid(name: str, files: Sequence[str], *, origin: bool = True) -> None:
-    """Raise unless the NIfTI files of a case have the same size, axes, voxel size and, if asked, the same origin."""
-    headers = [read_header(file) for file in files]
-    checks: list[tuple[str, Callable, float]] = [
-        ("size", lambda header: header.get_data_shape()[:3], 0),
-        ("orientation", stored_axes, 0),
-        ("voxel size in mm", lambda header: header.get_zooms()[:3], 1e-2),
-        ("affine", lambda header: header.get_best_affine(), 1e-2),
-    ]
-    for what, read, tolerance in checks if origin else checks[:3]:
-        one, *others = (np.asarray(read(header)) for header in headers)
-        for file, other in zip(files[1:], others, strict=True):
-            if not np.allclose(one, other, rtol=tolerance, atol=tolerance):
-                raise ValueError(
-                    f"expected the same {what} in all files of case {name}, got {one.tolist()} in {files[0]} and "
-                    f"{other.tolist()} in {file}; repair the header that is wrong, or take the case out."
-                )
 
 
 def for_each(function: Callable, items: Iterable) -> list:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from monai.data import load_decathlon_datalist
 
-from monai_conres.bundle.datalist import Datalist, check_same_grid
-from monai_conres.files import read_header, stem, stored_axes
+from monai_conres.bundle.datalist import Datalist
+from monai_conres.files import check_same_grid, read_header, stem, stored_axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
     shapes, spacings, channels = [], [], set()
     for case in cases:
         case["name"] = stem(Path(case["image"]))
-        check_same_grid(case["name"], [case["image"], case["label"]], origin=False)
+        check_same_grid([case["image"], case["label"]])
         image = read_header(case["image"])
         shape, axes = image.get_data_shape(), stored_axes(image)[:, 0].argsort()  # the axes of RAS
         shapes.append(np.asarray(shape)[axes])

@@ -112,14 +112,14 @@ def test_errors_name_case_and_file(folder, tmp_path):
     moved.rename(other)
     assert len(read_brats(folder, ["flair"]).cases) == 4
     save(t1, affine=np.diag([-1, -1, 2, 1]))
-    with pytest.raises(ValueError, match=r"same voxel size.* of case phantom_001.*phantom_001_t1\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"same affine in .*phantom_001_t1\.nii\.gz"):
         read_brats(folder)
     save(t1, size=(12, 14, 9), affine=np.eye(4))
-    with pytest.raises(ValueError, match=r"same size in .* case phantom_001.*12, 14, 9.*phantom_001_t1\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"same size in .*phantom_001_t1\.nii\.gz.*12, 14, 9"):
         read_brats(folder)
     moved = nib.load(case / "phantom_001_t2.nii.gz").affine + np.eye(4, k=3)
     save(t1, affine=moved)
-    with pytest.raises(ValueError, match=r"same affine in .* case phantom_001.*phantom_001_t1\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"same affine in .*phantom_001_t1\.nii\.gz"):
         read_brats(folder)
     t1.write_bytes(whole[:100])
     with pytest.raises(ValueError, match=r"cannot read .*phantom_001_t1\.nii\.gz"):

@@ -63,15 +63,15 @@ def test_shape_and_spacing_have_the_axes_of_the_prepared_volume(folder):
 @pytest.mark.parametrize(
     ("size", "edges", "message"),
     [
-        ((12, 14, 9), (1, 1, 2.5), r"same size .* got \[12, 14, 10\] in .*phantom_002.* and \[12, 14, 9\]"),
-        ((12, 14, 10), (-1, -1, 2.5), "same orientation"),
-        ((12, 14, 10), (1, 1, 1), "same voxel size"),
+        ((12, 14, 9), (1, 1, 2.5), r"same size in .*, got \(12, 14, 10\) and \(12, 14, 9\)"),
+        ((12, 14, 10), (-1, -1, 2.5), "same affine in .*, got corners"),
+        ((12, 14, 10), (1, 1, 1), "same affine in .*, got corners"),
     ],
 )
 def test_headers_of_image_and_label_must_agree(folder, size, edges, message):
     file = folder / "labelsTr" / "phantom_002.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros(size, np.uint8), np.diag([*edges, 1])), file)
-    with pytest.raises(ValueError, match=f"{message}.*{file.name}"):
+    with pytest.raises(ValueError, match=message.replace(".*", f".*{file.name}")):
         read_decathlon(folder)
 
 
@@ -114,6 +114,17 @@ def test_check_voxels_refuses_other_label_values(folder, value):
     label = nib.Nifti1Image(np.full((12, 14, 10), value, np.float32), np.diag([1, 1, 2.5, 1]))
     nib.save(label, case["label"])
     with pytest.raises(ValueError, match=r"the values \[0, 1, 2, 3\] in .*labelsTr/phantom_002"):
+        check_voxels(case, range(4))
+
+
+def test_check_voxels_compares_the_grids(folder):
+    """A plain folder of files has no reader that compares image and label."""
+    case = read_decathlon(folder).cases[0]
+    label = nib.load(case["label"])
+    moved = label.affine.copy()
+    moved[0, 3] += 9
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), moved), case["label"])
+    with pytest.raises(ValueError, match=r"same affine in .*, got corners that lie up to 9 voxels apart"):
         check_voxels(case, range(4))
 
 
