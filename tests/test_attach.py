@@ -13,12 +13,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from monai.inferers import SlidingWindowInferer
-from monai.losses import DeepSupervisionLoss, DiceCELoss
 from monai.networks import nets
 from monai.networks.nets.unet import CheckpointUNet
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from monai_conres import ConResLoss, ConResNet, ConResOutput, ConResWrapper, attach_conres
+from monai_conres import ConResNet, ConResOutput, ConResWrapper, attach_conres
 from tests.networks import NETWORKS, dynunet
 
 SIZE = (8, 12, 20)
@@ -104,35 +103,6 @@ def test_closed_gates_change_nothing_and_every_part_learns(name):
 
 
 # values and options
-
-
-def test_gates_are_equation_6_of_the_network_s_own_features(image):
-    network = small().eval()
-    features, gated = [], []
-    for name in network.stages:
-        stage = network.backbone.get_submodule(name)
-        stage.register_forward_hook(lambda module, args, output: features.append(output.clone()), prepend=True)
-        stage.register_forward_hook(lambda module, args, output: gated.append(output))
-    with torch.no_grad():
-        network(image)
-        previous = image
-        for number in range(2):
-            expected, previous = network.decoder.step(number, features[number], previous)
-            assert torch.equal(gated[number], expected)
-            share = gated[number] / features[number]
-            assert share.min() >= 1
-            assert share.max() <= 2
-
-
-def test_loss_around_the_network_s_own_deep_supervision_loss():
-    torch.manual_seed(0)
-    network = attach_conres(nets.SegResNetDS(3, 8, 1, 3, dsdepth=2), 1, include_background=False)
-    own = DeepSupervisionLoss(DiceCELoss(softmax=True, to_onehot_y=True))
-    loss = ConResLoss(own)
-    image, label = torch.randn(1, 1, 16, 24, 32), torch.randint(0, 3, (1, 1, 16, 24, 32)).float()
-    output = network(image)
-    expected = own(list(output.segmentation), label) + loss.residual_loss(output.residuals, label)
-    torch.testing.assert_close(loss(output, label), expected)
 
 
 def test_include_background_and_width_size_the_decoder(image):

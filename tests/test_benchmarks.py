@@ -219,6 +219,10 @@ def test_experiment_refuses_what_contradicts_it(command, tmp_path):
         with pytest.raises(ValueError, match=r"expected iterations=2, as in .* small, got iterations=3 from the"):
             command(ablation, "--iterations", 3, "--arms", "conres")
         experiment.merge()
+    experiment.write_run(("conres", 0, 1), settings | {"batch": 4}, [row | {"seed": 1}])
+    with pytest.raises(ValueError, match=r"batch=2, .* got batch=4 from .*conres_fold0_seed1"):
+        experiment.merge()
+    experiment.run_file(("conres", 0, 1)).unlink()
     experiment.write_run(("conres", 0, 0), settings, [row | {"dice": 0.6}])
     with pytest.raises(ValueError, match=r"expected the results of .*conres"):
         experiment.merge()

@@ -92,18 +92,6 @@ def test_capture_keeps_the_last_pass_of_the_block(image, make):
     assert stages == []
 
 
-def test_capture_with_checkpoints_survives_the_backward_pass(image):
-    network = small_network(use_checkpoint=True, dropout=0.0).train()
-    with capture_features(network) as stages:
-        output = network(image)
-        before = [tuple(tensor.clone() for tensor in stage) for stage in stages]
-        sum(logits.sum() for logits in (output.segmentation, *output.residuals)).backward()
-    assert len(stages) == 2
-    for stage, other in zip(stages, before, strict=True):
-        torch.testing.assert_close(tuple(stage), other)
-        assert not any(tensor.requires_grad for tensor in stage)
-
-
 @torch.no_grad()
 def test_capture_of_networks_without_residuals(image):
     network = small_network("none")
