@@ -147,7 +147,7 @@ def test_trainer_adds_the_residual_loss_in_training_only(module):
     torch.testing.assert_close(own.loss(own.network(image), targets), squared(own.network(image), targets))
 
 
-@pytest.mark.parametrize("around", [lambda network: network, torch.nn.DataParallel, lambda n: torch.compile(n)])
+@pytest.mark.parametrize("around", [lambda network: network, torch.nn.DataParallel, torch.compile])
 def test_trainer_switches_deep_supervision(module, around):
     image, _ = batch()
     own = trainer(module)
@@ -160,15 +160,16 @@ def test_trainer_switches_deep_supervision(module, around):
     assert len(network(image)) == 2
 
 
-@pytest.mark.parametrize("regions", [False, True])
-def test_inference_builds_the_network_of_the_training(module, regions):
+REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions": True}
+
+
+@pytest.mark.parametrize("options", [{}, REGIONS])
+def test_inference_builds_the_network_of_the_training(module, options):
     image, _ = batch()
-    labels = {"background": 0, "whole": [1, 2], "core": [2]} if regions else None
-    own = trainer(module, labels=labels, regions=regions)
+    own = trainer(module, **options)
     own.initialize()
-    twin = own.build_network_architecture(
-        own.plans_manager, own.configuration_manager, 1, own.label_manager.num_segmentation_heads, False
-    )
+    plans, heads = (own.plans_manager, own.configuration_manager), own.label_manager.num_segmentation_heads
+    twin = own.build_network_architecture(*plans, 1, heads, False)
     twin.load_state_dict(own.network.state_dict())
     torch.testing.assert_close(twin.eval()(image), own.network.eval()(image)[0])
 
@@ -180,7 +181,7 @@ def test_weights_of_version_0_1_have_a_mask_for_each_output_channel(module):
 
 
 def test_regions_are_their_own_masks(module):
-    own = trainer(module, labels={"background": 0, "whole": [1, 2], "core": [2]}, regions=True)
+    own = trainer(module, **REGIONS)
     own.initialize()
     own.set_deep_supervision_enabled(False)
     image, label = batch()[0], torch.rand(2, 2, 8, 16, 16) > 0.5
@@ -210,8 +211,7 @@ def test_end_of_training_writes_a_complete_network(module, tmp_path):
 
 
 def test_network_json_of_regions_and_ct(module, tmp_path, monkeypatch):
-    labels = {"background": 0, "whole": [1, 2], "core": [2]}
-    own = trainer(module, tmp_path, labels=labels, regions=True, normalization_schemes=["CTNormalization"])
+    own = trainer(module, tmp_path, **REGIONS, normalization_schemes=["CTNormalization"])
     own.plans_manager.transpose_forward = [1, 0, 2]
     affine = np.diag([-1.0, 1.0, 3.0, 1.0])
     monkeypatch.setattr(Cases, "properties", {"nibabel_stuff": {"original_affine": affine}})
