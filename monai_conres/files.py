@@ -294,6 +294,8 @@ def load_volume(file: str | os.PathLike) -> MetaTensor:
     Raises:
         ValueError: when the file cannot be read to its end or is not a volume. The error names the file.
     """
+    if not Path(file).exists():
+        raise ValueError(f"expected the file {file}, found none; check its name and its folder.")
     try:
         volume = _loader(Path(file).is_dir(), threading.get_ident())(file)
     except Exception as error:

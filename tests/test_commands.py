@@ -45,10 +45,13 @@ def test_stages_of_a_function_in_a_file(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["monai.networks.nets.UNet"], "expected module:name or file.py:name"),
-        (["monai.networks.nets:NoNet"], "'NoNet'"),
+        (["monai.networks.nets:NoNet"], "in monai.networks.nets, found no 'NoNet'"),
         (["no_module:Net"], "No module named 'no_module'"),
         (["no_file.py:build"], "No such file"),
-        (["monai.networks.nets:UNet"], "missing 5 required positional arguments"),
+        (
+            ["monai.networks.nets:UNet"],
+            "arguments: 'spatial_dims', 'in_channels', 'out_channels', 'channels', and 'strides'); give --arguments",
+        ),
         (["monai.networks.nets:VNet", "--arguments", "act"], "expected an argument as name=value"),
         ([*SEGRESNET, "--in-channels", "1"], "expected SegResNet to run on a 3D image of 1 channels"),
     ],

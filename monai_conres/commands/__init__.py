@@ -30,8 +30,10 @@ def find_callable(place: str) -> Callable[..., Any]:
     source, _, name = place.rpartition(":")
     try:
         names = runpy.run_path(source) if source.endswith(".py") else vars(importlib.import_module(source))
-        return names[name]
-    except (ImportError, KeyError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise ValueError(
             f"expected module:name or file.py:name, such as monai.networks.nets:SegResNet, got {place} ({error})."
         ) from error
+    if not callable(names.get(name)):
+        raise ValueError(f"expected a class or function in {source}, found no {name!r}; check the spelling.")
+    return names[name]

@@ -1,4 +1,4 @@
-"""Show the decoder features of a network, and mark with * those that attach_conres would gate.
+"""Show the feature maps of a network, and mark with * those that attach_conres would gate.
 
 python -m monai_conres stages monai.networks.nets:SegResNet --arguments init_filters=8 out_channels=3
 python -m monai_conres stages my_networks.py:build_unet --in-channels 4 --size 64 64 32
@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     arguments = dict(parse(argument) for argument in options.arguments)
-    network = find_callable(options.network)(**arguments)
+    build = find_callable(options.network)
+    try:
+        network = build(**arguments)
+    except TypeError as error:
+        raise ValueError(f"cannot build {options.network} ({error}); give --arguments name=value ...") from error
     in_channels = options.in_channels or arguments.get("in_channels", 1)
     print(decoder_stages(network, in_channels, spatial_size=options.size))
 
