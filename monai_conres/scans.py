@@ -87,6 +87,8 @@ class ScanSettings:
         for name, (right, expected) in checks.items():
             if not right:
                 raise ValueError(f"expected {name} of the scans to be {expected}, got {getattr(self, name)!r}.")
+        if len(set(map(frozenset, values))) < len(values):
+            raise ValueError(f"expected other label values in each class, got {self.classes!r}; leave one of them out.")
         self.to_labels(torch.zeros(self.out_channels, 1))  # raises here what it would raise after a training
         self.normalize("image")
 

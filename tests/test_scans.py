@@ -117,3 +117,9 @@ def test_logits_become_the_values_of_the_file():
 def test_wrong_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_scan_settings_refuse_two_classes_with_the_same_values(activation):
+    with pytest.raises(ValueError, match="other label values in each class"):
+        ScanSettings(channels=["a"], patch_size=[8] * 3, classes={"b": [1, 2], "c": [2, 1]}, activation=activation)
