@@ -30,6 +30,7 @@ from monai.transforms import LoadImage
 from monai.utils import convert_to_tensor, optional_import
 
 from monai_conres.attach import ConResWrapper
+from monai_conres.chain import ChainSettings
 from monai_conres.conresnet import ConResNet
 from monai_conres.decoder import ConResDecoder
 from monai_conres.scans import ScanSettings
@@ -49,6 +50,7 @@ __all__ = [
     "plain_values",
     "read_header",
     "read_network",
+    "save_chain",
     "save_network",
     "write_csv",
     "write_label_map",
@@ -68,11 +70,13 @@ class TrainedNetwork:
         network: the network in ``eval()`` mode on the CPU.
         scans: how a scan becomes the network's input, and the output a label map.
         training: what the saver noted about the training, such as the names of the training cases.
+        chain: weights of the slice chain for this network, if they were fitted.
     """
 
     network: nn.Module
     scans: ScanSettings
     training: dict[str, Any]
+    chain: ChainSettings | None = None
 
 
 def save_network(
@@ -82,6 +86,7 @@ def save_network(
     *,
     backbone: Backbone | None = None,
     training: Mapping[str, Any] | None = None,
+    chain: ChainSettings | None = None,
 ) -> None:
     """Write a network's weights to ``model.pt`` and everything else to ``network.json``.
 
@@ -96,6 +101,7 @@ def save_network(
         backbone: class and arguments of the network that the decoder was attached to, such as
             ``("monai.networks.nets.SegResNet", {"init_filters": 8})``. ``None``: :func:`load_network` asks for them.
         training: plain values about the training. ``"cases"`` are the names of the training cases.
+        chain: weights of the slice chain. :func:`save_chain` adds them later.
 
     Raises:
         ValueError: when a value is not plain (see :func:`plain_values`), or network and scans do not fit each other.
@@ -110,12 +116,39 @@ def save_network(
     """
     if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         network = network.module
-    text = json.dumps(describe_network(network, scans, backbone=backbone, training=training), indent=1) + "\n"
+    content = describe_network(network, scans, backbone=backbone, training=training, chain=chain)
     description = Path(folder, "network.json")
     with atomic_path(Path(folder, "model.pt")) as temporary:
         torch.save(network.state_dict(), temporary)
         description.unlink(missing_ok=True)  # of the weights that are replaced now
-    with atomic_path(description) as temporary:
+    _write_json(description, content)
+
+
+def save_chain(folder: str | os.PathLike, chain: ChainSettings) -> None:
+    """Add the weights of the slice chain to ``network.json``, or replace those that are there.
+
+    Args:
+        folder: a folder that :func:`save_network` has written.
+        chain: what :func:`~monai_conres.chain_training.fit_chain` returns for the network of the folder.
+
+    Raises:
+        ValueError: as :func:`read_network`, or when the network has another number of classes.
+    """
+    network = read_network(folder)
+    foreground = network["scans"].out_channels - (network["scans"].activation == "softmax")
+    if isinstance(chain.offset, tuple) and len(chain.offset) != foreground:
+        raise ValueError(
+            f"expected one offset for all classes, or one for each of {foreground}, got {len(chain.offset)}; fit the "
+            "chain with this network."
+        )
+    description = Path(folder, "network.json")
+    content = json.loads(description.read_text())
+    _write_json(description, {**content, "chain": plain_values(dataclasses.asdict(chain))})
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    with atomic_path(file) as temporary:
         temporary.write_text(text)
 
 
@@ -151,11 +184,13 @@ def load_network(
             f"({_brief(error)}); the file is of another network, or the arguments in network.json are not those of the "
             "training."
         ) from error
-    return TrainedNetwork(network.cpu().eval(), content["scans"], content["training"])
+    return TrainedNetwork(network.cpu().eval(), content["scans"], content["training"], content.get("chain"))
 
 
 def read_network(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read ``network.json`` only, as :func:`describe_network` returns it, but ``"scans"`` are :class:`ScanSettings`.
+    """Read ``network.json`` only, as :func:`describe_network` returns it.
+
+    ``"scans"`` are :class:`ScanSettings`. ``"chain"``, if it is there, is :class:`~monai_conres.chain.ChainSettings`.
 
     Raises:
         ValueError: when the file is missing, cannot be read, is of a newer version or has other keys or values.
@@ -170,9 +205,11 @@ def read_network(folder: str | os.PathLike) -> dict[str, Any]:
         content = plain_values(json.loads(file.read_text()), "the file")
         if content["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT}, got {content['format']}; update monai_conres for a newer one")
-        if set(content) != KEYS:
-            raise ValueError(f"expected the keys {sorted(KEYS)}, got {sorted(content)}")
+        if set(content) - {"chain"} != KEYS:
+            raise ValueError(f"expected the keys {sorted(KEYS)}, and chain if it was fitted, got {sorted(content)}")
         content["scans"] = ScanSettings(**content["scans"])
+        if "chain" in content:
+            content["chain"] = ChainSettings(**content["chain"])
         _check_fit(content["network"], content["scans"])
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"expected a network that save_network wrote, cannot read {file}: {_brief(error)}") from error
@@ -180,7 +217,12 @@ def read_network(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def describe_network(
-    network: nn.Module, scans: ScanSettings, *, backbone: Backbone | None, training: Mapping[str, Any] | None
+    network: nn.Module,
+    scans: ScanSettings,
+    *,
+    backbone: Backbone | None,
+    training: Mapping[str, Any] | None,
+    chain: ChainSettings | None = None,
 ) -> dict[str, Any]:
     """The content of ``network.json``. Arguments and errors are those of :func:`save_network`."""
     given = None if backbone is None else {"class": backbone[0], "arguments": backbone[1]}
@@ -198,6 +240,8 @@ def describe_network(
         )
     settings = dataclasses.asdict(scans)
     content = plain_values({"format": FORMAT, "network": entry, "scans": settings, "training": training or {}})
+    if chain is not None:
+        content["chain"] = plain_values(dataclasses.asdict(chain))
     _check_fit(content["network"], scans)
     return content
 
@@ -398,13 +442,13 @@ def check_same_grid(files: Sequence[str | os.PathLike]) -> None:
         if (size := other.get_data_shape()[:3]) != shape:
             raise ValueError(
                 f"expected the same size in {first} and {file}, got {tuple(map(int, shape))} and "
-                f"{tuple(map(int, size))}; fetch both again, or take them out."
+                f"{tuple(map(int, size))}; resample one of them, or take them out."
             )
         shift = np.abs(corners @ (np.linalg.inv(affine) @ other.get_best_affine() - np.eye(4)).T).max()
         if shift > 0.1:
             raise ValueError(
                 f"expected the same affine in {first} and {file}, got corners that lie up to {shift:.3g} voxels apart; "
-                "repair the header that is wrong, or take the files out."
+                "repair the header that is wrong, resample one of them, or take them out."
             )
 
 

@@ -13,6 +13,7 @@ import torch.nn as nn
 from monai.networks.nets import SegResNet
 
 from monai_conres import ConResNet, attach_conres
+from monai_conres.chain import ChainSettings
 from monai_conres.files import (
     atomic_path,
     check_same_grid,
@@ -23,6 +24,7 @@ from monai_conres.files import (
     plain_values,
     read_header,
     read_network,
+    save_chain,
     save_network,
     write_label_map,
 )
@@ -115,6 +117,25 @@ def without_backbone(tmp_path):
     return tmp_path, network
 
 
+def test_chain_settings_are_stored_with_the_network(tmp_path, without_backbone):
+    folder, network = without_backbone
+    assert load_network(folder, backbone=segresnet).chain is None
+    chain, other = ChainSettings(tau=0.3, offset=[-1.0, -2.5]), ChainSettings(image_contrast=0)
+    for settings in (chain, other):
+        save_chain(folder, settings)
+        loaded = load_network(folder, backbone=segresnet)
+        assert loaded.chain == settings
+        assert_same(network, loaded.network)
+    save_network(folder, network, loaded.scans, chain=chain)
+    assert read_network(folder)["chain"] == chain
+    before = (folder / "network.json").read_text()
+    with pytest.raises(ValueError, match="one for each of 2, got 3"):
+        save_chain(folder, ChainSettings(offset=(1.0, 2.0, 3.0)))
+    assert (folder / "network.json").read_text() == before
+    save_network(folder, network, loaded.scans)  # new weights: the old chain does not belong to them
+    assert load_network(folder, backbone=segresnet).chain is None
+
+
 @pytest.mark.parametrize("call", [False, True])
 def test_backbone_is_given(without_backbone, call):
     folder, network = without_backbone
@@ -147,7 +168,9 @@ def test_plain_network_is_saved_with_class_and_arguments(tmp_path):
     ("changes", "message"),
     [
         ({"format": 2}, "expected format 1, got 2; update monai_conres"),
-        ({"chain": {}}, r"expected the keys .*, got \['chain'"),
+        ({"chains": {}}, r"expected the keys .*, got \['chains'"),
+        ({"chain": {"tau": -1.0}}, "weights of 0 or more"),
+        ({"chain": {"temperature": 1.0}}, "unexpected keyword argument 'temperature'"),
         ({"network": {"class": "monai_conres.ConResNet"}}, r"network\.json: KeyError: 'arguments'"),
         ({"network": {"class": "monai_conres.Nothing", "arguments": {}}}, "has no attribute 'Nothing'"),
         ({"network": {"class": "nowhere.Network", "arguments": {}}}, "No module named 'nowhere'"),
