@@ -17,7 +17,7 @@ from monai.utils import convert_to_tensor, optional_import
 
 from monai_conres.chain import ChainSettings, complete_mask, next_slice
 from monai_conres.decoder import ConResDecoder
-from monai_conres.files import TrainedNetwork, load_volume, read_header
+from monai_conres.files import TrainedNetwork, check_same_grid, load_volume
 from monai_conres.residual import slice_dim
 from monai_conres.scans import ScanSettings, label_values, paint_structures, structure_masks
 
@@ -162,10 +162,10 @@ def complete_scan(
     """
     scans, axis = trained.scans, _slice_axis(trained.network)
     files = [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
+    check_same_grid([*files, drawn])
     scan = _load_scan(scans, files)
     affine = np.asarray(scan.meta["original_affine"])
     file_axis, flipped = _file_axis(scans, scan, axis)
-    _check_grid(read_header(drawn), drawn, files[0], scan.meta["spatial_shape"], affine)
     known, values = _drawn_slices(drawn, slices, file_axis, scans)
     segmentation, residual, seen = _predict_scan(trained, scan, axis, progress)
     if flipped and residual is not None:  # of two slices with a change between them, the other one comes second now
@@ -178,7 +178,7 @@ def complete_scan(
         "drawn": _to_classes(values, scans)[None],
         "slices": known,
         "image": seen[None],
-        "settings": settings or getattr(trained, "chain", None),
+        "settings": settings or trained.chain,
         "spatial_axis": file_axis,
         "softmax": softmax,
         "sigmoid": not softmax,
@@ -284,9 +284,6 @@ def _propose(chain: Mapping[str, Any], count: int) -> list[int]:
 
 def _load_scan(scans: ScanSettings, files: Sequence[Path]) -> MetaTensor:
     """The network's input from the files of a scan, checked."""
-    headers = [read_header(file) for file in files]
-    for file, header in zip(files, headers, strict=True):
-        _check_grid(header, file, files[0], headers[0].get_data_shape()[:3], headers[0].get_best_affine())
     try:
         scan = scans.preprocessing()({"image": [str(file) for file in files]})["image"]
     except (OSError, RuntimeError) as error:
@@ -300,23 +297,6 @@ def _load_scan(scans: ScanSettings, files: Sequence[Path]) -> MetaTensor:
     if not scan.isfinite().all():
         raise ValueError(f"expected finite numbers in {', '.join(map(str, files))}, got NaN or infinity.")
     return scan
-
-
-def _check_grid(header: Any, file: str | os.PathLike, other: Path, shape: Sequence[int], affine: np.ndarray) -> None:
-    """Raise unless the voxels of a file lie where those of the other file do."""
-    own = header.get_data_shape()[:3]
-    if tuple(own) != tuple(shape):
-        raise ValueError(
-            f"expected {file} to have the size {tuple(map(int, shape))} of {other}, got {tuple(map(int, own))}; draw "
-            "on the scan itself, or resample to its voxels first."
-        )
-    corners = np.stack(np.meshgrid(*([0, size - 1] for size in shape), [1], indexing="ij"), -1).reshape(-1, 4)
-    shift = np.abs(corners @ (np.linalg.inv(affine) @ header.get_best_affine() - np.eye(4)).T).max()
-    if shift > TOLERANCE:
-        raise ValueError(
-            f"expected {file} to have the affine of {other}, got one that moves corners by up to {shift:.3g} voxels; "
-            "draw on the scan itself, or resample to its voxels first."
-        )
 
 
 def _file_axis(scans: ScanSettings, scan: MetaTensor, axis: int) -> tuple[int, bool]:

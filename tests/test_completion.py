@@ -20,7 +20,7 @@ from monai_conres.__main__ import main
 from monai_conres.chain import ChainSettings, next_slice
 from monai_conres.commands.complete import preview
 from monai_conres.completion import _propose, complete_scan, predict_with_residual
-from monai_conres.files import TrainedNetwork, load_network, save_network
+from monai_conres.files import TrainedNetwork, load_network, save_chain, save_network
 from monai_conres.residual import inter_slice_residual, residual_mask
 from monai_conres.scans import ScanSettings
 
@@ -280,6 +280,20 @@ def test_proposed_slices_are_those_of_the_whole_chain(axis, slices):
     assert len(_propose({**chain, "slices": slices, "spatial_axis": axis}, 99)) == 11 - len(slices)
 
 
+def test_stored_settings_of_the_chain_are_used(tmp_path):
+    scans = settings()
+    (image, drawn), *_ = write_case(tmp_path, "LPS", oblique=False)
+    save_network(tmp_path / "run", network_for(scans), scans)
+    default = complete_scan(load_network(tmp_path / "run"), image, drawn)
+    chain = ChainSettings(tau=3.0, residual_scale=0.0, image_contrast=0.0, offset=1.5)
+    save_chain(tmp_path / "run", chain)
+    trained = load_network(tmp_path / "run")
+    stored = complete_scan(trained, image, drawn)
+    assert not torch.equal(stored.label, default.label)
+    assert torch.equal(stored.label, complete_scan(trained, image, drawn, settings=chain).label)
+    assert torch.equal(default.label, complete_scan(trained, image, drawn, settings=ChainSettings()).label)
+
+
 # the command
 
 
@@ -395,10 +409,10 @@ def shifted(affine: np.ndarray) -> np.ndarray:
     ("change", "message"),
     [
         (lambda image, drawn, affine: (image, 0 * drawn, affine), "a drawn slice in .*drawn.nii.gz, got none"),
-        (lambda image, drawn, affine: (image, drawn[:-1], affine), "to have the size"),
+        (lambda image, drawn, affine: (image, drawn[:-1], affine), "same size in .*scan.nii.gz and .*drawn.nii.gz"),
         (
             lambda image, drawn, affine: (image, drawn, shifted(affine)),
-            "affine of .*moves corners by up to 0.189 voxels",
+            "same affine in .* up to 0.189 voxels apart",
         ),
         (lambda image, drawn, affine: (image, 3 * drawn, affine), r"values \[0, 1, 2, 4\] in the drawn .*got 3, 6, 12"),
         (lambda image, drawn, affine: (image, 0.5 * drawn, affine), "got 0.5"),
@@ -435,7 +449,7 @@ def test_command_refuses_arguments_and_writes_nothing(tmp_path, capsys):
         ({"preview": tmp_path / "preview.jpg"}, "ends with .png"),
         ({"network": tmp_path / "no"}, "network.json"),
         ({"image": tmp_path / "no.nii.gz"}, "cannot read"),
-        ({"image": [image, other]}, "other.nii.gz to have the size"),
+        ({"image": [image, other]}, "other.nii.gz, got (13, 15, 9) and (4, 4, 4)"),
         ({"image": [image, image]}, "expected 1 channels, T1, got 2"),
         ({"drawn": tmp_path / "no.nii.gz"}, "cannot read"),
         ({"backbone": "no.py:build"}, "expected module:name or file.py:name"),
