@@ -29,7 +29,7 @@ Files = str | os.PathLike | Sequence[str | os.PathLike]
 
 ENDS = {"R": "left to right", "A": "posterior to anterior", "S": "inferior to superior"}
 ENDS |= {"L": "right to left", "P": "anterior to posterior", "I": "superior to inferior"}
-# voxels by which two grids may differ
+# slices by which the voxels of network and file may drift apart along the slice axis
 TOLERANCE = 0.1
 
 
