@@ -165,7 +165,8 @@ def test_modes_of_wrapper_and_parts(image):
     backbone.input_block.eval()  # frozen statistics
     network = attach_conres(backbone, 1, spatial_size=(16, 24, 20))
     assert [m.training for m in (network, network.decoder, backbone.input_block, backbone.bottleneck)] == [1, 1, 0, 1]
-    assert not attach_conres(dynunet().eval(), 1, spatial_size=(16, 24, 20)).training
+    trained = attach_conres(dynunet().eval(), 1, spatial_size=(16, 24, 20))
+    assert not any(module.training for module in trained.modules())
     network = small()
     for training in (True, False):
         modes = [module.training for module in network.train(training).modules()]
