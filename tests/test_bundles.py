@@ -157,7 +157,7 @@ def test_readme_names_files_and_options_that_exist(bundle):
     files = [BUNDLES / bundle / "configs" / f"{name}.yaml" for name in ("train", "evaluate", "inference", "export")]
     config = "".join(file.read_text() for file in files)
     others = "config_file standalone nproc_per_node out layout tracking logdir filepath ckpt_file meta_file "
-    others += "key_in_ckpt use_trace input_shape"
+    others += "key_in_ckpt use_trace input_shape net_id"
     for option in set(re.findall(r"--(\w+)", text)) - set(others.split()):
         assert re.search(rf"^ *{option}:", config, re.MULTILINE), option
 
