@@ -17,7 +17,7 @@ each position. ``R`` residual channels with ``C = R`` are independent sigmoids, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -367,8 +367,8 @@ def _drawn_slices(
     if slices is None:
         drawn = labelled.movedim(dim, 1).flatten(2).any(2)
     else:
-        nested = any(isinstance(case, (list, tuple)) for case in slices)
-        cases: list[Any] = list(slices) if nested else [slices] * batch
+        given: list[Any] = slices.tolist() if hasattr(slices, "tolist") else list(slices)
+        cases = given if any(isinstance(case, Iterable) for case in given) else [given] * batch
         if len(cases) != batch:
             raise ValueError(
                 f"expected one list of slices for each of {batch} cases, or one for all, got {len(cases)}."

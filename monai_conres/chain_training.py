@@ -95,8 +95,9 @@ def fit_chain(
         True
     """
     samples = [_sample(case, drawn, positions, spatial_axis) for case in cases]
+    samples = [sample for sample in samples if sample[0].shape[2]]
     if not samples:
-        raise ValueError("expected at least one case, got none; give training cases of the network.")
+        raise ValueError("expected a case with foreground, got none; give training cases of the network.")
     _, residual, image, *_ = samples[0]
     # softplus keeps the weights positive; each of them starts at 1
     weights = torch.ones(3, dtype=torch.float64).expm1().log().requires_grad_()
@@ -122,7 +123,7 @@ def fit_chain(
     tau, scale, contrast = F.softplus(weights).tolist()
     return ChainSettings(
         tau=tau,
-        residual_scale=scale if residual.any() else 0.0,
+        residual_scale=scale if any(sample[1].any() for sample in samples) else 0.0,
         image_contrast=contrast if image is not None else 0.0,
         offset=offset.tolist(),
     )

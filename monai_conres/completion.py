@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class CompletedScan:
         drawn: the drawn slices ``(1, *spatial)`` in uint8, zero elsewhere.
         image: the image as the network sees it, ``(c, *spatial)``.
         slices: the drawn slices, from 0.
+        left_out: slices with labels in the drawn file that do not count, because others were named.
         proposed: the slices to draw next, the most uncertain first. Each one is chosen as if those before it were drawn
             as they are completed now.
         spatial_axis: the axis of the file along which slices count.
@@ -121,6 +123,7 @@ class CompletedScan:
     drawn: MetaTensor
     image: MetaTensor
     slices: list[int]
+    left_out: list[int]
     proposed: list[int]
     spatial_axis: int
     direction: str
@@ -147,8 +150,9 @@ def complete_scan(
         trained: what :func:`~monai_conres.files.load_network` returns.
         image: the NIfTI file of the scan, or one file for each channel in the order of ``trained.scans.channels``.
         drawn: a NIfTI label map on the voxels of the scan, with the label values of ``trained.scans.classes``.
-        slices: the drawn slices, from 0, along the axis of the file that is the network's slice axis. ``None``: the
-            slices with any label. A slice that is drawn empty has to be named here.
+        slices: all drawn slices, from 0, along the axis of the file that is the network's slice axis. ``None``: the
+            slices with any label. With a slice that is drawn empty, name all drawn slices: labels in other slices do
+            not count.
         settings: weights of the chain; ``None`` takes those that were saved with the network, or the defaults.
         propose: how many slices to propose for drawing next.
         progress: True shows a progress bar of the windows.
@@ -161,12 +165,13 @@ def complete_scan(
             outside the scan, a drawn value is none of the network's, or the network resamples along the slice axis.
     """
     scans, axis = trained.scans, _slice_axis(trained.network)
+    trained.network.eval()
     files = [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
     check_same_grid([*files, drawn])
     scan = _load_scan(scans, files)
     affine = np.asarray(scan.meta["original_affine"])
     file_axis, flipped = _file_axis(scans, scan, axis)
-    known, values = _drawn_slices(drawn, slices, file_axis, scans)
+    known, left_out, values = _drawn_slices(drawn, slices, file_axis, scans)
     segmentation, residual, seen = _predict_scan(trained, scan, axis, progress)
     if flipped and residual is not None:  # of two slices with a change between them, the other one comes second now
         residual = residual.roll(1, file_axis + 1)
@@ -198,6 +203,7 @@ def complete_scan(
         drawn=on_scan(values),
         image=on_scan(seen),
         slices=known,
+        left_out=left_out,
         proposed=_propose({**chain, "drawn": finished}, propose),
         spatial_axis=file_axis,
         direction=ENDS[nib.aff2axcodes(affine)[file_axis]],
@@ -317,17 +323,16 @@ def _file_axis(scans: ScanSettings, scan: MetaTensor, axis: int) -> tuple[int, b
 
 def _drawn_slices(
     file: str | os.PathLike, slices: Sequence[int] | None, axis: int, scans: ScanSettings
-) -> tuple[list[int], torch.Tensor]:
-    """Which slices are drawn, and the label map ``(1, *spatial)`` in uint8 with zeros in all other slices."""
+) -> tuple[list[int], list[int], torch.Tensor]:
+    """The drawn slices, others with labels, and the label map ``(1, *spatial)`` in uint8 of the drawn ones."""
     label = convert_to_tensor(load_volume(file), track_meta=False)
     if len(label) != 1:
         raise ValueError(
             f"expected one label map in {file}, got {len(label)} channels; write one value for each class."
         )
     by_slice = label.movedim(axis + 1, 0)
-    if slices is None:
-        slices = (by_slice != 0).flatten(1).any(1).nonzero()[:, 0].tolist()
-    known = sorted(set(slices))
+    labelled = set((by_slice != 0).flatten(1).any(1).nonzero()[:, 0].tolist())
+    known = sorted({operator.index(number) for number in slices} if slices is not None else labelled)
     if not known:
         raise ValueError(
             f"expected a drawn slice in {file}, got none; draw a slice, or name one that is drawn empty in slices."
@@ -342,13 +347,13 @@ def _drawn_slices(
     drawn = by_slice[known]
     wrong = drawn[~torch.isin(drawn, torch.tensor(allowed, dtype=drawn.dtype))]
     if len(wrong):
-        found = ", ".join(sorted({f"{value:g}" for value in wrong[:10000].tolist()}, key=float)[:5])
+        found = ", ".join(sorted({f"{value:.9g}" for value in wrong[:10000].tolist()}, key=float)[:5])
         raise ValueError(
             f"expected the values {allowed} in the drawn slices of {file}, which the network knows as "
             f"{dict(scans.classes)}, got {found}; map the others to these, or to 0."
         )
     values.movedim(axis + 1, 0)[known] = drawn.to(torch.uint8)
-    return known, values
+    return known, sorted(labelled - set(known)), values
 
 
 def _to_classes(label: torch.Tensor, scans: ScanSettings) -> torch.Tensor:

@@ -33,6 +33,7 @@ from monai_conres.attach import ConResWrapper
 from monai_conres.chain import ChainSettings
 from monai_conres.conresnet import ConResNet
 from monai_conres.decoder import ConResDecoder
+from monai_conres.residual import check_values
 from monai_conres.scans import ScanSettings
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
@@ -134,16 +135,20 @@ def save_chain(folder: str | os.PathLike, chain: ChainSettings) -> None:
     Raises:
         ValueError: as :func:`read_network`, or when the network has another number of classes.
     """
-    network = read_network(folder)
-    foreground = network["scans"].out_channels - (network["scans"].activation == "softmax")
-    if isinstance(chain.offset, tuple) and len(chain.offset) != foreground:
+    _check_chain(chain, read_network(folder)["scans"])
+    description = Path(folder, "network.json")
+    content = json.loads(description.read_text())
+    _write_json(description, {**content, "chain": plain_values(dataclasses.asdict(chain))})
+
+
+def _check_chain(chain: ChainSettings | None, scans: ScanSettings) -> None:
+    """Raise unless the chain has the classes of the scans."""
+    foreground = scans.out_channels - (scans.activation == "softmax")
+    if chain is not None and isinstance(chain.offset, tuple) and len(chain.offset) != foreground:
         raise ValueError(
             f"expected one offset for all classes, or one for each of {foreground}, got {len(chain.offset)}; fit the "
             "chain with this network."
         )
-    description = Path(folder, "network.json")
-    content = json.loads(description.read_text())
-    _write_json(description, {**content, "chain": plain_values(dataclasses.asdict(chain))})
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -210,6 +215,7 @@ def read_network(folder: str | os.PathLike) -> dict[str, Any]:
         content["scans"] = ScanSettings(**content["scans"])
         if "chain" in content:
             content["chain"] = ChainSettings(**content["chain"])
+            _check_chain(content["chain"], content["scans"])
         _check_fit(content["network"], content["scans"])
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"expected a network that save_network wrote, cannot read {file}: {_brief(error)}") from error
@@ -240,6 +246,7 @@ def describe_network(
         )
     settings = dataclasses.asdict(scans)
     content = plain_values({"format": FORMAT, "network": entry, "scans": settings, "training": training or {}})
+    _check_chain(chain, scans)
     if chain is not None:
         content["chain"] = plain_values(dataclasses.asdict(chain))
     _check_fit(content["network"], scans)
@@ -369,6 +376,7 @@ def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTens
 
     Raises:
         TypeError: when ``like`` has no affine.
+        ValueError: when the label has another shape or other values.
 
     Example:
         >>> image = MetaTensor(torch.zeros(1, 4, 5, 6), affine=torch.diag(torch.tensor([2.0, 2.0, 3.0, 1.0])))
@@ -382,8 +390,12 @@ def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTens
             f"expected a MetaTensor with the scan's affine, got a {type(like).__name__}; load the scan with "
             "load_volume, or bring a prediction back with ScanSettings.to_scan or Invertd."
         )
+    values = convert_to_tensor(label, track_meta=False).cpu()
+    if values.shape != (1, *like.shape[1:]):
+        raise ValueError(f"expected a label map of shape {(1, *like.shape[1:])}, got {tuple(values.shape)}.")
+    check_values(values, 256, "whole numbers from 0 to 255")
     affine = like.affine.cpu().numpy()
-    written = nib.Nifti1Image(convert_to_tensor(label, track_meta=False).cpu().numpy()[0].astype(np.uint8), affine)
+    written = nib.Nifti1Image(values.numpy()[0].astype(np.uint8), affine)
     # The code names the space of the affine: the scanner's or a template's. A DICOM series has no code.
     code = int(like.meta.get("sform_code", 0)) or int(like.meta.get("qform_code", 0)) or 1
     written.set_qform(affine, code=code)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from numbers import Integral
 from typing import Any
 
@@ -82,11 +83,17 @@ class ScanSettings:
             "spacing": (self.spacing is None or _are(self.spacing, (int, float), least=1e-6, number=3), "None or 3 mm"),
             "normalization": (_are(self.normalization, dict) or self.normalization == (), "a list of dicts"),
             "overlap": (isinstance(self.overlap, (int, float)) and 0 <= self.overlap < 1, "0 or more, below 1"),
-            "flip_axes": (isinstance(flips, tuple) and all(_are(a, int, least=-3) for a in flips), "lists of axes"),
+            "flip_axes": (isinstance(flips, tuple) and all(map(_are_axes, flips)), "lists of axes"),
         }
         for name, (right, expected) in checks.items():
             if not right:
                 raise ValueError(f"expected {name} of the scans to be {expected}, got {getattr(self, name)!r}.")
+        for one, other in combinations(map(set, values), 2):
+            if self.activation == "sigmoid" and one & other and not (one <= other or other <= one):
+                raise ValueError(
+                    f"expected classes without a common value, or one inside the other, got {self.classes!r}; "
+                    "a label map cannot hold both masks."
+                )
         if len(set(map(frozenset, values))) < len(values):
             raise ValueError(f"expected other label values in each class, got {self.classes!r}; leave one of them out.")
         self.to_labels(torch.zeros(self.out_channels, 1))  # raises here what it would raise after a training
@@ -231,6 +238,11 @@ def paint_structures(
         seen.update(values)
         label[(label == 0) & (score >= threshold)] = own[0]
     return label
+
+
+def _are_axes(values: Any) -> bool:
+    """Whether values are different spatial axes."""
+    return _are(values, int, least=-3) and max(values) < 3 and len({axis % 3 for axis in values}) == len(values)
 
 
 def _are(values: Any, kind: type | tuple[type, ...], *, least: float | None = None, number: int | None = None) -> bool:

@@ -272,7 +272,9 @@ def test_complete_mask_takes_slices_with_any_label():
     label[0, 0, 1, 2] = label[1, 0, 2, 4] = 1
     logits = torch.randn(2, 2, 3, 6), torch.randn(2, 1, 3, 6)
     assert torch.equal(complete_mask(*logits, label), complete_mask(*logits, label, slices=[[2], [4]]))
-    assert torch.equal(complete_mask(*logits, label, slices=[2]), complete_mask(*logits, label, slices=[[2], [2]]))
+    both = complete_mask(*logits, label, slices=[[2], [2]])
+    for slices in ([2], torch.tensor([2]), torch.tensor([[2], [2]]), [range(2, 3), torch.tensor([2])]):
+        assert torch.equal(complete_mask(*logits, label, slices=slices), both)
 
 
 def test_complete_mask_counts_an_empty_drawn_slice():

@@ -52,9 +52,22 @@ def test_fit_chain_switches_a_useless_residual_decoder_off():
     assert (without.residual_scale, without.image_contrast) == (0.0, 0.0)
 
 
+def test_fit_chain_passes_over_a_case_without_foreground():
+    torch.manual_seed(0)
+    label = torch.zeros(1, 1, 3, 4, 6)
+    label[:, :, 1:, 2:, 2:4] = 1
+    residual = torch.randn(label.shape)
+    full = {"segmentation": 4 * label - 2 + torch.randn(label.shape), "residual": residual, "label": label}
+    empty = {"segmentation": torch.full(label.shape, -20.0), "residual": residual, "label": torch.zeros_like(label)}
+    assert fit_chain([empty, full]) == fit_chain([full])
+
+
 def test_fit_chain_refuses_missing_cases_and_keys():
-    with pytest.raises(ValueError, match="at least one case"):
+    with pytest.raises(ValueError, match="a case with foreground"):
         fit_chain([])
+    empty = {"segmentation": torch.full((1, 1, 2, 3, 4), -20.0), "label": torch.zeros(1, 1, 2, 3, 4)}
+    with pytest.raises(ValueError, match="a case with foreground"):
+        fit_chain([empty])
     with pytest.raises(ValueError, match="segmentation and label"):
         fit_chain([{"segmentation": torch.zeros(1, 1, 2, 3)}])
 

@@ -338,7 +338,9 @@ def test_command_takes_an_empty_drawn_slice_and_finished_volumes(tmp_path, capsy
     (image, drawn), slices, label, _ = write_case(tmp_path, "RAS", oblique=False)
     files = {"network": network, "image": image, "drawn": drawn, "out": tmp_path / "volume.nii"}
     main(complete("--slices", 0, slices[0], **files))
-    assert f"Drawn slices: 0 {slices[0]}\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Drawn slices: 0 {slices[0]}\n" in printed
+    assert f"--slices leaves them out: {slices[1]}\n" in printed
     found = np.asarray(nib.load(files["out"]).dataobj)
     assert not found[..., 0].any()
     np.testing.assert_array_equal(found[..., slices[0]], label[..., slices[0]])
@@ -439,6 +441,7 @@ def test_command_refuses_arguments_and_writes_nothing(tmp_path, capsys):
     network = run_folder(tmp_path / "run", settings())
     (image, drawn), *_ = write_case(tmp_path, "LPS", oblique=False)
     other = write(tmp_path / "other.nii.gz", np.zeros((4, 4, 4)), np.eye(4))
+    (tmp_path / "folder.nii").mkdir()
     before = sorted(tmp_path.iterdir())
     files = {"network": network, "image": image, "drawn": drawn, "out": tmp_path / "volume.nii.gz"}
     for changes, message in [
@@ -447,6 +450,8 @@ def test_command_refuses_arguments_and_writes_nothing(tmp_path, capsys):
         ({"out": tmp_path / "volume.mha"}, "ends with .nii or .nii.gz"),
         ({"out": drawn}, "expected another file for --out"),
         ({"preview": tmp_path / "preview.jpg"}, "ends with .png"),
+        ({"out": tmp_path / "folder.nii"}, "expected the name of a file, got the folder"),
+        ({"device": "gpu9"}, "expected a device of torch"),
         ({"network": tmp_path / "no"}, "network.json"),
         ({"image": tmp_path / "no.nii.gz"}, "cannot read"),
         ({"image": [image, other]}, "other.nii.gz, got (13, 15, 9) and (4, 4, 4)"),

@@ -131,6 +131,8 @@ def test_chain_settings_are_stored_with_the_network(tmp_path, without_backbone):
     before = (folder / "network.json").read_text()
     with pytest.raises(ValueError, match="one for each of 2, got 3"):
         save_chain(folder, ChainSettings(offset=(1.0, 2.0, 3.0)))
+    with pytest.raises(ValueError, match="one for each of 2, got 1"):
+        save_network(folder, network, loaded.scans, chain=ChainSettings(offset=(1.0,)))
     assert (folder / "network.json").read_text() == before
     save_network(folder, network, loaded.scans)  # new weights: the old chain does not belong to them
     assert load_network(folder, backbone=segresnet).chain is None
@@ -275,6 +277,11 @@ def test_label_map_keeps_the_geometry_of_the_scan(tmp_path, ending):
     write_label_map(tmp_path / f"mask.{ending}", label, load_volume(tmp_path / "scan.nii.gz"))
     written = nib.load(tmp_path / f"mask.{ending}")
     np.testing.assert_array_equal(np.asarray(written.dataobj), label[0].numpy())
+    for other in (label + 200, label.double() + 0.5):
+        with pytest.raises(ValueError, match="whole numbers from 0 to 255, got values from"):
+            write_label_map(tmp_path / "other.nii", other, load_volume(tmp_path / "scan.nii.gz"))
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 5, 6\), got \(1, 4, 5, 5\)"):
+        write_label_map(tmp_path / "other.nii", label[..., :5], load_volume(tmp_path / "scan.nii.gz"))
     assert written.get_data_dtype() == np.uint8
     np.testing.assert_allclose(written.affine, affine, atol=1e-5)
     assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (4, 4)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True, nargs="+", type=Path, help="the scan, or one file for each channel")
     parser.add_argument("--drawn", required=True, type=Path, help="label map with the drawn slices")
     parser.add_argument("--out", required=True, type=Path, help="file for the completed label map, .nii or .nii.gz")
-    parser.add_argument("--slices", type=int, nargs="+", help="the drawn slices (default: those with any label)")
+    parser.add_argument("--slices", type=int, nargs="+", help="all drawn slices (default: those with any label)")
     parser.add_argument("--next", type=int, default=3, metavar="N", help="how many slices to propose (default: 3)")
     parser.add_argument(
         "--backbone", metavar="PLACE", help="file.py:function that builds the backbone, if it is asked for"
@@ -49,7 +49,11 @@ def run(options: argparse.Namespace) -> None:
 
     check_outputs(options)
     trained = load_network(options.network, backbone=find_callable(options.backbone) if options.backbone else None)
-    trained.network.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        trained.network.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"expected a device of torch, such as cpu or cuda, got {device} ({error}).") from error
     for file in filter(None, (options.out, options.preview)):
         check_writable(file.absolute().parent)
     completed = complete_scan(
@@ -61,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
         f"{completed.direction}."
     )
     print(f"Drawn slices: {' '.join(map(str, completed.slices))}")
+    if completed.left_out:
+        print(f"Labels that do not count, because --slices leaves them out: {' '.join(map(str, completed.left_out))}")
     if not completed.uses_residual:
         print("The network has no residual decoder. Only the contrast of the image tells where the labels change.")
     write_label_map(options.out, completed.label, completed.label)
@@ -82,6 +88,9 @@ def check_outputs(options: argparse.Namespace) -> None:
         raise ValueError(f"expected a name that ends with .nii or .nii.gz for --out, got {options.out}.")
     if options.preview and options.preview.suffix != ".png":
         raise ValueError(f"expected a name that ends with .png for --preview, got {options.preview}.")
+    for file in filter(None, (options.out, options.preview)):
+        if file.is_dir():
+            raise ValueError(f"expected the name of a file, got the folder {file}; add a name.")
     for file in (options.drawn, *options.image):
         if options.out.resolve() == file.resolve():
             raise ValueError(f"expected another file for --out, got {file}, which is read; give a new name.")
