@@ -3,8 +3,9 @@
     python examples/quickstart.py                    # on phantoms, which it makes itself
     python examples/quickstart.py --data FOLDER      # on any data set in Medical Segmentation Decathlon layout
 
-The networks differ only in their argument ``context``. Each one is saved with everything that prediction needs:
-``load_network("demo/ConResNet")`` builds it again.
+The networks differ only in their argument ``context``. Both also complete a volume from one slice, taken from the
+reference as if somebody had drawn it. For the baseline only the image tells where labels change. Each network is saved
+with everything that prediction needs: ``load_network("demo/ConResNet")`` builds it again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
-from monai_conres import BratsHausdorffDistanceMetric, ConResLoss, ConResNet, residual_mask
+from monai_conres import (
+    BratsHausdorffDistanceMetric,
+    ConResLoss,
+    ConResNet,
+    complete_mask,
+    predict_with_residual,
+    residual_mask,
+)
 from monai_conres.bundle import check_voxels, read_decathlon, seed_everything, training_plan
 from monai_conres.files import ScanSettings, TrainedNetwork, atomic_path, load_network, save_network, write_csv
 from monai_conres.phantom import write_phantom_dataset
@@ -73,27 +81,44 @@ def train(network: ConResNet, dataset: CacheDataset, options: argparse.Namespace
 
 @torch.no_grad()
 def predict(trained: TrainedNetwork, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The label map of one case, and the probabilities of its residual masks; the baseline predicts none."""
+    """Logits of the segmentation of one case, and of its residual masks; the baseline predicts none."""
     network, inferer = trained.network, trained.scans.inferer(sw_batch_size=2)
     if network.arguments["context"] == "none":
-        return trained.scans.to_labels(inferer(image[None], network)[0]).cpu(), None
-    segmentation, residual = inferer(image[None], network.with_residual)
-    return trained.scans.to_labels(segmentation[0]).cpu(), residual[0].sigmoid().cpu()
+        return inferer(image[None], network)[0].cpu(), None
+    segmentation, residual = predict_with_residual(image[None], network, inferer)
+    return segmentation[0].cpu(), residual[0].cpu()
+
+
+def complete(
+    logits: tuple[torch.Tensor, torch.Tensor | None], image: torch.Tensor, label: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """The label map that one drawn slice gives, and the number of that slice: the one with the largest structures."""
+    number = int((label > 0).flatten(0, -2).sum(0).argmax())
+    drawn = torch.zeros_like(label)
+    drawn[..., number] = label[..., number]
+    segmentation, residual = (None if part is None else part[None] for part in logits)
+    return complete_mask(segmentation, residual, drawn[None], slices=[number], image=image[None], softmax=True)[
+        0
+    ], number
 
 
 def evaluate(trained: TrainedNetwork, dataset: CacheDataset, title: str, device: str) -> list[dict]:
     """One row of values for each case."""
     names = list(trained.scans.classes)
+
+    def channels(labels: torch.Tensor) -> torch.Tensor:
+        return one_hot(labels[None], num_classes=len(names) + 1)[:, 1:]
+
     distance = BratsHausdorffDistanceMetric()
     rows = []
     for case in tqdm(dataset, desc=f"evaluate {title}"):
         image = case["image"].as_tensor().to(device)
         start = time.perf_counter()
-        predicted, residual = predict(trained, image)
+        logits = predict(trained, image)
         row = {"network": title, "case": case["name"], "inference (s)": time.perf_counter() - start}
-        masks = [
-            one_hot(label[None], num_classes=len(names) + 1)[:, 1:] for label in (predicted, case["label"].as_tensor())
-        ]
+        predicted, residual = trained.scans.to_labels(logits[0]), logits[1]
+        label = case["label"].as_tensor()
+        masks = [channels(predicted), channels(label)]
         for name, value in zip(names, compute_dice(*masks, ignore_empty=False)[0], strict=True):
             row[f"Dice {name}"] = value.item()
         for name, value in zip(names, distance(*masks, spacing=case["image"].pixdim.tolist())[0], strict=True):
@@ -103,10 +128,16 @@ def evaluate(trained: TrainedNetwork, dataset: CacheDataset, title: str, device:
         row["Dice of residual masks (of the segmentation)"] = compute_dice(*changes, ignore_empty=False).mean().item()
         if residual is not None:
             # the loss gives a changed voxel about 4 times the weight of another: at 4 / (4 + 1) the odds are even
-            found = (residual[None] > 0.8).float()
+            found = (residual[None].sigmoid() > 0.8).float()
             row["Dice of residual masks (predicted)"] = (
                 compute_dice(found, changes[1], ignore_empty=False).mean().item()
             )
+        completed, number = complete(logits, image.cpu(), label)
+        others = torch.arange(label.shape[-1]) != number
+        for name, labels in (("network", predicted), ("completed from it", completed)):
+            pair = [channels(part[..., others]) for part in (labels, label)]
+            value = compute_dice(*pair, ignore_empty=False).mean().item()
+            row[f"Dice outside of one drawn slice ({name})"] = value
         rows.append(row)
     return rows
 
@@ -179,14 +210,17 @@ def main(options: argparse.Namespace) -> None:
     with atomic_path(options.out / "table.md") as temporary:
         temporary.write_text(table(rows, totals))
     for case in list(validation_set)[:2]:
-        image = case["image"].as_tensor().to(options.device)
-        predictions = {title: predict(trained, image) for title, trained in networks.items()}
+        image, label = case["image"].as_tensor(), case["label"].as_tensor()
+        logits = {title: predict(trained, image.to(options.device)) for title, trained in networks.items()}
+        completed, number = complete(logits["ConResNet"], image, label)
         figure = plot_slices(
             case["image"],
-            {"reference": case["label"]} | {title: labels for title, (labels, _) in predictions.items()},
+            {"reference": label}
+            | {title: scans.to_labels(segmentation) for title, (segmentation, _) in logits.items()}
+            | {f"slice {number} drawn": completed},
             residuals={
-                "residual": residual_mask(case["label"][None], num_classes=len(data.classes))[0],
-                "residual, predicted": predictions["ConResNet"][1],
+                "residual": residual_mask(label[None], num_classes=len(data.classes))[0],
+                "residual, predicted": logits["ConResNet"][1].sigmoid(),
             },
             class_names=data.classes[1:],
             spacing=case["image"].pixdim.tolist(),
