@@ -74,7 +74,7 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
 class LoadPancreasCTd(MapTransform):
     """Load image and label. The label of a DICOM series gets the geometry of the series.
 
-    The headers of Pancreas-CT's NIfTI labels put them beside the scans. But their voxels are the voxels of the series:
+    The headers of Pancreas-CT's NIfTI labels put them next to the scans. But their voxels are the voxels of the series:
     column, row, and slice by instance number. Two public preprocessing codes agree on this. It was not checked on the
     real data: look at the pictures of the first evaluation.
 
