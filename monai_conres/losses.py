@@ -21,9 +21,9 @@ class ContextResidualLoss(nn.Module):
     """Loss of the predicted residual masks: weighted binary cross entropy at every scale.
 
     Eq. 8 of Zhang et al., 2021, for one scale, with ``w_k = log(V / V_k)``. A residual mask has ``V`` voxels, and
-    ``V_k`` of them have the value ``k``, counted for each channel over the batch. Eq. 9 adds the scales up: the finest with
-    weight 1, the others with ``deep_supervision_weight``. The target of each scale is the residual mask of the label
-    resized to that scale. The loss makes the targets on the label's device and does not wait for it.
+    ``V_k`` of them have the value ``k``, counted for each channel over the batch. Eq. 9 adds the scales up: the finest
+    with weight 1, the others with ``deep_supervision_weight``. The target of each scale is the residual mask of the
+    label resized to that scale. The loss makes the targets on the label's device and does not wait for it.
 
     Args:
         spatial_axis: index of the slice axis among the spatial axes, the same as the network's.
