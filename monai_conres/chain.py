@@ -74,7 +74,7 @@ class ChainSettings:
         True
     """
 
-    # below 1, because the errors of neighbouring slices go together
+    # below 1, because the errors of neighboring slices go together
     tau: float = 0.5
     residual_scale: float = 0.5
     image_contrast: float = 0.5
@@ -461,7 +461,7 @@ def complete_mask(
         drawn: what was drawn, of any dtype. ``(b, 1, *spatial)`` class indices for a softmax, ``(b, c, *spatial)``
             zeros and ones for sigmoids. Slices that are not drawn may hold anything.
         slices: indices of the drawn slices, from 0: one list for all cases, or one for each. ``None``: the slices with
-            any label. A slice that is drawn empty has to be named here.
+            any label. With a slice that is drawn empty, name all drawn slices.
         image: ``(b, i, *spatial)`` as the network sees it, for the image contrast.
         settings: weights of the chain; ``None`` is ``ChainSettings()``.
         spatial_axis: index of the slice axis among the spatial axes.
@@ -473,7 +473,7 @@ def complete_mask(
         The completed volume with the shape and dtype of ``drawn``. Drawn voxels keep what was drawn.
 
     Note:
-        A drawn slice cuts the chain. After one more slice is drawn, the stretch between its drawn neighbours, both
+        A drawn slice cuts the chain. After one more slice is drawn, the stretch between its drawn neighbors, both
         included, can be completed separately: the result there is the same, and the rest does not change.
 
     Raises:

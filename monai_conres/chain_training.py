@@ -67,7 +67,7 @@ def fit_chain(
 ) -> ChainSettings:
     """Fit the weights of the chain by the likelihood of the slices that are not drawn, given the drawn ones.
 
-    It minimises ``log Z_drawn - log Z_label``, the negative log likelihood, for each voxel that is not drawn. The drawn
+    It minimizes ``log Z_drawn - log Z_label``, the negative log likelihood, for each voxel that is not drawn. The drawn
     slices are evenly spaced within the extent of the label. The result is the same in each run. Take training cases,
     never the ones that are scored.
 
@@ -91,7 +91,7 @@ def fit_chain(
         >>> label = torch.zeros(1, 1, 3, 4, 6)
         >>> label[:, :, 1:, 2:, 2:4] = 1
         >>> settings = fit_chain([{"segmentation": 4 * label - 2 + torch.randn(label.shape), "label": label}])
-        >>> settings.offset[0] < 0  # neighbouring slices are alike
+        >>> settings.offset[0] < 0  # neighboring slices are alike
         True
     """
     samples = [_sample(case, drawn, positions, spatial_axis) for case in cases]
