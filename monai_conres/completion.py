@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.utils import convert_to_tensor, optional_import
 
 from monai_conres.chain import ChainSettings, complete_mask, next_slice
+from monai_conres.chain_training import fit_chain
 from monai_conres.decoder import ConResDecoder
 from monai_conres.files import TrainedNetwork, check_same_grid, load_volume
 from monai_conres.residual import slice_dim
@@ -24,7 +26,7 @@ from monai_conres.scans import ScanSettings, label_values, paint_structures, str
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
-__all__ = ["CompletedScan", "complete_scan", "predict_with_residual"]
+__all__ = ["CompletedScan", "complete_scan", "fit_completion", "predict_with_residual"]
 
 Files = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -53,8 +55,9 @@ def predict_with_residual(
         network: a network with the method ``with_residual``, in ``eval()`` mode.
         inferer: any inferer of MONAI, such as ``SlidingWindowInferer``. Its windows overlap by one slice or more along
             the slice axis.
-        flip_axes: sets of spatial axes to flip each window along, such as ``[[0], [0, 1]]``. The result is the mean of
-            the logits, the window without a flip included. The shift of the residual in a flip is undone.
+        flip_axes: sets of spatial axes to flip each window along, such as ``[[0], [0, 1]]``. The window without a flip
+            always counts. The softmax or sigmoid of the segmentation is the mean probability, and the residual is the
+            mean of the logits. The shift of the residual in a flip is undone.
         spatial_axis: index of the slice axis among the spatial axes; ``None`` takes that of the residual decoder.
 
     Returns:
@@ -166,16 +169,13 @@ def complete_scan(
     """
     scans, axis = trained.scans, _slice_axis(trained.network)
     trained.network.eval()
-    files = [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
+    files = _files(image)
     check_same_grid([*files, drawn])
     scan = _load_scan(scans, files)
     affine = np.asarray(scan.meta["original_affine"])
-    file_axis, flipped = _file_axis(scans, scan, axis)
+    file_axis, _ = _file_axis(scans, scan, axis)
     known, left_out, values = _drawn_slices(drawn, slices, file_axis, scans)
     segmentation, residual, seen = _predict_scan(trained, scan, axis, progress)
-    if flipped and residual is not None:  # of two slices with a change between them, the other one comes second now
-        residual = residual.roll(1, file_axis + 1)
-
     softmax = scans.activation == "softmax"
     chain: dict[str, Any] = {
         "segmentation": segmentation[None],
@@ -211,6 +211,46 @@ def complete_scan(
     )
 
 
+def fit_completion(
+    trained: TrainedNetwork, cases: Iterable[Mapping[str, Any]], *, drawn: Sequence[int] = (1, 2, 3)
+) -> ChainSettings:
+    """Fit the weights of the chain for a trained network, as :func:`~monai_conres.chain_training.fit_chain` does.
+
+    Args:
+        trained: what :func:`~monai_conres.files.load_network` returns.
+        cases: training cases of the network: ``image``, a NIfTI file or one for each channel, and ``label``, the label
+            map. The function holds one case at a time.
+        drawn: numbers of drawn slices, fitted together.
+
+    Returns:
+        Settings for :func:`~monai_conres.files.save_chain`.
+
+    Raises:
+        ValueError: for files that :func:`complete_scan` refuses, and when no case has a label.
+    """
+    return fit_chain((_chain_case(trained, case) for case in cases), drawn=drawn)
+
+
+@torch.no_grad()
+def _chain_case(trained: TrainedNetwork, case: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What :func:`~monai_conres.chain_training.fit_chain` takes of a case, with the slices last."""
+    scans, axis = trained.scans, _slice_axis(trained.network)
+    trained.network.eval()
+    files = _files(case["image"])
+    check_same_grid([*files, case["label"]])
+    scan = _load_scan(scans, files)
+    file_axis, _ = _file_axis(scans, scan, axis)
+    *_, values = _drawn_slices(case["label"], range(scan.meta["spatial_shape"][file_axis]), file_axis, scans)
+    segmentation, residual, seen = _predict_scan(trained, scan, axis, progress=False)
+    volumes = {"segmentation": segmentation, "image": seen, "label": _to_classes(values, scans)}
+    volumes |= {} if residual is None else {"residual": residual}
+    return {name: volume.movedim(file_axis + 1, -1)[None] for name, volume in volumes.items()}
+
+
+def _files(image: Files) -> list[Path]:
+    return [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
+
+
 def _slice_axis(network: nn.Module) -> int:
     """``spatial_axis`` of a network; of one without residual decoder, what it was built with."""
     axes = {module.spatial_axis for module in network.modules() if isinstance(module, ConResDecoder)}
@@ -219,49 +259,67 @@ def _slice_axis(network: nn.Module) -> int:
     return axes.pop() if axes else getattr(network, "arguments", {}).get("spatial_axis", -1)
 
 
+def _mean_logits(segmentations: Sequence[torch.Tensor], *, softmax: bool) -> torch.Tensor:
+    """Logits ``(b, c, *spatial)`` whose softmax (or sigmoid) is the mean of those of several logits."""
+    if len(segmentations) == 1:
+        return segmentations[0]
+    stacked = torch.stack([logits.float() for logits in segmentations])
+    if softmax:
+        return stacked.log_softmax(2).logsumexp(0)
+    return F.logsigmoid(stacked).logsumexp(0) - F.logsigmoid(-stacked).logsumexp(0)
+
+
 def _mean_over_flips(
     predict: Callable[[torch.Tensor], Sequence[torch.Tensor]],
     window: torch.Tensor,
     flip_axes: Sequence[Sequence[int]],
     dim: int,
+    softmax: bool | None = None,
 ) -> list[torch.Tensor]:
-    """Mean of the logits ``(segmentation,)`` or ``(segmentation, residual)`` over a window and its mirror images."""
-    outputs = []
+    """Mean ``(segmentation,)`` or ``(segmentation, residual)`` over a window and its mirror images."""
+    segmentations, residuals = [], []
     for axes in ((), *flip_axes):
         dims = [slice_dim(window.ndim, axis) for axis in axes]
-        segmentation, *residuals = (logits.flip(dims) for logits in predict(window.flip(dims)))
-        if dim in dims:  # a flip along the slice axis shifts the residual by one slice
-            residuals = [residual.roll(1, dim) for residual in residuals]
-        outputs.append([segmentation, *residuals])
-    return [torch.stack(logits).mean(0) for logits in zip(*outputs, strict=True)]
+        segmentation, *residual = (logits.flip(dims) for logits in predict(window.flip(dims)))
+        segmentations.append(segmentation)
+        # a flip along the slice axis shifts the residual by one slice
+        residuals += [logits.roll(1, dim) if dim in dims else logits for logits in residual]
+    if softmax is None:
+        softmax = segmentations[0].shape[1] > residuals[0].shape[1]
+    mean = _mean_logits(segmentations, softmax=softmax)
+    return [mean, torch.stack(residuals).mean(0)] if residuals else [mean]
 
 
-def _segment(network: nn.Module, flip_axes: Sequence[Sequence[int]], window: torch.Tensor) -> torch.Tensor:
-    """Mean of the logits of a network without residual decoder over a window and its mirror images."""
-    return _mean_over_flips(lambda image: (network(image),), window, flip_axes, dim=-1)[0]
+def _segment(
+    network: nn.Module, flip_axes: Sequence[Sequence[int]], softmax: bool, window: torch.Tensor
+) -> torch.Tensor:
+    """Mean of a network without residual decoder over a window and its mirror images, as logits."""
+    return _mean_over_flips(lambda image: (network(image),), window, flip_axes, -1, softmax)[0]
 
 
-def _predict_scan(
-    trained: TrainedNetwork, scan: MetaTensor, axis: int, progress: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Segmentation, residual and image ``(c, *spatial)`` on the voxels of the scan file.
-
-    A flip of the slice axis leaves the residual one slice too early. There is none without residual decoder.
-    """
+def _predict(trained: TrainedNetwork, image: torch.Tensor, axis: int, progress: bool) -> list[torch.Tensor]:
+    """``[segmentation, residual]`` of ``(1, c, *spatial)`` on the CPU. There is no residual without its decoder."""
     network, scans = trained.network, trained.scans
     # windows that do not overlap along the slices leave out changes
     overlap = [max(scans.overlap, 0.25) if k == axis % 3 else scans.overlap for k in range(3)]
     device = next(network.parameters()).device
     inferer = scans.inferer(overlap=overlap, sw_device=device, device="cpu", progress=progress)
-    image = convert_to_tensor(scan, track_meta=False)[None]
-    outputs: Sequence[torch.Tensor]
     if any(isinstance(module, ConResDecoder) for module in network.modules()):
-        outputs = predict_with_residual(image, network, inferer, flip_axes=scans.flip_axes)
-    else:
-        outputs = [inferer(image, partial(_segment, network, scans.flip_axes))]
-    parts = [*outputs, image]
-    back = scans.to_scan(torch.cat(parts, 1)[0], scan).as_tensor()
+        return list(predict_with_residual(image, network, inferer, flip_axes=scans.flip_axes))
+    return [inferer(image, partial(_segment, network, scans.flip_axes, scans.activation == "softmax"))]
+
+
+def _predict_scan(
+    trained: TrainedNetwork, scan: MetaTensor, axis: int, progress: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Segmentation, residual and image ``(c, *spatial)`` on the voxels of the scan file."""
+    image = convert_to_tensor(scan, track_meta=False)[None]
+    parts = [*_predict(trained, image, axis, progress), image]
+    back = trained.scans.to_scan(torch.cat(parts, 1)[0], scan).as_tensor()
     segmentation, *residuals, seen = back.split([part.shape[1] for part in parts])
+    file_axis, flipped = _file_axis(trained.scans, scan, axis)
+    if flipped:  # of two slices with a change between them, the other one comes second now
+        residuals = [residual.roll(1, file_axis + 1) for residual in residuals]
     return segmentation, residuals[0] if residuals else None, seen
 
 

@@ -17,9 +17,10 @@ from monai.networks.nets import SegResNet
 
 from monai_conres import ConResNet, attach_conres
 from monai_conres.__main__ import main
+from monai_conres.bundle import MeanProbability
 from monai_conres.chain import ChainSettings, next_slice
-from monai_conres.commands.complete import preview
-from monai_conres.completion import _propose, complete_scan, predict_with_residual
+from monai_conres.commands.complete import plot_preview
+from monai_conres.completion import _predict, _propose, complete_scan, predict_with_residual
 from monai_conres.files import TrainedNetwork, load_network, save_chain, save_network
 from monai_conres.residual import inter_slice_residual, residual_mask
 from monai_conres.scans import ScanSettings
@@ -103,8 +104,23 @@ def test_flips_of_windows_undo_the_shift_of_the_residual():
     inferer = SlidingWindowInferer((4, 4, 5), overlap=0.5)
     plain = predict_with_residual(image, network, inferer)
     flipped = predict_with_residual(image, network, inferer, flip_axes=[[2], [0, -1], [1]])
-    for expected, got in zip(plain, flipped, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(flipped[0].softmax(1), plain[0].softmax(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(flipped[1], plain[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("context", "activation"), itertools.product(["attention", "none"], ["softmax", "sigmoid"]))
+def test_flips_average_probabilities_as_the_bundles_do(context, activation):
+    scans = settings(activation=activation, patch_size=(8, 8, 8), flip_axes=((0,), (1, 2)))
+    network = network_for(scans, context=context)
+    image = 3 * torch.randn(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        segmentation = _predict(TrainedNetwork(network, scans, {}), image, -1, progress=False)[0]
+        views = [network(image), network(image.flip(2)).flip(2), network(image.flip(3, 4)).flip(3, 4)]
+    probability = (lambda x: x.softmax(1)) if activation == "softmax" else torch.sigmoid
+    expected = sum(map(probability, views)) / 3
+    torch.testing.assert_close(probability(segmentation), expected, rtol=1e-4, atol=1e-5)
+    mean = MeanProbability([network], softmax=activation == "softmax", flip_axes=scans.flip_axes)
+    torch.testing.assert_close(mean(image), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_slice_axis_is_that_of_the_residual_decoder():
@@ -340,7 +356,7 @@ def test_command_takes_an_empty_drawn_slice_and_finished_volumes(tmp_path, capsy
     main(complete("--slices", 0, slices[0], **files))
     printed = capsys.readouterr().out
     assert f"Drawn slices: 0 {slices[0]}\n" in printed
-    assert f"--slices leaves them out: {slices[1]}\n" in printed
+    assert f"leave them out: {slices[1]}\n" in printed
     found = np.asarray(nib.load(files["out"]).dataobj)
     assert not found[..., 0].any()
     np.testing.assert_array_equal(found[..., slices[0]], label[..., slices[0]])
@@ -381,7 +397,7 @@ def test_preview_shows_and_marks_the_drawn_slices(tmp_path, codes):
     scans = settings(activation="sigmoid")
     (image, drawn), slices, _, axis = write_case(tmp_path, codes, oblique=True)
     completed = complete_scan(TrainedNetwork(network_for(scans), scans, {}), image, drawn)
-    figure = preview(completed, BRATS)
+    figure = plot_preview(completed, BRATS)
     rows = [figure.axes[row : row + 4] for row in range(0, len(figure.axes), 4)]
     assert [axes.get_title() for axes in rows[0]] == ["image", "drawn", "network alone", "completed"]
     numbers = [int(row[0].get_ylabel().split()[1].rstrip(",")) for row in rows]
@@ -448,7 +464,7 @@ def test_command_refuses_arguments_and_writes_nothing(tmp_path, capsys):
         ({"slices": [9]}, "slices from 0 to 8, got [9]; they count from 0 along the third axis"),
         ({"slices": ["-1"]}, "slices from 0 to 8, got [-1]"),
         ({"out": tmp_path / "volume.mha"}, "ends with .nii or .nii.gz"),
-        ({"out": drawn}, "expected another file for --out"),
+        ({"out": drawn}, "expected another file for the result"),
         ({"preview": tmp_path / "preview.jpg"}, "ends with .png"),
         ({"out": tmp_path / "folder.nii"}, "expected the name of a file, got the folder"),
         ({"device": "gpu9"}, "expected a device of torch"),

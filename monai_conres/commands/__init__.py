@@ -6,12 +6,17 @@ raises ``ValueError`` for what the user got wrong.
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import os
 import runpy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["find_callable"]
+if TYPE_CHECKING:
+    from monai_conres.files import TrainedNetwork
+
+__all__ = ["add_network", "find_callable", "load_on_device"]
 
 
 def find_callable(place: str) -> Callable[..., Any]:
@@ -37,3 +42,31 @@ def find_callable(place: str) -> Callable[..., Any]:
     if not callable(names.get(name)):
         raise ValueError(f"expected a class or function in {source}, found no {name!r}; check the spelling.")
     return names[name]
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """The arguments of :func:`load_on_device`."""
+    parser.add_argument("--network", required=True, metavar="FOLDER", help="run folder with network.json and model.pt")
+    parser.add_argument(
+        "--backbone", metavar="PLACE", help="file.py:function that builds the backbone, if it is asked for"
+    )
+    parser.add_argument("--device", help="where the network computes (default: cuda if there is one)")
+
+
+def load_on_device(folder: str | os.PathLike, backbone: str | None = None, device: Any = None) -> TrainedNetwork:
+    """The network of a run folder on a device of torch; ``None``: on a GPU if there is one.
+
+    Raises:
+        ValueError: as :func:`~monai_conres.files.load_network`, and when there is no such device.
+    """
+    import torch
+
+    from monai_conres.files import load_network
+
+    trained = load_network(folder, backbone=find_callable(backbone) if backbone else None)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        trained.network.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"expected a device of torch, such as cpu or cuda, got {device} ({error}).") from error
+    return trained

@@ -11,16 +11,17 @@ Slices count from 0. The command prints along which axis of the file they count,
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from monai_conres.commands import find_callable
+from monai_conres.commands import add_network, load_on_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from monai_conres.completion import CompletedScan
+    from monai_conres.completion import CompletedScan, Files
     from monai_conres.scans import Structures
 
 ORDINALS = ("first", "second", "third")
@@ -28,37 +29,69 @@ ROWS = 6  # of the preview
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", required=True, metavar="FOLDER", help="run folder with network.json and model.pt")
+    add_network(parser)
     parser.add_argument("--image", required=True, nargs="+", type=Path, help="the scan, or one file for each channel")
     parser.add_argument("--drawn", required=True, type=Path, help="label map with the drawn slices")
     parser.add_argument("--out", required=True, type=Path, help="file for the completed label map, .nii or .nii.gz")
     parser.add_argument("--slices", type=int, nargs="+", help="all drawn slices (default: those with any label)")
     parser.add_argument("--next", type=int, default=3, metavar="N", help="how many slices to propose (default: 3)")
-    parser.add_argument(
-        "--backbone", metavar="PLACE", help="file.py:function that builds the backbone, if it is asked for"
-    )
     parser.add_argument("--preview", type=Path, help="file for a picture of the result, .png")
-    parser.add_argument("--device", help="where the network computes (default: cuda if there is one)")
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
-
-    from monai_conres.completion import complete_scan
-    from monai_conres.files import check_writable, load_network, write_label_map
-
-    check_outputs(options)
-    trained = load_network(options.network, backbone=find_callable(options.backbone) if options.backbone else None)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        trained.network.to(device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"expected a device of torch, such as cpu or cuda, got {device} ({error}).") from error
-    for file in filter(None, (options.out, options.preview)):
-        check_writable(file.absolute().parent)
-    completed = complete_scan(
-        trained, options.image, options.drawn, slices=options.slices, propose=options.next, progress=True
+    complete_files(
+        options.network,
+        options.image,
+        options.drawn,
+        options.out,
+        slices=options.slices,
+        propose=options.next,
+        backbone=options.backbone,
+        preview=options.preview,
+        device=options.device,
     )
+
+
+def complete_files(
+    network: str | os.PathLike,
+    image: Files,
+    drawn: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    slices: Sequence[int] | None = None,
+    propose: int = 3,
+    backbone: str | None = None,
+    preview: str | os.PathLike | None = None,
+    device: Any = None,
+    progress: bool = True,
+) -> None:
+    """What the command does, which the bundles' ``configs/complete.yaml`` also does.
+
+    Args:
+        network: the run folder.
+        image: the scan, or one file for each channel.
+        drawn: the label map with the drawn slices.
+        out: the file for the completed label map.
+        slices: all drawn slices; ``None``: those with any label.
+        propose: how many slices to propose for drawing next.
+        backbone: ``file.py:function`` that builds the backbone, if ``network.json`` does not have it.
+        preview: the file for a picture of the result.
+        device: where the network computes; ``None``: on a GPU if there is one.
+        progress: True shows a progress bar.
+
+    Raises:
+        ValueError: for wrong files, names and numbers, before anything is written.
+    """
+    from monai_conres.completion import complete_scan
+    from monai_conres.files import check_writable, write_label_map
+
+    images = [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
+    drawn, out, preview = Path(drawn), Path(out), Path(preview) if preview else None
+    check_outputs([drawn, *images], out, preview)
+    trained = load_on_device(network, backbone, device)
+    for file in filter(None, (out, preview)):
+        check_writable(file.absolute().parent)
+    completed = complete_scan(trained, images, drawn, slices=slices, propose=propose, progress=progress)
     size = completed.label.shape[1 + completed.spatial_axis]
     print(
         f"Slices count from 0 to {size - 1} along the {ORDINALS[completed.spatial_axis]} axis of the file, from "
@@ -66,42 +99,43 @@ def run(options: argparse.Namespace) -> None:
     )
     print(f"Drawn slices: {' '.join(map(str, completed.slices))}")
     if completed.left_out:
-        print(f"Labels that do not count, because --slices leaves them out: {' '.join(map(str, completed.left_out))}")
+        left_out = " ".join(map(str, completed.left_out))
+        print(f"Labels that do not count, because the given slices leave them out: {left_out}")
     if not completed.uses_residual:
         print("The network has no residual decoder. Only the contrast of the image tells where the labels change.")
-    write_label_map(options.out, completed.label, completed.label)
-    print(f"Completed volume: {options.out}")
-    if options.preview:
+    write_label_map(out, completed.label, completed.label)
+    print(f"Completed volume: {out}")
+    if preview:
         from monai_conres.visualize import save_figure
 
-        save_figure(preview(completed, trained.scans.classes), options.preview)
-        print(f"Preview: {options.preview}")
+        save_figure(plot_preview(completed, trained.scans.classes), preview)
+        print(f"Preview: {preview}")
     if completed.proposed:
         print(f"Slices to draw next, the most uncertain first: {' '.join(map(str, completed.proposed))}")
-    elif options.next > 0:
+    elif propose > 0:
         print("All slices are drawn.")
 
 
-def check_outputs(options: argparse.Namespace) -> None:
+def check_outputs(inputs: Sequence[Path], out: Path, preview: Path | None) -> None:
     """Raise for names of output files that would cost the user a result or an input."""
-    if not options.out.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"expected a name that ends with .nii or .nii.gz for --out, got {options.out}.")
-    if options.preview and options.preview.suffix != ".png":
-        raise ValueError(f"expected a name that ends with .png for --preview, got {options.preview}.")
-    for file in filter(None, (options.out, options.preview)):
+    if not out.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"expected a name that ends with .nii or .nii.gz for the completed label map, got {out}.")
+    if preview and preview.suffix != ".png":
+        raise ValueError(f"expected a name that ends with .png for the preview, got {preview}.")
+    for file in filter(None, (out, preview)):
         if file.is_dir():
             raise ValueError(f"expected the name of a file, got the folder {file}; add a name.")
-    for file in (options.drawn, *options.image):
-        if options.out.resolve() == file.resolve():
-            raise ValueError(f"expected another file for --out, got {file}, which is read; give a new name.")
-    if options.preview:
+    for file in inputs:
+        if out.resolve() == file.resolve():
+            raise ValueError(f"expected another file for the result, got {file}, which is read; give a new name.")
+    if preview:
         try:
             import monai_conres.visualize  # noqa: F401
         except ImportError as error:
-            raise ValueError(f"expected what draws pictures for --preview: {error}") from error
+            raise ValueError(f"expected what draws pictures for the preview: {error}") from error
 
 
-def preview(completed: CompletedScan, classes: Structures) -> Figure:
+def plot_preview(completed: CompletedScan, classes: Structures) -> Figure:
     """Slices of the image, of what was drawn, of the network without it, and of the completed volume.
 
     The slices are turned to RAS and keep their numbers in the file. A frame marks the drawn ones.
