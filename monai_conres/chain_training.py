@@ -12,25 +12,30 @@ from monai.utils import convert_to_tensor
 
 from monai_conres.chain import ChainSettings, broadcast_slices, log_partition, potentials, slice_marginals
 from monai_conres.layers import resize_features
-from monai_conres.residual import class_masks, slice_dim
+from monai_conres.residual import check_ignore_index, class_masks, labelled_voxels, slice_dim
 
 __all__ = ["ChainLoss", "fit_chain"]
 
 
-def _evenly_spaced(extent: torch.Tensor, number: int) -> list[int]:
-    """``number`` slices, evenly spaced from the first to the last slice that ``extent``, ``(slices)``, has."""
+def _evenly_spaced(extent: torch.Tensor, labelled: torch.Tensor, number: int) -> list[int]:
+    """``number`` of the slices that are ``labelled``, evenly spaced from the first to the last slice in ``extent``.
+
+    Both are booleans ``(slices)``. One of the labelled slices at least is left out, to be scored.
+    """
     inside = extent.nonzero()[:, 0].tolist() or [0, len(extent) - 1]
-    low, size = inside[0], inside[-1] - inside[0] + 1
-    return [low + (2 * i + 1) * size // (2 * number) for i in range(number)]
+    known = [number for number in labelled.nonzero()[:, 0].tolist() if inside[0] <= number <= inside[-1]]
+    number = min(number, int(labelled.sum()) - 1, len(known))
+    return [known[(2 * i + 1) * len(known) // (2 * number)] for i in range(number)]
 
 
 def _sample(
-    case: Mapping[str, Any], drawn: Sequence[int], positions: int, spatial_axis: int
+    case: Mapping[str, Any], drawn: Sequence[int], positions: int, spatial_axis: int, ignore_index: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """The chains of a case where something can change, ``(1, c, positions, slices)`` in float64.
 
-    These are segmentation, residual, image, label, and the label with -1 where it is not drawn, one for each number
-    of drawn slices. Chains that are background in label and segmentation add next to nothing to the likelihood.
+    These are segmentation, residual, image, label with -1 where there is none, and the label with -1 where it is not
+    drawn, one for each number of drawn slices. Chains that are background in label and segmentation add next to nothing
+    to the likelihood.
     """
     if not {"segmentation", "label"} <= set(case):
         raise ValueError(f"expected cases with the keys segmentation and label, got {sorted(case)}.")
@@ -40,6 +45,11 @@ def _sample(
     foreground = logits.shape[1] - (not is_sigmoid)
     if "residual" not in volumes:
         volumes["residual"] = logits.new_zeros(()).expand(len(logits), foreground, *logits.shape[2:])
+    labelled = torch.ones_like(label, dtype=torch.bool)
+    if ignore_index is not None:
+        check_ignore_index(ignore_index, label.dtype, 2 if is_sigmoid else foreground + 1)
+        labelled = labelled_voxels(label, ignore_index, one_hot=False)
+        label = label.to(torch.int16).masked_fill(~labelled, -1)
     p = logits.sigmoid() if is_sigmoid else logits.softmax(1)[:, 1:]
     dim = slice_dim(logits.ndim, spatial_axis)
     changing = ((p > 1e-3).any(1) | (label > 0).any(1)).movedim(dim - 1, -1).any(-1)
@@ -51,7 +61,8 @@ def _sample(
     states = chains(label).to(torch.int16)
     visible = torch.full_like(states, -1).repeat(len(drawn), 1, 1, 1)
     for case_visible, number in zip(visible, drawn, strict=True):
-        slices = _evenly_spaced((label > 0).movedim(dim, 0).flatten(1).any(1), number)
+        extent, known = (mask.movedim(dim, 0).flatten(1).any(1) for mask in (label > 0, labelled))
+        slices = _evenly_spaced(extent, known, number)
         case_visible[..., slices] = states[0][..., slices]
     image = chains(volumes["image"]) if "image" in volumes else None
     return chains(volumes["segmentation"]), chains(volumes["residual"]), image, states, visible
@@ -64,6 +75,7 @@ def fit_chain(
     positions: int = 1024,
     max_iterations: int = 30,
     spatial_axis: int = -1,
+    ignore_index: int | None = None,
 ) -> ChainSettings:
     """Fit the weights of the chain by the likelihood of the slices that are not drawn, given the drawn ones.
 
@@ -80,12 +92,15 @@ def fit_chain(
         positions: largest number of in-plane positions that are taken from each case.
         max_iterations: largest number of steps of the optimizer (L-BFGS).
         spatial_axis: index of the slice axis among the spatial axes.
+        ignore_index: value of voxels without a label. Slices with a label are drawn or scored, one of them at least is
+            scored.
 
     Returns:
         The fitted settings, with an offset for each class that has a residual.
 
     Raises:
-        ValueError: when there is no case, a key is missing, or shapes do not fit each other.
+        ValueError: when there is no case, a key is missing, shapes do not fit each other, or ``ignore_index`` is a
+            class.
 
     Example:
         >>> label = torch.zeros(1, 1, 3, 4, 6)
@@ -94,7 +109,7 @@ def fit_chain(
         >>> settings.offset[0] < 0  # neighboring slices are alike
         True
     """
-    samples = [_sample(case, drawn, positions, spatial_axis) for case in cases]
+    samples = [_sample(case, drawn, positions, spatial_axis, ignore_index) for case in cases]
     samples = [sample for sample in samples if sample[0].shape[2]]
     if not samples:
         raise ValueError("expected a case with foreground, got none; give training cases of the network.")
@@ -114,7 +129,7 @@ def fit_chain(
             # one case for each number of drawn slices
             unary, rho, label = (x.expand(len(visible), *x.shape[1:]) for x in (unary, rho, label))
             loss = (log_partition(unary, rho, visible) - log_partition(unary, rho, label)).sum()
-            loss = loss / (visible < 0).sum().clamp(min=1) / len(samples)
+            loss = loss / ((visible < 0) & (label >= 0)).sum().clamp(min=1) / len(samples)
             loss.backward()  # at once, so that memory holds the graph of one case
             total += loss.detach()
         return total
@@ -141,6 +156,8 @@ class ChainLoss(nn.Module):
         settings: weights of the chain, fixed in training; ``None`` is ``ChainSettings()``. There is no image here.
         max_drawn: largest number of drawn slices.
         spatial_axis: index of the slice axis among the spatial axes, the same as the network's.
+        ignore_index: value of voxels without a label. Slices with a label are clamped or scored. The likelihood is that
+            of the labelled voxels, for each of them. ``segmentation_loss`` gets the label with this value.
 
     Shape:
         ``output``: a :class:`~monai_conres.ConResOutput`. Of several segmentation outputs the last one of the label's
@@ -148,9 +165,11 @@ class ChainLoss(nn.Module):
         and ones ``(b, c, *spatial)`` for sigmoids. The result is a scalar in float32 or wider.
 
     Raises:
-        ValueError: when shapes do not fit each other, or the output has no residuals.
+        ValueError: when shapes do not fit each other, the output has no residuals, or ``ignore_index`` is a class.
 
     Note:
+        A voxel without a label has a gradient where its chain has a label: the chain carries the label there.
+
         Residual logits of a lower resolution are resized linearly. Such a head tells changes over two slices or more,
         so the chain sees each change more than once; the decoder learns to allow for that.
 
@@ -168,6 +187,7 @@ class ChainLoss(nn.Module):
         settings: ChainSettings | None = None,
         max_drawn: int = 3,
         spatial_axis: int = -1,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         if max_drawn < 0:
@@ -176,6 +196,7 @@ class ChainLoss(nn.Module):
         self.settings = settings or ChainSettings()
         self.max_drawn = max_drawn
         self.spatial_axis = spatial_axis
+        self.ignore_index = ignore_index
 
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
         """Loss of a network's ``output`` against ``label``."""
@@ -190,22 +211,38 @@ class ChainLoss(nn.Module):
         if residual.shape[2:] != label.shape[2:]:
             residual = resize_features(residual, label.shape[2:])
         unary, rho = potentials(segmentation, residual, None, self.spatial_axis, **vars(self.settings))
-        states = class_masks(label, rho.shape[1]).to(torch.int16)
-        if unary.shape[1] > rho.shape[1]:  # a softmax: class indices
+        states = class_masks(label, rho.shape[1], self.ignore_index).to(torch.int16)
+        is_softmax = unary.shape[1] > rho.shape[1]
+        if is_softmax:  # class indices
             classes = torch.arange(1, unary.shape[1], dtype=torch.int16, device=label.device)
             states = (states.movedim(1, -1) * classes).sum(-1, dtype=torch.int16)[:, None]
+        labelled = torch.ones_like(states, dtype=torch.bool)
+        if self.ignore_index is not None:
+            labelled = labelled_voxels(label, self.ignore_index, one_hot=is_softmax)
+            states = states.masked_fill(~labelled, -1)
         dim = slice_dim(label.ndim, self.spatial_axis)
         if self.segmentation_loss is None:
             log_z_label = log_partition(unary, rho, states, spatial_axis=self.spatial_axis)
             log_z = log_partition(unary, rho, spatial_axis=self.spatial_axis)
-            return (log_z - log_z_label).mean() / label.shape[dim]
-        is_drawn = torch.zeros(len(label), label.shape[dim], dtype=torch.bool)
-        for case in is_drawn:
-            number = int(torch.randint(min(self.max_drawn, len(case) - 1) + 1, ()))
-            case[torch.randperm(len(case))[:number]] = True
-        is_drawn = broadcast_slices(is_drawn, label.ndim, dim).to(label.device, non_blocking=True)
-        drawn = states.masked_fill(~is_drawn, -1)
+            share = labelled.sum().clamp(min=1).to(log_z.dtype) / labelled.numel()
+            return (log_z - log_z_label).mean() / label.shape[dim] / share
+        is_drawn = self._random_slices(labelled.movedim(dim, 1).flatten(2).any(2))
+        drawn = states.masked_fill(~broadcast_slices(is_drawn, label.ndim, dim), -1)
         return self.segmentation_loss(slice_marginals(unary, rho, drawn, spatial_axis=self.spatial_axis), label)
+
+    def _random_slices(self, labelled: torch.Tensor) -> torch.Tensor:
+        """Which slices to clamp, ``(b, slices)``: some of the labelled ones, at least one of which is left to score."""
+        size = labelled.shape[1]
+        numbers, orders = [], []
+        for _ in labelled:
+            numbers.append(torch.randint(min(self.max_drawn, size - 1) + 1, ()))
+            orders.append(torch.randperm(size))
+        order = torch.stack(orders).to(labelled.device, non_blocking=True)
+        number = torch.stack(numbers)[:, None].to(labelled.device, non_blocking=True)
+        ordered = labelled.gather(1, order)
+        rank = ordered.cumsum(1)
+        number = torch.minimum(number, rank[:, -1:] - 1)
+        return torch.zeros_like(labelled).scatter(1, order, ordered & (rank <= number))
 
 
 def _full_size(segmentation: Any, label: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,22 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
+from monai.losses import DeepSupervisionLoss, DiceLoss
 from monai.utils import convert_to_tensor
 
 from monai_conres.renamed import refuse_old_arguments
-from monai_conres.residual import check_values, class_masks, residual_mask, slice_dim
+from monai_conres.residual import (
+    check_values,
+    class_masks,
+    known_residuals,
+    labelled_voxels,
+    residual_mask,
+    slice_dim,
+)
 
 __all__ = ["CompoundBoundaryLoss", "ConResLoss", "ContextResidualLoss"]
+
+IGNORED = -100  # torch's value of voxels that cross entropy leaves out
 
 
 class ContextResidualLoss(nn.Module):
@@ -29,6 +38,13 @@ class ContextResidualLoss(nn.Module):
         spatial_axis: index of the slice axis among the spatial axes, the same as the network's.
         deep_supervision_weight: weight of each coarser scale (the paper's lambda).
         background_weight: ``w_0``; ``None`` is the paper's ``log(V / V_0)``.
+        ignore_index: value of voxels without a label. Only voxels whose residual is known count, in ``V``, in ``V_k``
+            and in the mean: see :func:`~monai_conres.residual_mask`. Without any, the loss is zero.
+
+    Attributes:
+        mean_w_1: mean of the finest scale's ``w_1`` for each channel, ``(r)``, over the calls with gradients. It
+            is a buffer that ``state_dict`` leaves out. The weights raise the predicted log-odds of a change by
+            ``log(w_1 / w_0)``.
 
     Shape:
         ``residuals``: logits, fine to coarse, each ``(b, r, *spatial)`` at its own resolution, or one tensor.
@@ -37,7 +53,8 @@ class ContextResidualLoss(nn.Module):
         in float32 or wider.
 
     Raises:
-        ValueError: when shapes do not fit each other, or on label values that are not classes (on the CPU only).
+        ValueError: when shapes do not fit each other, ``ignore_index`` is a class or does not fit the dtype of the
+            label, or on label values that are not classes (on the CPU only).
 
     Note:
         The cross entropy is the mean over voxels where the paper has the sum. The paper's ``w_0`` is about 0.005 for
@@ -53,6 +70,9 @@ class ContextResidualLoss(nn.Module):
         True
     """
 
+    mean_w_1: torch.Tensor
+    batches: torch.Tensor  # how many batches with a change each channel had
+
     @refuse_old_arguments
     def __init__(
         self,
@@ -60,11 +80,15 @@ class ContextResidualLoss(nn.Module):
         spatial_axis: int = -1,
         deep_supervision_weight: float = 0.5,
         background_weight: float | None = 1.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         self.spatial_axis = spatial_axis
         self.deep_supervision_weight = deep_supervision_weight
         self.background_weight = background_weight
+        self.ignore_index = ignore_index
+        self.register_buffer("mean_w_1", torch.zeros(0), persistent=False)
+        self.register_buffer("batches", torch.zeros(0), persistent=False)
 
     def forward(self, residuals: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor) -> torch.Tensor:
         """Loss of ``residuals`` against the residual masks of ``label``."""
@@ -72,7 +96,8 @@ class ContextResidualLoss(nn.Module):
         if not heads:
             raise ValueError('expected logits of residual masks, got none: a network with context="none" has none.')
         slice_dim(label.ndim, self.spatial_axis)
-        masks = class_masks(convert_to_tensor(label, track_meta=False), heads[0].shape[1])
+        channels = heads[0].shape[1]
+        masks = class_masks(convert_to_tensor(label, track_meta=False), channels, self.ignore_index)
         for logits in heads:
             if logits.shape[:2] != masks.shape[:2] or logits.ndim != masks.ndim:
                 raise ValueError(
@@ -84,27 +109,69 @@ class ContextResidualLoss(nn.Module):
                     f"expected residual logits no larger than the label of shape {tuple(label.shape)}, got "
                     f"{tuple(logits.shape)}; give the label of the same image."
                 )
-        masks = masks.bool()
-        losses = [self._cross_entropy(convert_to_tensor(logits, track_meta=False), masks) for logits in heads]
+        masks, labelled = masks.bool(), None
+        if self.ignore_index is not None:
+            labelled = labelled_voxels(label, self.ignore_index, one_hot=label.shape[1] == channels + 1)
+        losses: list[torch.Tensor] = []
+        for logits in heads:
+            logits = convert_to_tensor(logits, track_meta=False)
+            loss, weight_1, changed = self._cross_entropy(logits, masks, labelled)
+            if not losses and torch.is_grad_enabled():
+                self._average(weight_1, changed)
+            losses.append(loss)
         return losses[0] + self.deep_supervision_weight * sum(losses[1:])
 
-    def _cross_entropy(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Eq. 8 for one scale."""
-        if masks.shape[2:] != logits.shape[2:]:
-            masks = F.interpolate(masks.to(torch.float32), size=logits.shape[2:], mode="nearest-exact") > 0.5
-        target = residual_mask(masks, spatial_axis=self.spatial_axis)
+    def _cross_entropy(
+        self, logits: torch.Tensor, masks: torch.Tensor, labelled: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Eq. 8 for one scale, its ``w_1`` and ``V_1``."""
+        target = residual_mask(_resized(masks, logits), spatial_axis=self.spatial_axis)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        voxels = target[:, :1].numel()
         others = [dim for dim in range(target.ndim) if dim != 1]
+        voxels, share = logits.new_full((), target[:, :1].numel()), None
+        if labelled is not None:
+            known = known_residuals(_resized(labelled, logits), spatial_axis=self.spatial_axis).expand_as(target)
+            target = target & known
+            share = _share(known, logits)
+            voxels = known.sum(others, keepdim=True).to(logits.dtype)
         changed = target.sum(others, keepdim=True).to(logits.dtype)
         weight_1 = (voxels / changed.clamp(min=1)).log()
         if self.background_weight is None:
             weight_0 = (voxels / (voxels - changed)).log()
         else:
             weight_0 = torch.full_like(weight_1, self.background_weight)
-        return F.binary_cross_entropy_with_logits(
-            logits, target.to(logits.dtype), weight=torch.where(target, weight_1, weight_0)
-        )
+        weight = torch.where(target, weight_1, weight_0)
+        if labelled is not None:
+            weight = weight.masked_fill(~known, 0)
+        loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), weight=weight)
+        return loss if share is None else loss / share, weight_1, changed
+
+    @torch.no_grad()
+    def _average(self, weight_1: torch.Tensor, changed: torch.Tensor) -> None:
+        """Add a batch to the mean of ``w_1``. A channel without any change has no ``w_1``."""
+        weight_1, has_change = weight_1.flatten(), changed.flatten() > 0
+        if self.batches.shape != has_change.shape or self.batches.device != has_change.device:
+            self.mean_w_1, self.batches = (torch.zeros(len(weight_1), device=weight_1.device) for _ in range(2))
+        try:
+            self.batches += has_change
+            self.mean_w_1 += torch.where(has_change, (weight_1 - self.mean_w_1) / self.batches.clamp(min=1), 0.0)
+        except RuntimeError:  # torch.func does not change tensors from outside
+            return
+
+
+def _resized(masks: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Booleans at the resolution of ``logits``, from the nearest voxel."""
+    if masks.shape[2:] == logits.shape[2:]:
+        return masks
+    return F.interpolate(masks.to(torch.float32), size=logits.shape[2:], mode="nearest-exact") > 0.5
+
+
+def _share(counted: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The share of the voxels that count: 1 when all do, and above 0 when none does.
+
+    A mean over all voxels, divided by the share, is the mean over those that count, and the same bits when all do.
+    """
+    return counted.sum().clamp(min=1).to(like.dtype) / counted.numel()
 
 
 class ConResLoss(nn.Module):
@@ -131,14 +198,16 @@ class ConResLoss(nn.Module):
         spatial_axis: index of the slice axis among the spatial axes, the same as the network's.
         deep_supervision_weight: see :class:`ContextResidualLoss`.
         background_weight: see :class:`ContextResidualLoss`.
+        ignore_index: value of voxels without a label, such as 255. Neither the default losses nor the residual loss see
+            these voxels. An own ``segmentation_loss`` gets the label with this value and must ignore the voxels, too.
 
     Shape:
         ``output``: a :class:`~monai_conres.ConResOutput` or logits ``(b, c, *spatial)``; ``label``: see above. The
         result is a scalar.
 
     Raises:
-        ValueError: when not exactly one of ``segmentation_loss``, ``sigmoid`` and ``softmax`` is given, or shapes or
-            label values do not fit.
+        ValueError: when not exactly one of ``segmentation_loss``, ``sigmoid`` and ``softmax`` is given, shapes or
+            label values do not fit, or an own loss ignores other voxels.
         TypeError: when the segmentation is a deep supervision output, and ``segmentation_loss`` is ``None``.
 
     Note:
@@ -150,6 +219,9 @@ class ConResLoss(nn.Module):
 
         MONAI's ``DiceCELoss(sigmoid=True)`` has a softmax in its cross entropy when there are several channels; the
         default here has a binary cross entropy for each.
+
+        Of MONAI's losses, Dice, focal and Tversky loss take an ``ignore_index``, for class indices in one channel. In
+        labels of several channels they ignore voxels of zeros instead, so only the default losses take such labels.
 
     Example:
         >>> from monai_conres import ConResNet
@@ -170,6 +242,7 @@ class ConResLoss(nn.Module):
         spatial_axis: int = -1,
         deep_supervision_weight: float = 0.5,
         background_weight: float | None = 1.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         if (segmentation_loss is not None) + sigmoid + softmax != 1:
@@ -178,13 +251,18 @@ class ConResLoss(nn.Module):
                 f"segmentation_loss={segmentation_loss}, sigmoid={sigmoid} and softmax={softmax}; sigmoid and softmax "
                 "only choose the default segmentation loss."
             )
+        self.ignore_index = ignore_index
         self.softmax = softmax
+        self._wants_indices = False
+        if ignore_index is not None and segmentation_loss is not None:
+            self._wants_indices = _ignores(segmentation_loss, ignore_index)
         self.residual_weight = residual_weight
-        self.segmentation_loss = _DefaultLoss(softmax) if segmentation_loss is None else segmentation_loss
+        self.segmentation_loss = _DefaultLoss(softmax, ignore_index) if segmentation_loss is None else segmentation_loss
         self.residual_loss = ContextResidualLoss(
             spatial_axis=spatial_axis,
             deep_supervision_weight=deep_supervision_weight,
             background_weight=background_weight,
+            ignore_index=ignore_index,
         )
 
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
@@ -193,6 +271,11 @@ class ConResLoss(nn.Module):
         segmentation = getattr(output, "segmentation", output)
         label = convert_to_tensor(label, track_meta=False)
         segmentation = _unstacked(convert_to_tensor(segmentation, track_meta=False), label)
+        if self._wants_indices and label.shape[1] > 1:
+            raise ValueError(
+                f"expected class indices in one channel for an own loss with ignore_index, got a label of shape "
+                f"{tuple(label.shape)}, where such losses ignore voxels of zeros; choose softmax=True or sigmoid=True."
+            )
         if len(residuals) == 0:
             return self.segmentation_loss(segmentation, label)
         self._check(segmentation, residuals[0].shape[1], label)
@@ -226,6 +309,19 @@ class ConResLoss(nn.Module):
             )
 
 
+def _ignores(loss: Callable, ignore_index: int) -> bool:
+    """Whether a part of an own loss has an ``ignore_index``, as MONAI's and torch's losses; raises for another one."""
+    parts = loss.modules() if isinstance(loss, nn.Module) else []
+    values = {type(part).__name__: part.ignore_index for part in parts if hasattr(part, "ignore_index")}
+    if wrong := {name: value for name, value in values.items() if value != ignore_index}:
+        raise ValueError(
+            f"expected an own loss that ignores the label value {ignore_index}, got ignore_index={wrong}; give it "
+            f"ignore_index={ignore_index}, such as DiceLoss(..., ignore_index={ignore_index}), or choose a default "
+            "loss with softmax=True or sigmoid=True."
+        )
+    return bool(values)
+
+
 class CompoundBoundaryLoss(nn.Module):
     """A loss that gives way to a boundary loss over training: Eq. 14 of Zhang et al., 2021.
 
@@ -242,7 +338,8 @@ class CompoundBoundaryLoss(nn.Module):
         final_alpha: weight of ``loss`` at the end.
 
     Raises:
-        ValueError: when ``max_steps`` is not positive or ``final_alpha`` is outside [0, 1].
+        ValueError: when ``max_steps`` is not positive, ``final_alpha`` is outside [0, 1], or ``loss`` ignores voxels:
+            the distance to a boundary takes a label for each voxel.
         TypeError: when the segmentation is a dictionary.
 
     Note:
@@ -267,6 +364,11 @@ class CompoundBoundaryLoss(nn.Module):
         if max_steps < 1 or not 0 <= final_alpha <= 1:
             raise ValueError(
                 f"expected max_steps of 1 or more and final_alpha in [0, 1], got {max_steps} and {final_alpha}."
+            )
+        if any(isinstance(part, ContextResidualLoss) and part.ignore_index is not None for part in loss.modules()):
+            raise ValueError(
+                "expected a loss without ignore_index, because a boundary loss takes a label for each voxel, got one; "
+                "complete the label first (complete_mask)."
             )
         self.loss = loss
         self.boundary_loss = boundary_loss
@@ -306,11 +408,12 @@ def _unstacked(segmentation: Any, label: torch.Tensor) -> Any:
 class _DefaultLoss(nn.Module):
     """Eq. 7: cross entropy and Dice loss, of a softmax over the channels or of a sigmoid for each."""
 
-    def __init__(self, softmax: bool) -> None:
+    def __init__(self, softmax: bool, ignore_index: int | None) -> None:
         super().__init__()
         self.softmax = softmax
-        self.softmax_loss = DiceCELoss(softmax=True, to_onehot_y=True)
-        self.dice = DiceLoss(sigmoid=True)
+        self.ignore_index = ignore_index
+        ignored = None if ignore_index is None else IGNORED
+        self.dice = DiceLoss(softmax=True, to_onehot_y=True, ignore_index=ignored) if softmax else DiceLoss()
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         if not isinstance(logits, torch.Tensor):
@@ -335,18 +438,35 @@ class _DefaultLoss(nn.Module):
                 f"expected a label with batch and channel for logits of shape {tuple(logits.shape)}, got shape "
                 f"{tuple(label.shape)}; add the channel: label[:, None]."
             )
-        masks = class_masks(label, channels - self.softmax)
+        masks = class_masks(label, channels - self.softmax, self.ignore_index)
         if [len(masks), *masks.shape[2:]] != [batch, *size]:
             raise ValueError(
                 f"expected a label of the same batch and size as the logits of shape {tuple(logits.shape)}, got shape "
                 f"{tuple(label.shape)}; give the label of the same image."
             )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        labelled = None
+        if self.ignore_index is not None:
+            labelled = labelled_voxels(label, self.ignore_index, one_hot=self.softmax)
         if not self.softmax:
-            masks = masks.to(logits.dtype)
-            return F.binary_cross_entropy_with_logits(logits, masks) + self.dice(logits, masks)
+            return self._sigmoid_loss(logits, masks.to(logits.dtype), labelled)
         if label.shape[1] > 1:
             check_values(masks.sum(1, keepdim=True), 2, "masks that do not overlap, since softmax=True")
             indices = torch.arange(1, channels, device=label.device).view(1, -1, *(1,) * len(size))
             label = (masks * indices).sum(1, keepdim=True)
-        return self.softmax_loss(logits, label)
+        return self._softmax_loss(logits, label, labelled)
+
+    def _sigmoid_loss(self, logits: torch.Tensor, masks: torch.Tensor, labelled: torch.Tensor | None) -> torch.Tensor:
+        p = logits.sigmoid()
+        if labelled is None:
+            return F.binary_cross_entropy_with_logits(logits, masks) + self.dice(p, masks)
+        weight = labelled.to(logits.dtype)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, masks, weight=weight) / _share(labelled, logits)
+        return cross_entropy + self.dice(p * weight, masks)
+
+    def _softmax_loss(self, logits: torch.Tensor, classes: torch.Tensor, labelled: torch.Tensor | None) -> torch.Tensor:
+        if labelled is None:
+            return self.dice(logits, classes) + F.cross_entropy(logits, classes.squeeze(1).long())
+        classes = classes.long().masked_fill(~labelled, IGNORED)
+        cross_entropy = F.cross_entropy(logits, classes.squeeze(1), ignore_index=IGNORED, reduction="sum")
+        return self.dice(logits, classes) + cross_entropy / labelled.sum().clamp(min=1)

@@ -11,6 +11,10 @@ one empty         the worst possible  0
 ================  ==================  =============
 
 For the Dice coefficient MONAI has these rules: ``DiceMetric(ignore_empty=False)``.
+
+Where only some slices are drawn, ``ignore_index`` is the value of all other voxels in the reference. A surface is then
+where a voxel of the mask has a labelled neighbor outside the mask, so a drawn slice has its outline. For the Dice
+coefficient, give class indices to ``DiceMetric(ignore_empty=False, num_classes=..., ignore_index=...)``.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.metrics import (
     CumulativeIterationMetric,
     compute_hausdorff_distance,
@@ -27,6 +32,8 @@ from monai.metrics import (
     do_metric_reduction,
 )
 from monai.utils import convert_to_numpy
+
+from monai_conres.residual import check_ignore_index, labelled_voxels
 
 __all__ = ["BratsHausdorffDistanceMetric", "BratsSurfaceDiceMetric"]
 
@@ -36,10 +43,11 @@ class _DistanceMetric(CumulativeIterationMetric):
 
     both_empty: float  # value where prediction and reference are empty
 
-    def __init__(self, *, include_background: bool, reduction: str) -> None:
+    def __init__(self, *, include_background: bool, reduction: str, ignore_index: int | None) -> None:
         super().__init__()
         self.include_background = include_background
         self.reduction = reduction
+        self.ignore_index = ignore_index
 
     def aggregate(self, reduction: str | None = None) -> torch.Tensor:
         """Reduce the values of all cases, as MONAI's metrics do; ``get_buffer()`` returns the single values."""
@@ -70,6 +78,11 @@ class _DistanceMetric(CumulativeIterationMetric):
             if y.shape[1] < 2:
                 raise ValueError("expected 2 or more channels with include_background=False, got 1; use True.")
             y_pred, y = y_pred[:, 1:], y[:, 1:]
+        labelled = None
+        if self.ignore_index is not None:
+            check_ignore_index(self.ignore_index, y.dtype, 2)
+            labelled = labelled_voxels(y, self.ignore_index, one_hot=False)
+            y_pred, y = (mask.masked_fill(~labelled, 0) for mask in (y_pred, y))
         for name, mask in (("prediction", y_pred), ("reference", y)):
             if not ((mask == 0) | (mask == 1)).all():
                 raise ValueError(
@@ -77,6 +90,8 @@ class _DistanceMetric(CumulativeIterationMetric):
                     "indices into channels (AsDiscrete(to_onehot=...))."
                 )
         y_pred, y = y_pred.float(), y.float()
+        if labelled is not None:
+            y_pred, y = _outline(y_pred, labelled), _outline(y, labelled)
         spacings = _spacings(len(y), y.ndim - 2, spacing)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the (ground truth|prediction) of class")  # empty masks
@@ -84,7 +99,8 @@ class _DistanceMetric(CumulativeIterationMetric):
             values = self._values(y_pred, y, spacings)
         no_prediction, no_reference = (mask.flatten(2).sum(-1) == 0 for mask in (y_pred, y))
         values = torch.where(no_prediction ^ no_reference, self._one_empty(y, spacings).to(values), values)
-        return values.masked_fill(no_prediction & no_reference, self.both_empty)
+        values = values.masked_fill(no_prediction & no_reference, self.both_empty)
+        return values if labelled is None else values.masked_fill(~labelled.flatten(2).any(2), torch.nan)
 
     def _values(self, y_pred: torch.Tensor, y: torch.Tensor, spacings: list[list[float]]) -> torch.Tensor:
         """Values ``(b, c)`` where no mask is empty."""
@@ -104,6 +120,8 @@ class BratsHausdorffDistanceMetric(_DistanceMetric):
         empty_distance: value where one mask is empty, in mm. ``None`` is the diagonal of the volume, which is 373.1287
             for BraTS.
         reduction: MONAI's name of a reduction. ``"mean_batch"`` is the mean over the cases for each channel.
+        ignore_index: value of voxels without a label, in the channels of the reference. A mask without any labelled
+            voxel has the value NaN, which the reduction leaves out.
 
     Shape:
         Call it with prediction and reference, ``(b, c, *spatial)`` of zeros and ones, or with lists of
@@ -111,7 +129,7 @@ class BratsHausdorffDistanceMetric(_DistanceMetric):
         one number for each axis, or such a sequence for each case.
 
     Raises:
-        ValueError: when the shapes differ, or a value is neither zero nor one.
+        ValueError: when the shapes differ, a value is neither zero nor one, or ``ignore_index`` is zero or one.
 
     Note:
         The distances need scipy on the CPU, cupy and cucim on a GPU.
@@ -133,8 +151,9 @@ class BratsHausdorffDistanceMetric(_DistanceMetric):
         percentile: float = 95,
         empty_distance: float | None = None,
         reduction: str = "mean_batch",
+        ignore_index: int | None = None,
     ) -> None:
-        super().__init__(include_background=include_background, reduction=reduction)
+        super().__init__(include_background=include_background, reduction=reduction, ignore_index=ignore_index)
         self.percentile = percentile
         self.empty_distance = empty_distance
 
@@ -156,12 +175,13 @@ class BratsSurfaceDiceMetric(_DistanceMetric):
         tolerance: largest distance that counts as agreement, in mm.
         include_background: False leaves out channel 0.
         reduction: see :class:`BratsHausdorffDistanceMetric`.
+        ignore_index: see :class:`BratsHausdorffDistanceMetric`.
 
     Shape:
         See :class:`BratsHausdorffDistanceMetric`. The values are between 0 and 1.
 
     Raises:
-        ValueError: when the shapes differ, or a value is neither zero nor one.
+        ValueError: when the shapes differ, a value is neither zero nor one, or ``ignore_index`` is zero or one.
 
     Example:
         >>> metric = BratsSurfaceDiceMetric(tolerance=1)
@@ -174,14 +194,35 @@ class BratsSurfaceDiceMetric(_DistanceMetric):
     both_empty = 1.0
 
     def __init__(
-        self, *, tolerance: float = 1.0, include_background: bool = True, reduction: str = "mean_batch"
+        self,
+        *,
+        tolerance: float = 1.0,
+        include_background: bool = True,
+        reduction: str = "mean_batch",
+        ignore_index: int | None = None,
     ) -> None:
-        super().__init__(include_background=include_background, reduction=reduction)
+        super().__init__(include_background=include_background, reduction=reduction, ignore_index=ignore_index)
         self.tolerance = tolerance
 
     def _values(self, y_pred: torch.Tensor, y: torch.Tensor, spacings: list[list[float]]) -> torch.Tensor:
         thresholds = [float(self.tolerance)] * y.shape[1]
         return compute_surface_dice(y_pred, y, thresholds, include_background=True, spacing=spacings)
+
+
+def _outline(mask: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
+    """The voxels of a mask that have a labelled neighbor outside the mask; all around the volume is outside.
+
+    MONAI takes the surface of a mask again, and the surface of an outline is the outline.
+    """
+    outside = F.pad((labelled & (mask == 0)).to(mask.dtype), (1, 1) * (mask.ndim - 2), value=1)
+    outline = torch.zeros_like(mask, dtype=torch.bool)
+    for dim in range(2, mask.ndim):
+        for step in (0, 2):
+            neighbors = outside
+            for other in range(2, mask.ndim):
+                neighbors = neighbors.narrow(other, step if other == dim else 1, mask.shape[other])
+            outline |= neighbors > 0
+    return mask * outline
 
 
 def _spacings(cases: int, axes: int, spacing: float | Sequence | None) -> list[list[float]]:

@@ -2,6 +2,10 @@
 
 Every function takes tensors of shape ``(b, c, *spatial)``. The slice axis is ``spatial_axis``, an index among the
 *spatial* axes. The default ``-1`` is the last one: the axial view after ``Orientationd("RAS")``.
+
+Where only some slices are drawn, the others have the value ``ignore_index``, which is no class. In a label with one
+channel for each class, each channel has its own ignored voxels. A one-hot label with a background channel ignores a
+voxel where any of its channels does.
 """
 
 from __future__ import annotations
@@ -39,7 +43,12 @@ def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> tor
 
 
 def residual_mask(
-    label: torch.Tensor, *, num_classes: int | None = None, include_background: bool = True, spatial_axis: int = -1
+    label: torch.Tensor,
+    *,
+    num_classes: int | None = None,
+    include_background: bool = True,
+    spatial_axis: int = -1,
+    ignore_index: int | None = None,
 ) -> torch.Tensor:
     """Residual mask of a label: 1 where a voxel's class membership differs from the slice before it.
 
@@ -52,14 +61,18 @@ def residual_mask(
         num_classes: number of classes, background included, when ``label`` holds class indices.
         include_background: False leaves out channel 0 of a one-hot label. Class indices always leave it out.
         spatial_axis: index of the slice axis among the spatial axes.
+        ignore_index: value of voxels without a label. A residual is known where the voxel and its neighbor in the slice
+            before have a label; in the first slice, where the voxel has one.
 
     Returns:
         Zeros and ones in the dtype of ``label`` (``int64`` for ``uint16`` and wider unsigned ones), of shape
         ``(b, c, *spatial)``; ``num_classes - 1`` channels for class indices, ``c - 1`` without the background.
+        ``ignore_index`` where the residual is not known.
 
     Raises:
-        ValueError: when shape, ``spatial_axis``, ``num_classes`` and values do not fit each other. Values are checked
-            on the CPU only, because reading them on an accelerator waits for the device.
+        ValueError: when shape, ``spatial_axis``, ``num_classes`` and values do not fit each other, or ``ignore_index``
+            is a class or does not fit the dtype of ``label``. Values are checked on the CPU only, because reading them
+            on an accelerator waits for the device.
 
     Example:
         >>> label = torch.tensor([[[0, 2, 2, 1]]])
@@ -68,11 +81,19 @@ def residual_mask(
                  [0, 1, 0, 1]]])
         >>> residual_mask(label == 2)
         tensor([[[False,  True, False,  True]]])
+        >>> residual_mask(torch.tensor([[[0, 1, 255, 1]]]), ignore_index=255)
+        tensor([[[  0,   1, 255, 255]]])
     """
     dim = slice_dim(label.ndim, spatial_axis)
-    masks = foreground_masks(label, num_classes=num_classes, include_background=include_background)
+    masks = foreground_masks(
+        label, num_classes=num_classes, include_background=include_background, ignore_index=ignore_index
+    )
     dtype, masks = masks.dtype, masks.bool()
-    return _after_zeros(masks.diff(dim=dim), masks, dim).to(dtype)  # diff of booleans is exclusive or
+    residual = _after_zeros(masks.diff(dim=dim), masks, dim).to(dtype)  # diff of booleans is exclusive or
+    if ignore_index is None:
+        return residual
+    labelled = labelled_voxels(label, ignore_index, one_hot=num_classes is None and not include_background)
+    return residual.masked_fill(~known_residuals(labelled, spatial_axis=spatial_axis), ignore_index)
 
 
 def restore_mask(first_slice: torch.Tensor, residual: torch.Tensor, *, spatial_axis: int = -1) -> torch.Tensor:
@@ -115,6 +136,7 @@ def foreground_masks(
     *,
     num_classes: int | None = None,
     include_background: bool = True,
+    ignore_index: int | None = None,
     expected: str = "zeros and ones, or class indices together with num_classes",
 ) -> torch.Tensor:
     """A mask of zeros and ones for each class that has a residual; checks the values of the label.
@@ -123,6 +145,7 @@ def foreground_masks(
         label: as for :func:`residual_mask`.
         num_classes: as for :func:`residual_mask`.
         include_background: as for :func:`residual_mask`.
+        ignore_index: as for :func:`residual_mask`. No mask holds an ignored voxel.
         expected: what an error calls the values of a label without ``num_classes``.
 
     Returns:
@@ -136,8 +159,12 @@ def foreground_masks(
         tensor([[[0, 0, 0, 1],
                  [0, 1, 1, 0]]])
     """
+    if ignore_index is not None:
+        check_ignore_index(ignore_index, label.dtype, num_classes or 2)
     if label.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch has few operations for them
         label = label.to(torch.int64)
+    if ignore_index is not None:
+        label = label.masked_fill(label == ignore_index, 0)
     if num_classes is None:
         if not include_background:
             if label.shape[1] < 2:
@@ -160,19 +187,20 @@ def foreground_masks(
     return (label == classes.view(1, -1, *(1,) * (label.ndim - 2))).to(label.dtype)
 
 
-def class_masks(label: torch.Tensor, residual_channels: int) -> torch.Tensor:
+def class_masks(label: torch.Tensor, residual_channels: int, ignore_index: int | None = None) -> torch.Tensor:
     """A mask for each class that has a residual; the number of channels says how the label is read.
 
     Args:
         label: with ``r = residual_channels``, masks ``(b, r, *spatial)``, one-hot ``(b, r + 1, *spatial)``, in which
             channel 0 is the background, or class indices from 0 to ``r``, ``(b, 1, *spatial)``.
         residual_channels: number of classes that have a residual.
+        ignore_index: as for :func:`residual_mask`. No mask holds an ignored voxel.
 
     Returns:
         Zeros and ones ``(b, r, *spatial)`` in the dtype of ``label``.
 
     Raises:
-        ValueError: when the label has another number of channels or other values.
+        ValueError: when the label has another number of channels or other values, or as :func:`residual_mask`.
 
     Example:
         >>> class_masks(torch.tensor([[[0, 2, 2, 1]]]), 2)
@@ -182,16 +210,41 @@ def class_masks(label: torch.Tensor, residual_channels: int) -> torch.Tensor:
     slice_dim(label.ndim, -1)
     channels = label.shape[1]
     if channels == residual_channels:
-        return foreground_masks(label, expected="zeros and ones")
+        return foreground_masks(label, ignore_index=ignore_index, expected="zeros and ones")
     if channels == residual_channels + 1:
-        return foreground_masks(label, include_background=False, expected="zeros and ones")
+        return foreground_masks(label, include_background=False, ignore_index=ignore_index, expected="zeros and ones")
     if channels == 1:
-        return foreground_masks(label, num_classes=residual_channels + 1)
+        return foreground_masks(label, num_classes=residual_channels + 1, ignore_index=ignore_index)
     raise ValueError(
         f"expected a label of 1 channel (class indices), {residual_channels} (masks) or {residual_channels + 1} "
         f"(one-hot) for {residual_channels} foreground classes, got shape {tuple(label.shape)}; give a label of these "
         "classes. A label without a channel needs one: label[:, None]."
     )
+
+
+def labelled_voxels(label: torch.Tensor, ignore_index: int, *, one_hot: bool) -> torch.Tensor:
+    """True where a voxel has a label, ``(b, c, *spatial)``; ``(b, 1, *spatial)`` for a one-hot label.
+
+    Example:
+        >>> labelled_voxels(torch.tensor([[[0, 255, 1]]]), 255, one_hot=False)
+        tensor([[[ True, False,  True]]])
+    """
+    labelled = convert_to_tensor(label, track_meta=False) != ignore_index
+    return labelled.all(1, keepdim=True) if one_hot else labelled
+
+
+def known_residuals(labelled: torch.Tensor, *, spatial_axis: int = -1) -> torch.Tensor:
+    """True where the residual is known: the voxel and its neighbor in the slice before have a label.
+
+    The residual of the first slice is zero by definition, so it is known where the voxel has a label.
+
+    Example:
+        >>> known_residuals(torch.tensor([[[True, True, False, True, True]]]))
+        tensor([[[ True,  True, False, False,  True]]])
+    """
+    dim = slice_dim(labelled.ndim, spatial_axis)
+    before = labelled.narrow(dim, 0, labelled.shape[dim] - 1)
+    return labelled & torch.cat([torch.ones_like(labelled.narrow(dim, 0, 1)), before], dim)
 
 
 def slice_dim(ndim: int, spatial_axis: int) -> int:
@@ -236,12 +289,29 @@ def check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
     if low >= 0 and high < num_classes and whole:  # NaN fails the comparison
         return
     got = "NaN" if low != low else f"values from {low} to {high}" + ("" if whole else ", not whole numbers")
-    remedy = "map the label's values first (MapLabelValued)"
+    remedy = "map the label's values first (MapLabelValued), or name the value of unlabelled voxels with ignore_index"
     if low >= 0 and high < num_classes:
         remedy = (
             'resample labels with mode="nearest", and round the result (lazy resampling still interpolates a little)'
         )
     raise ValueError(f"expected a label of {expected}, got {got}; {remedy}.")
+
+
+def check_ignore_index(ignore_index: int, dtype: torch.dtype, num_classes: int) -> None:
+    """Raise when the ignore value is one of the label's values, or the dtype of the label cannot hold it."""
+    if 0 <= ignore_index < num_classes:
+        raise ValueError(
+            f"expected ignore_index to be none of the label's values 0 to {num_classes - 1}, got {ignore_index}; give "
+            "voxels without a label another value, such as 255."
+        )
+    if dtype.is_floating_point:
+        return
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if not low <= ignore_index <= high:
+        raise ValueError(
+            f"expected ignore_index from {low} to {high}, which a label of {dtype} can hold, got {ignore_index}; "
+            "convert the label before its voxels are marked."
+        )
 
 
 def _after_zeros(changes: torch.Tensor, volume: torch.Tensor, dim: int) -> torch.Tensor:

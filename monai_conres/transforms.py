@@ -75,13 +75,14 @@ class ResidualMask(InterSliceResidual):
         num_classes: number of classes with the background, for a label of class indices.
         include_background: False leaves out channel 0 of a one-hot label.
         spatial_axis: index of the slice axis among the spatial axes.
+        ignore_index: value of voxels without a label, and of the result where the residual is not known.
 
     Shape:
         ``(c, *spatial)``, as array, tensor or ``MetaTensor`` (which keeps its metadata), to one channel for each
         foreground class. For a batch call the function.
 
     Raises:
-        ValueError: when shape, ``spatial_axis``, ``num_classes`` and values do not fit each other.
+        ValueError: as :func:`~monai_conres.residual_mask`.
 
     Example:
         >>> ResidualMask(num_classes=3)(torch.tensor([[0, 2, 2, 1]]))
@@ -90,10 +91,19 @@ class ResidualMask(InterSliceResidual):
     """
 
     def __init__(
-        self, *, num_classes: int | None = None, include_background: bool = True, spatial_axis: int = -1
+        self,
+        *,
+        num_classes: int | None = None,
+        include_background: bool = True,
+        spatial_axis: int = -1,
+        ignore_index: int | None = None,
     ) -> None:
         self.function = partial(
-            residual_mask, num_classes=num_classes, include_background=include_background, spatial_axis=spatial_axis
+            residual_mask,
+            num_classes=num_classes,
+            include_background=include_background,
+            spatial_axis=spatial_axis,
+            ignore_index=ignore_index,
         )
 
 
@@ -139,6 +149,7 @@ class ResidualMaskd(InterSliceResiduald):
         num_classes: see :class:`ResidualMask`.
         include_background: see :class:`ResidualMask`.
         spatial_axis: see :class:`ResidualMask`.
+        ignore_index: see :class:`ResidualMask`.
         new_key_prefix: prefix of the label's key in the key of the result.
         allow_missing_keys: True skips keys that do not exist.
 
@@ -155,12 +166,16 @@ class ResidualMaskd(InterSliceResiduald):
         num_classes: int | None = None,
         include_background: bool = True,
         spatial_axis: int = -1,
+        ignore_index: int | None = None,
         new_key_prefix: str = "residual_",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, new_key_prefix=new_key_prefix, allow_missing_keys=allow_missing_keys)
         self.transform = ResidualMask(
-            num_classes=num_classes, include_background=include_background, spatial_axis=spatial_axis
+            num_classes=num_classes,
+            include_background=include_background,
+            spatial_axis=spatial_axis,
+            ignore_index=ignore_index,
         )
 
 

@@ -145,6 +145,22 @@ def test_residual_loss_compiles_without_graph_break(random):
     torch.testing.assert_close(compiled(logits, label), loss(logits, label))
 
 
+def test_residual_loss_keeps_the_mean_of_w_1(random):
+    loss, weights = ContextResidualLoss(spatial_axis=1), []
+    for number in range(4):
+        mask, logits = smooth_mask(random, 2), heads(random, 2)
+        mask[:, 1] *= number % 2  # the second class is in two of the four batches
+        loss([torch.from_numpy(head) for head in logits], torch.from_numpy(mask))
+        changed = reference.residual_mask(mask, 3).mean((0, 2, 3, 4))
+        weights.append(np.log(1 / np.where(changed == 0, np.nan, changed)))
+    np.testing.assert_allclose(loss.mean_w_1.numpy(), np.nanmean(weights, axis=0), rtol=1e-6)
+    before = loss.mean_w_1.clone()
+    with torch.no_grad():  # validation
+        loss([torch.from_numpy(head) for head in logits], torch.ones(2, 2, *SIZE))
+    assert torch.equal(loss.mean_w_1, before)
+    assert not loss.state_dict()  # weights of losses from before still load
+
+
 # joint loss
 
 

@@ -23,6 +23,7 @@ __all__ = ["COLORS", "save_figure"]
 
 #: colors of the classes that color-blind readers can tell apart (Okabe and Ito, 2008)
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+DARK = 0.4  # brightness of voxels without a label
 PANEL = 1.9  # length of a panel's longer edge, in inches
 Window: TypeAlias = tuple[float, float]  # values of the first and the last color
 Masks: TypeAlias = Mapping[int, np.ndarray]  # booleans (d, h, w) by number of the foreground class, from 0
@@ -99,11 +100,23 @@ class View:
         )
 
     def paint(
-        self, number: int, masks: Masks, background: np.ndarray, window: Window, *, opacity: float = 0.55
+        self,
+        number: int,
+        masks: Masks,
+        background: np.ndarray,
+        window: Window,
+        *,
+        opacity: float = 0.55,
+        ignored: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Masks in their colors over one slice of the background, the largest mask first; ``(h, w, 3)``."""
+        """Masks in their colors over one slice of the background, the largest mask first; ``(h, w, 3)``.
+
+        The background is dark where ``ignored``, booleans ``(d, h, w)``, says so.
+        """
         low, high = window
         gray = np.clip((self.cut(background, number) - low) / max(high - low, 1e-6), 0, 1)
+        if ignored is not None:
+            gray = np.where(self.cut(ignored, number), DARK * gray, gray)
         picture = np.repeat(gray[..., None], 3, axis=-1)
         pieces = {key: self.cut(mask, number) for key, mask in masks.items()}
         for key, inside in sorted(pieces.items(), key=lambda item: -int(item[1].sum())):
@@ -151,9 +164,16 @@ def largest_channel(array: NdarrayOrTensor, size: tuple[int, ...]) -> np.ndarray
     return all_channels(array, size).max(axis=0).astype(np.float32)
 
 
-def class_masks(mask: NdarrayOrTensor, size: tuple[int, ...]) -> Masks:
+def ignored_voxels(mask: NdarrayOrTensor, size: tuple[int, ...], ignore_index: int | None) -> np.ndarray | None:
+    """True where no channel of the mask has a label, ``(d, h, w)``."""
+    return None if ignore_index is None else (all_channels(mask, size) == ignore_index).all(0)
+
+
+def class_masks(mask: NdarrayOrTensor, size: tuple[int, ...], ignore_index: int | None = None) -> Masks:
     """Masks of the foreground classes: of every channel, or of the class indices that one channel has."""
     channels = all_channels(mask, size)
+    if ignore_index is not None:
+        channels = np.where(channels == ignore_index, 0, channels)
     if len(channels) > 1:
         if not ((channels == 0) | (channels == 1)).all():
             raise ValueError("expected channels of zeros and ones, or class indices in one channel, got other values.")

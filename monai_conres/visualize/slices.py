@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from monai.config import NdarrayOrTensor
 
-from monai_conres.residual import residual_mask
+from monai_conres.residual import known_residuals, residual_mask
 from monai_conres.visualize.panels import (
     Masks,
     View,
@@ -17,12 +17,15 @@ from monai_conres.visualize.panels import (
     class_legend,
     class_masks,
     first_channel,
+    ignored_voxels,
     largest_channel,
     value_window,
 )
 from monai_conres.visualize.surfaces import draw_surfaces
 
 __all__ = ["plot_residuals", "plot_slices"]
+
+UNKNOWN = 0.35  # brightness of residuals that are not known
 
 
 def plot_slices(
@@ -35,6 +38,7 @@ def plot_slices(
     class_names: Sequence[str] = (),
     spatial_axis: int = -1,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    ignore_index: int | None = None,
 ) -> Figure:
     """Draw slices (rows) of an image, of the image under each of several masks, and of residual masks (columns).
 
@@ -49,6 +53,7 @@ def plot_slices(
         class_names: names of the foreground classes for the legend.
         spatial_axis: index of the slice axis among the three spatial axes.
         spacing: voxel size in mm.
+        ignore_index: value of voxels without a label. Their image is dark under the mask.
 
     Raises:
         ValueError: when an array does not have the image's spatial size, or a slice does not exist.
@@ -62,7 +67,8 @@ def plot_slices(
     """
     volume = first_channel(image)
     view = View(volume.shape, spatial_axis, spacing)
-    colored = {title: class_masks(mask, volume.shape) for title, mask in masks.items()}
+    colored = {title: class_masks(mask, volume.shape, ignore_index) for title, mask in masks.items()}
+    ignored = {title: ignored_voxels(mask, volume.shape, ignore_index) for title, mask in masks.items()}
     grays = {title: largest_channel(residual, volume.shape) for title, residual in (residuals or {}).items()}
     if isinstance(slices, int):
         first: Masks = next(iter(colored.values()), {})
@@ -78,8 +84,8 @@ def plot_slices(
     window = value_window([volume])
     for row, number in zip(grid, slices, strict=True):
         view.show(row[0], view.cut(volume, number), window)
-        for axes, mask in zip(row[1:], colored.values(), strict=False):
-            view.show(axes, view.paint(number, mask, volume, window))
+        for axes, (title, mask) in zip(row[1:], colored.items(), strict=False):
+            view.show(axes, view.paint(number, mask, volume, window, ignored=ignored[title]))
         for axes, gray in zip(row[1 + len(colored) :], grays.values(), strict=True):
             view.show(axes, view.cut(gray, number), (0, 1))
     class_legend(figure, colored.values(), class_names)
@@ -94,6 +100,7 @@ def plot_residuals(
     class_names: Sequence[str] = (),
     spatial_axis: int = -1,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    ignore_index: int | None = None,
 ) -> Figure:
     """Draw adjacent slices (columns): image, mask and residual mask (rows), as Fig. 1 of Zhang et al., 2021.
 
@@ -104,6 +111,7 @@ def plot_residuals(
         class_names: names of the foreground classes for the legend.
         spatial_axis: index of the slice axis among the three spatial axes.
         spacing: voxel size in mm.
+        ignore_index: value of voxels without a label. Residuals that are not known are gray.
 
     Raises:
         ValueError: when the label does not have the image's spatial size, or a slice does not exist.
@@ -116,9 +124,14 @@ def plot_residuals(
     """
     volume = first_channel(image)
     view = View(volume.shape, spatial_axis, spacing)
-    masks = class_masks(label, volume.shape)
+    masks = class_masks(label, volume.shape, ignore_index)
+    ignored = ignored_voxels(label, volume.shape, ignore_index)
+    known, gray = np.ones(volume.shape, dtype=bool), np.zeros_like(volume)
+    if ignored is not None:
+        known = known_residuals(torch.from_numpy(~ignored)[None, None], spatial_axis=spatial_axis)[0, 0].numpy()
+        gray = np.where(known, 0, UNKNOWN).astype(np.float32)
     residuals = {
-        number: residual_mask(torch.from_numpy(mask)[None, None], spatial_axis=spatial_axis)[0, 0].numpy()
+        number: residual_mask(torch.from_numpy(mask)[None, None], spatial_axis=spatial_axis)[0, 0].numpy() & known
         for number, mask in masks.items()
     }
     if isinstance(slices, int):
@@ -128,7 +141,7 @@ def plot_residuals(
     window = value_window([volume])
     for column, number in enumerate(slices):
         view.show(grid[0][column], view.cut(volume, number), window)
-        view.show(grid[1][column], view.paint(number, masks, volume, window))
-        view.show(grid[2][column], view.paint(number, residuals, np.zeros_like(volume), (0, 1), opacity=1.0))
+        view.show(grid[1][column], view.paint(number, masks, volume, window, ignored=ignored))
+        view.show(grid[2][column], view.paint(number, residuals, gray, (0, 1), opacity=1.0))
     class_legend(figure, [masks], class_names)
     return figure
