@@ -25,7 +25,8 @@ from monai.bundle import ConfigWorkflow, ckpt_export, onnx_export, verify_net_in
 
 from monai_conres import ConResNet
 from monai_conres.bundle import MeanProbability
-from monai_conres.files import load_network
+from monai_conres.completion import complete_scan
+from monai_conres.files import load_network, load_volume
 from monai_conres.phantom import write_phantom_brats, write_phantom_dataset
 from tests.nih import write_pancreas_ct
 
@@ -52,7 +53,7 @@ def run(bundle: str, name: str, **overrides: Any) -> ConfigWorkflow:
     """``python -m monai.bundle run --config_file configs/NAME.yaml`` in this process."""
     made = workflow(bundle, name, **overrides)
     made.initialize()
-    if name != "export":  # an export has no engine
+    if name not in ("export", "fit_chain", "complete"):  # these have no engine
         assert made.check_properties() == []
     made.run()
     made.finalize()
@@ -154,7 +155,8 @@ def test_readme_names_files_and_options_that_exist(bundle):
     assert not re.search(r"--\S+ None", text), "MONAI drops an override of None; $None works"
     for name in re.findall(r"configs/(\w+\.\w+)", text):
         assert (BUNDLES / bundle / "configs" / name).is_file(), name
-    files = [BUNDLES / bundle / "configs" / f"{name}.yaml" for name in ("train", "evaluate", "inference", "export")]
+    names = ("train", "evaluate", "inference", "fit_chain", "complete", "export")
+    files = [BUNDLES / bundle / "configs" / f"{name}.yaml" for name in names]
     config = "".join(file.read_text() for file in files)
     others = "config_file standalone nproc_per_node out layout tracking logdir filepath ckpt_file meta_file "
     others += "key_in_ckpt use_trace input_shape net_id"
@@ -242,6 +244,29 @@ DATA = {  # a writer of data, and the label values
 }
 
 
+def check_completion(bundle: str, data: Path, run_dir: str, image: Any, label: Path, folder: Path) -> None:
+    """The weights of the chain are fitted; then a scan is completed from one drawn slice, as the command does it."""
+    if bundle == "pancreas_ct_conresnet":  # a DICOM series
+        assert "expected a NIfTI file" in refused(bundle, "fit_chain", dataset_dir=str(data), run_dir=run_dir)
+        nib.save(nib.Nifti1Image(load_volume(image)[0].numpy(), nib.load(label).affine), folder / "scan.nii.gz")
+        image = str(folder / "scan.nii.gz")
+    else:
+        run(bundle, "fit_chain", dataset_dir=str(data), run_dir=run_dir, number=2)
+        assert load_network(run_dir).chain != load_network(run_dir.replace("run0", "run1")).chain is None
+    reference, affine = voxels(label), nib.load(label).affine
+    number = int(np.argmax((reference > 0).sum((0, 1))))
+    drawn = np.zeros_like(reference)
+    drawn[..., number] = reference[..., number]
+    nib.save(nib.Nifti1Image(drawn, affine), folder / "drawn.nii.gz")
+    files = {"image": image, "drawn": str(folder / "drawn.nii.gz"), "output": str(folder / "completed.nii.gz")}
+    run(bundle, "complete", run_dir=run_dir, **files)
+    completed = complete_scan(load_network(run_dir), image, files["drawn"])
+    assert completed.slices == [number]
+    np.testing.assert_array_equal(voxels(files["output"]), completed.label[0])
+    np.testing.assert_array_equal(voxels(files["output"])[..., number], reference[..., number])
+    assert "slices from 0 to" in refused(bundle, "complete", run_dir=run_dir, slices=[999], **files)
+
+
 @pytest.mark.parametrize("bundle", NAMES)
 def test_bundle_goes_from_data_to_predictions(bundle, tmp_path):
     """Training; then, with the run folders only: evaluation of an ensemble, inference, exports."""
@@ -258,6 +283,9 @@ def test_bundle_goes_from_data_to_predictions(bundle, tmp_path):
     evaluation = run(bundle, "evaluate", dataset_dir=str(data), run_dirs=runs, output_dir=str(mean))
     assert tuple(evaluation.inferer.roi_size) == (24, 24, 16)  # as trained
     check_evaluation(mean, {name: label(name) for name in validation}, structures)
+
+    case = trainer.parser.get_parsed_content("split")[1][0]
+    check_completion(bundle, data, runs[0], case["image"], label(case["name"]), tmp_path)
 
     scans = data / "imagesTr" if bundle == "hippocampus_conresnet" else data
     shutil.rmtree(data / "TCIA_pancreas_labels", ignore_errors=True)

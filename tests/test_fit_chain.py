@@ -131,12 +131,12 @@ def test_command_refuses_what_it_cannot_use_and_leaves_network_json(tmp_path, ca
     (tmp_path / "shifted").mkdir()
     nib.save(nib.Nifti1Image(np.zeros(SIZE, np.uint8), np.eye(4)), tmp_path / "shifted" / "case0.nii.gz")
     for options, message in [
-        (["--labels", "no folder"], "expected label maps in no folder"),
-        (["--labels", str(tmp_path / "others")], "of the 2 training cases in network.json, such as case0, found none"),
+        (["--labels", "no folder"], "expected label maps, NAME.nii.gz, in no folder"),
+        (["--labels", str(tmp_path / "others")], "such as ['case0', 'case1'], got 1 others"),
         (["--labels", str(tmp_path / "wrong")], "expected the values [0, 1, 4]"),
         (["--labels", str(tmp_path / "shifted")], "expected the same affine"),
-        (["--labels", str(labels), "--cases", "0"], "expected 1 or more for --cases"),
-        (["--labels", str(labels), "--images", str(labels / "no")], "expected the image of"),
+        (["--labels", str(labels), "--cases", "0"], "expected 1 or more cases to use, got 0"),
+        (["--labels", str(labels), "--images", str(labels / "no")], "cannot read"),
         (["--labels", str(labels), "--network", str(tmp_path)], "expected a folder of a trained network"),
     ]:
         with pytest.raises(SystemExit) as stop:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,56 +27,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from monai_conres.completion import fit_completion
-    from monai_conres.files import check_writable, save_chain
-
-    if options.cases < 1:
-        raise ValueError(f"expected 1 or more for --cases, got {options.cases}.")
-    trained = load_on_device(options.network, options.backbone, options.device)
-    check_writable(options.network)
-    cases = find_cases(options.images, options.labels, trained.training.get("cases"))
-    if "cases" not in trained.training:
-        print("network.json does not name its training cases, so all cases count. Do not score with these cases.")
-    chosen = [cases[number * len(cases) // options.cases] for number in range(options.cases)]
-    settings = fit_completion(trained, announce(dict(chosen)))
-    save_chain(options.network, settings)
-    print("\n".join(f"{name}: {value}" for name, value in asdict(settings).items()))
-    print(f"Written to {Path(options.network, 'network.json')}")
+    fit_run(
+        options.network,
+        find_cases(options.images, options.labels),
+        number=options.cases,
+        backbone=options.backbone,
+        device=options.device,
+    )
 
 
-def find_cases(images: Path, labels: Path, names: Sequence[str] | None) -> list[tuple[str, dict[str, Any]]]:
-    """Names and files of the training cases.
+def fit_run(
+    network: str | os.PathLike,
+    cases: Mapping[str, Mapping[str, Any]],
+    *,
+    number: int = 12,
+    backbone: str | None = None,
+    device: Any = None,
+) -> None:
+    """What the command does, which the bundles' ``configs/fit_chain.yaml`` also does.
 
     Args:
-        images: folder with the images.
-        labels: folder with the labels.
-        names: the training cases, with or without the ending of the file; ``None`` takes all.
+        network: the run folder.
+        cases: files of each case, ``image`` and ``label``, by its name, with or without the ending of a file. Only
+            those count that ``network.json`` names as training cases; all, if it names none.
+        number: how many of them to use, evenly spread.
+        backbone: ``file.py:function`` that builds the backbone, if ``network.json`` does not have it.
+        device: where the network computes; ``None``: on a GPU if there is one.
 
     Raises:
-        ValueError: when there is no training case, or a case has no image.
+        ValueError: when there is no training case, or a file of one is missing or wrong.
+    """
+    from monai_conres.completion import fit_completion
+    from monai_conres.files import check_writable, save_chain, stem
+
+    if number < 1:
+        raise ValueError(f"expected 1 or more cases to use, got {number}.")
+    trained = load_on_device(network, backbone, device)
+    check_writable(network)
+    names = trained.training.get("cases")
+    training = {stem(Path(name)) for name in (cases if names is None else names)}
+    chosen = [(name, case) for name, case in cases.items() if stem(Path(name)) in training]
+    if not chosen:
+        raise ValueError(
+            f"expected files of the training cases in network.json, such as {sorted(training)[:3]}, got {len(cases)} "
+            "others; give the folders of the training."
+        )
+    if names is None:
+        print("network.json does not name its training cases, so all cases count. Do not score with these cases.")
+    number = min(number, len(chosen))
+    settings = fit_completion(trained, _announce([chosen[i * len(chosen) // number] for i in range(number)]))
+    save_chain(network, settings)
+    print("\n".join(f"{name}: {value}" for name, value in asdict(settings).items()))
+    print(f"Written to {Path(network, 'network.json')}")
+
+
+def find_cases(images: Path, labels: Path) -> dict[str, dict[str, Any]]:
+    """The files of each label in ``labels``, by its name.
+
+    Raises:
+        ValueError: when there is no label.
     """
     from monai_conres.files import stem
 
-    found = {stem(file): file for file in sorted(labels.glob("*.nii*")) if not file.name.startswith(".")}
-    training = found if names is None else {stem(Path(name)) for name in names}
-    cases = []
-    for name in (name for name in found if name in training):
+    cases = {}
+    for label in sorted(file for file in labels.glob("*.nii*") if not file.name.startswith(".")):
+        name = stem(label)
         files = [file for ending in (".nii.gz", ".nii") if (file := images / f"{name}{ending}").is_file()][:1]
         files = files or sorted(images.glob(f"{glob.escape(name)}_[0-9][0-9][0-9][0-9].nii*"))
-        if not files:
-            raise ValueError(
-                f"expected the image of {found[name]} as {images}/{name}.nii.gz or {images}/{name}_0000.nii.gz, found "
-                "none; rename the image, or take the label out."
-            )
-        cases.append((name, {"image": [str(file) for file in files], "label": str(found[name])}))
+        cases[name] = {"image": files or [images / label.name], "label": label}
     if not cases:
-        wanted = f", of the {len(training)} training cases in network.json, such as {min(training)}" if names else ""
-        raise ValueError(f"expected label maps in {labels}{wanted}, found none; give the folder of the training.")
+        raise ValueError(f"expected label maps, NAME.nii.gz, in {labels}, found none; check the folder.")
     return cases
 
 
-def announce(cases: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _announce(cases: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
     """The cases, each one printed when it is taken."""
-    for number, (name, files) in enumerate(cases.items(), start=1):
+    for number, (name, case) in enumerate(cases, start=1):
         print(f"case {number} of {len(cases)}: {name}", flush=True)
-        yield files
+        yield case
