@@ -17,7 +17,8 @@ each position. ``R`` residual channels with ``C = R`` are independent sigmoids, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -30,6 +31,7 @@ from monai_conres.residual import check_values, inter_slice_residual, slice_dim
 
 __all__ = [
     "ChainSettings",
+    "SliceChain",
     "best_labelling",
     "complete_mask",
     "log_partition",
@@ -112,16 +114,17 @@ def _messages(unary: torch.Tensor, steps: torch.Tensor, add: Operation) -> tuple
 
     ``m_s(c) = add(f(c), rho_s(c) + add over a != c of (f(a) + rho_s(a)))``.
 
-    ``add`` is ``logaddexp`` for marginals and ``maximum`` for the best labelling. The maximum of each message is taken
-    off, so that long chains keep their digits. The second result is the sum of these maxima, ``(positions)``.
+    ``add`` is ``logaddexp`` for marginals and ``maximum`` for the best labelling. The maximum of each slice's scores is
+    taken off, so that long chains keep their digits. A clamped slice then has the score 0 in its state, so the messages
+    after it have the same bits, whatever comes before. The second result is the sum of these maxima, ``(positions)``.
     """
     messages = [torch.zeros_like(unary[0])]
     scale = torch.zeros_like(unary[0, 0])
     for u, rho in zip(unary[:-1], steps, strict=True):
         score = u + messages[-1]
-        message = add(score, rho + _others(score + rho, add))
-        top = message.detach().amax(0)
-        messages.append(message - top)
+        top = score.detach().amax(0)
+        score = score - top
+        messages.append(add(score, rho + _others(score + rho, add)))
         scale = scale + top
     return torch.stack(messages), scale
 
@@ -189,12 +192,23 @@ def _marginal_states(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 
 def _error_probabilities(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """Probability that the state with the largest marginal is wrong, ``(slices, 1, positions)``; zero below DOUBT."""
-    # where each foreground class has at most this much, all of them together stay below DOUBT, so the result is exact
-    uncertain = ~_is_background(unary, steps, tolerance=DOUBT / (unary.shape[1] - 1))
-    log_p = _log_marginals(unary[..., uncertain], steps[..., uncertain])
+    uncertain = ~_is_certain(unary, steps)
     errors = unary.new_zeros(len(unary), 1, unary.shape[2])
-    errors[..., uncertain] = F.threshold(-log_p.amax(1, keepdim=True).expm1(), DOUBT, 0.0)
+    errors[..., uncertain] = _states_and_errors(unary[..., uncertain], steps[..., uncertain])[1]
     return errors
+
+
+def _is_certain(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Positions that are background in all slices, with a probability of an error below DOUBT."""
+    # where each foreground class has at most this much, all of them together stay below DOUBT, so the result is exact
+    return _is_background(unary, steps, tolerance=DOUBT / (unary.shape[1] - 1))
+
+
+def _states_and_errors(unary: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state with the largest marginal, and the probability that it is wrong, zero below DOUBT."""
+    scores = _scores(unary, steps)
+    states = scores.max(1, keepdim=True).indices.to(torch.int16)  # argmax takes 8 times as long
+    return states, F.threshold(-scores.log_softmax(1).amax(1, keepdim=True).expm1(), DOUBT, 0.0)
 
 
 # From volumes to blocks of chains and back.
@@ -234,7 +248,7 @@ def _chain(
     return unary, steps
 
 
-def _check_shapes(unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None) -> None:
+def _check_shapes(unary: torch.Tensor, residual: torch.Tensor, drawn: torch.Tensor | None = None) -> None:
     """Raise unless the tensors are of one size, and their channels fit each other."""
     classes, foreground = unary.shape[1], residual.shape[1]
     if foreground < 1 or classes not in (foreground, foreground + 1):
@@ -389,21 +403,18 @@ def _drawn_slices(
     return drawn
 
 
-def _prepare(
+def _checked_potentials(
     segmentation: torch.Tensor,
     residual: torch.Tensor | None,
-    drawn: torch.Tensor,
-    slices: Sequence[int] | Sequence[Sequence[int]] | None,
     image: torch.Tensor | None,
     settings: ChainSettings | None,
     spatial_axis: int,
     sigmoid: bool,
     softmax: bool,
-    ignore_index: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``u``, ``rho``, the voxels to clamp and the drawn slices, with everything checked."""
-    dim = slice_dim(segmentation.ndim, spatial_axis)
-    segmentation, drawn = (convert_to_tensor(x, track_meta=False) for x in (segmentation, drawn))
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``u`` and ``rho``, with everything checked. The arguments are those of :func:`complete_mask`."""
+    slice_dim(segmentation.ndim, spatial_axis)
+    segmentation = convert_to_tensor(segmentation, track_meta=False)
     classes = segmentation.shape[1]
     if residual is None:
         if image is None or sigmoid == softmax:
@@ -413,7 +424,7 @@ def _prepare(
             )
         residual = segmentation.new_zeros(()).expand(len(segmentation), classes - softmax, *segmentation.shape[2:])
     residual = convert_to_tensor(residual, track_meta=False)
-    _check_shapes(segmentation, residual, drawn)
+    _check_shapes(segmentation, residual)
     is_softmax = classes > residual.shape[1]
     if (sigmoid and is_softmax) or (softmax and not is_softmax):
         raise ValueError(
@@ -427,15 +438,40 @@ def _prepare(
                 f"expected an image of the segmentation's size {tuple(segmentation.shape)}, got {tuple(image.shape)}; "
                 "give the image that the network saw."
             )
-    ignored = torch.zeros_like(drawn, dtype=torch.bool) if ignore_index is None else drawn == ignore_index
-    is_drawn = _drawn_slices(slices, (drawn != 0) & ~ignored, dim)
-    known = broadcast_slices(is_drawn, drawn.ndim, dim) & ~ignored
-    expected = f"class indices from 0 to {classes - 1}" if is_softmax else "zeros and ones"
-    check_values(drawn[known].cpu(), classes if is_softmax else 2, f"{expected} in the drawn slices")
     unary, rho = potentials(segmentation, residual, image, spatial_axis, **vars(settings or ChainSettings()))
     if not torch.stack([*torch.aminmax(unary), *torch.aminmax(rho)]).isfinite().all():  # NaN propagates
         raise ValueError("expected finite logits and a finite image, got NaN or infinity; check the network's output.")
+    return unary, rho
+
+
+def _prepare(
+    segmentation: torch.Tensor,
+    residual: torch.Tensor | None,
+    drawn: torch.Tensor,
+    slices: Sequence[int] | Sequence[Sequence[int]] | None,
+    image: torch.Tensor | None,
+    settings: ChainSettings | None,
+    spatial_axis: int,
+    sigmoid: bool,
+    softmax: bool,
+    ignore_index: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``u``, ``rho``, the voxels to clamp and the drawn slices, with everything checked."""
+    unary, rho = _checked_potentials(segmentation, residual, image, settings, spatial_axis, sigmoid, softmax)
+    drawn = convert_to_tensor(drawn, track_meta=False)
+    _check_shapes(unary, rho, drawn)
+    dim = slice_dim(drawn.ndim, spatial_axis)
+    ignored = torch.zeros_like(drawn, dtype=torch.bool) if ignore_index is None else drawn == ignore_index
+    is_drawn = _drawn_slices(slices, (drawn != 0) & ~ignored, dim)
+    known = broadcast_slices(is_drawn, drawn.ndim, dim) & ~ignored
+    _check_classes(drawn[known], unary.shape[1] if unary.shape[1] > rho.shape[1] else 0)
     return unary, rho, drawn.to(torch.int16).masked_fill(~known, -1), is_drawn
+
+
+def _check_classes(drawn: torch.Tensor, classes: int) -> None:
+    """Raise unless drawn values are indices of the classes of a softmax; of 0 classes: zeros and ones."""
+    expected = f"class indices from 0 to {classes - 1}" if classes else "zeros and ones"
+    check_values(drawn.cpu(), classes or 2, f"{expected} in the drawn slices")
 
 
 @torch.no_grad()
@@ -473,8 +509,7 @@ def complete_mask(
         The completed volume with the shape and dtype of ``drawn``. Drawn voxels keep what was drawn.
 
     Note:
-        A drawn slice cuts the chain. After one more slice is drawn, the stretch between its drawn neighbors, both
-        included, can be completed separately: the result there is the same, and the rest does not change.
+        Where slices are drawn one after the other, :class:`SliceChain` computes only what changes.
 
     Raises:
         ValueError: when shapes do not fit each other, no slice is drawn, a slice is outside the volume, logits are not
@@ -536,3 +571,179 @@ def next_slice(
         candidates = [index for index, is_known in enumerate(known) if not is_known]
         rankings.append({index: expected[index] for index in sorted(candidates, key=lambda i: -expected[i])})
     return rankings
+
+
+class SliceChain:
+    """The chain of one volume whose slices are drawn one after the other: only what changes is computed.
+
+    A drawn slice cuts the chain. So a slice that is drawn, or taken back, changes nothing beyond its drawn neighbors.
+    The results have the same bits as those of :func:`complete_mask` for the whole volume.
+
+    Args:
+        segmentation: ``(c, *spatial)`` logits of one case.
+        residual: ``(r, *spatial)`` logits, or ``None``, as in :func:`complete_mask`.
+        image: ``(i, *spatial)`` as the network sees it, for the image contrast.
+        drawn: drawn slices, as :meth:`draw` takes them. Without any, the result is what the chain makes of the network.
+        settings: weights of the chain; ``None`` is ``ChainSettings()``.
+        spatial_axis: index of the slice axis among the spatial axes.
+        sigmoid: True says that the segmentation has sigmoids, where ``residual`` is ``None``.
+        softmax: True says that the segmentation has a softmax, where ``residual`` is ``None``.
+
+    Attributes:
+        drawn: numbers of the drawn slices, in order.
+
+    Raises:
+        ValueError: as :func:`complete_mask`.
+
+    Example:
+        >>> segmentation, residual = torch.zeros(1, 5), torch.tensor([[-9.0, -9.0, 9.0, -9.0, 9.0]])
+        >>> chain = SliceChain(segmentation, residual)
+        >>> chain.draw({1: torch.tensor([1])})  # slices that may have changed
+        range(0, 5)
+        >>> chain.mask
+        tensor([[1, 1, 0, 0, 1]], dtype=torch.int16)
+        >>> chain.draw({3: torch.tensor([1])}), chain.mask
+        (range(1, 5), tensor([[1, 1, 1, 1, 0]], dtype=torch.int16))
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        segmentation: torch.Tensor,
+        residual: torch.Tensor | None,
+        *,
+        image: torch.Tensor | None = None,
+        drawn: Mapping[int, torch.Tensor | None] | None = None,
+        settings: ChainSettings | None = None,
+        spatial_axis: int = -1,
+        sigmoid: bool = False,
+        softmax: bool = False,
+    ) -> None:
+        residual, image = (None if part is None else part[None] for part in (residual, image))
+        unary, rho = _checked_potentials(segmentation[None], residual, image, settings, spatial_axis, sigmoid, softmax)
+        self._dim = slice_dim(unary.ndim, spatial_axis) - 1
+        self._is_softmax = unary.shape[1] > rho.shape[1]
+        self._classes = unary.shape[1]
+        chains = [volume[0].movedim(self._dim, 0) for volume in (unary, rho)]  # (slices, c, *plane)
+        self._plane = chains[0].shape[2:]
+        # (slices, channels, positions); sigmoids are chains of one channel
+        chains = [x.flatten(2) if self._is_softmax else x.flatten(1)[:, None] for x in chains]
+        self._unary, self._rho = (x.contiguous() for x in chains)
+        self._states = torch.zeros_like(self._unary[:, :1], dtype=torch.int16)
+        self._errors = torch.zeros_like(self._states, dtype=torch.float16)
+        self._expected = [0.0] * len(self._unary)
+        self._clamped: dict[int, torch.Tensor] = {}  # (1, positions) by slice
+        # a slice that is drawn as background makes no position uncertain
+        certain = self._map(lambda block: _is_certain(*_chain(self._unary[..., block], self._rho[..., block])))
+        self._uncertain = ~torch.cat(certain)
+        self._set(drawn or {})
+        self._update(range(len(self._unary)))
+
+    @property
+    def drawn(self) -> list[int]:
+        return sorted(self._clamped)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """The completed volume in int16: class indices ``(1, *spatial)``, or zeros and ones ``(c, *spatial)``."""
+        return self._volume(self._states)
+
+    @property
+    def error(self) -> torch.Tensor:
+        """The probability in float16 that a voxel of :attr:`mask`, of its shape, is wrong. Below 0.05 it is zero."""
+        return self._volume(self._errors)
+
+    def ranking(self) -> dict[int, float]:
+        """Which slice to draw next, as :func:`next_slice` returns it for one case."""
+        candidates = [number for number in range(len(self._expected)) if number not in self._clamped]
+        candidates.sort(key=lambda number: -self._expected[number])
+        return {number: self._expected[number] for number in candidates}
+
+    @torch.no_grad()
+    def draw(self, slices: Mapping[int, torch.Tensor | None]) -> range:
+        """Draw slices, or take them back, and complete what changes.
+
+        Args:
+            slices: by number, from 0, what was drawn: class indices of the plane's shape for a softmax, zeros and ones
+                ``(c, *plane)`` for sigmoids. ``None`` takes the slice back.
+
+        Returns:
+            The slices that may have changed.
+
+        Raises:
+            ValueError: when a slice is outside the volume, has another shape, or other classes.
+        """
+        if not slices:
+            return range(0)
+        self._set(slices)
+        others = self._clamped.keys() - slices.keys()
+        low = max((number for number in others if number < min(slices)), default=0)
+        high = min((number for number in others if number > max(slices)), default=len(self._unary) - 1)
+        changed = range(low, high + 1)
+        self._update(changed)
+        return changed
+
+    def _set(self, slices: Mapping[int, torch.Tensor | None]) -> None:
+        """Check drawn slices and keep them."""
+        checked: dict[int, torch.Tensor | None] = {}
+        for index, drawn in slices.items():
+            number = operator.index(index)
+            if not 0 <= number < len(self._unary):
+                raise ValueError(
+                    f"expected slices from 0 to {len(self._unary) - 1}, got {number}; they count along spatial_axis."
+                )
+            checked[number] = None
+            if drawn is not None:
+                drawn = convert_to_tensor(drawn, track_meta=False).to(self._unary.device)
+                shape = self._plane if self._is_softmax else (self._classes, *self._plane)
+                if drawn.shape != shape:
+                    raise ValueError(f"expected a slice of shape {tuple(shape)}, got {tuple(drawn.shape)}.")
+                _check_classes(drawn, self._classes if self._is_softmax else 0)
+                checked[number] = drawn.reshape(1, -1).to(torch.int16)
+        for number, clamped in checked.items():
+            if clamped is None:
+                self._clamped.pop(number, None)
+            else:
+                self._clamped[number] = clamped
+
+    def _update(self, changed: range) -> None:
+        """Complete slices from one end or drawn slice to the next one, both included."""
+        stretch = slice(changed.start, changed.stop)
+        drawn = torch.full_like(self._states[stretch], -1)
+        uncertain = self._uncertain.clone()
+        for number in self._clamped.keys() & set(changed):
+            drawn[number - changed.start] = self._clamped[number]
+            uncertain |= self._clamped[number][0] > 0
+        states, errors = self._states[stretch].zero_(), self._errors[stretch].zero_()
+        unary, rho = self._unary[stretch], self._rho[stretch]
+
+        def complete(block: torch.Tensor) -> torch.Tensor:
+            chain = _chain(*(volume[..., block] for volume in (unary, rho, drawn)))
+            states[..., block], error = _states_and_errors(*chain)
+            errors[..., block] = error.to(errors.dtype)
+            return error.sum((1, 2))
+
+        sums = self._map(complete, uncertain.nonzero()[:, 0])
+        self._expected[stretch] = sum(sums, torch.zeros(len(drawn), device=drawn.device)).tolist()
+
+    def _map(self, function: Callable[..., torch.Tensor], positions: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """A function of each block of positions; ``None``: of all. Blocks are too small for torch's own threads."""
+        size = BLOCK.get(self._unary.device.type, LARGE_BLOCK)
+        blocks: Sequence[Any]
+        if positions is None:  # slices copy less than indices
+            blocks = [slice(start, start + size) for start in range(0, self._unary.shape[2], size)]
+        else:
+            blocks = positions.split(size)
+
+        def without_gradients(block: Any) -> torch.Tensor:
+            with torch.no_grad():  # each thread has its own switch
+                return function(block)
+
+        if self._unary.device.type != "cpu" or torch.get_num_threads() == 1:
+            return list(map(without_gradients, blocks))
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            return list(threads.map(without_gradients, blocks))
+
+    def _volume(self, chains: torch.Tensor) -> torch.Tensor:
+        """``(c, *spatial)`` from ``(slices, 1, positions)``."""
+        return chains.view(len(chains), -1, *self._plane).movedim(0, self._dim)

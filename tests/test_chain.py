@@ -14,7 +14,9 @@ from monai.data import MetaTensor
 
 from monai_conres import residual_mask, restore_mask
 from monai_conres.chain import (
+    BLOCK,
     ChainSettings,
+    SliceChain,
     best_labelling,
     complete_mask,
     log_partition,
@@ -415,6 +417,65 @@ def test_complete_mask_refuses_bad_input(changes, message):
 def test_complete_mask_refuses_slices_that_are_no_integers():
     with pytest.raises(TypeError, match="integer"):
         complete_mask(**bad_input(slices=[1.5]))
+
+
+STEPS = [([3], []), ([1, 5], []), ([0], [3]), ([2, 6], []), ([], [0, 5]), ([4], [6]), ([], [1, 2, 4])]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("channels", "axis"), zip(CHANNELS, [-1, 0, 1, -2, -1], strict=True))
+def test_slice_chain_has_the_bits_of_the_whole_volume(channels, axis, threads, monkeypatch):
+    """Slices are drawn and taken back in any order."""
+    monkeypatch.setitem(BLOCK, "cpu", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    (classes, foreground), dim = channels, 1 + axis % 3
+    generator = torch.Generator().manual_seed(0)
+    segmentation, residual, image = (3 * torch.randn(c, 11, 7, 12, generator=generator) for c in (*channels, 1))
+    segmentation[0] += 4 if classes > foreground else -4  # much is background for certain
+    shape = (1 if classes > foreground else classes, *image.shape[1:])
+    label = torch.randint(0, classes if classes > foreground else 2, shape, generator=generator, dtype=torch.int16)
+    planes = label.movedim(dim, 0).squeeze(1) if classes > foreground else label.movedim(dim, 0)
+    volumes = {"segmentation": segmentation, "residual": residual, "image": image}
+    chain = SliceChain(**volumes, spatial_axis=axis)
+    for drawn, back in STEPS:
+        before = chain.mask.movedim(dim, 0).clone()
+        changed = chain.draw({number: planes[number] for number in drawn} | dict.fromkeys(back))
+        after = chain.mask.movedim(dim, 0)
+        others = [number for number in range(len(planes)) if number not in changed]
+        assert torch.equal(after[others], before[others])
+        if not chain.drawn:
+            break
+        whole = {name: volume[None] for name, volume in volumes.items()}
+        whole |= {"drawn": label[None], "slices": chain.drawn, "spatial_axis": axis}
+        assert torch.equal(chain.mask, complete_mask(**whole)[0])
+        (ranking,) = next_slice(**whole)
+        assert chain.ranking() == pytest.approx(ranking, rel=1e-3, abs=1e-4)
+        sums = chain.error.float().movedim(dim, 0).flatten(1).sum(1)
+        assert {number: sums[number].item() for number in ranking} == pytest.approx(ranking, rel=1e-2, abs=1e-2)
+    assert (chain.drawn, changed) == ([], range(len(planes)))
+    assert torch.equal(chain.mask, SliceChain(**volumes, spatial_axis=axis).mask)
+
+
+def test_slice_chain_without_drawn_slices_is_the_argmax_of_the_marginals():
+    segmentation, residual = torch.randn(3, 9, 8, 7), torch.randn(2, 9, 8, 7)
+    expected = slice_marginals(segmentation[None], residual[None])[0].argmax(0, keepdim=True)
+    assert torch.equal(SliceChain(segmentation, residual, settings=PLAIN).mask.long(), expected)
+
+
+@pytest.mark.parametrize(
+    ("slices", "message"),
+    [
+        ({5: torch.zeros(3, 4)}, "slices from 0 to 4, got 5"),
+        ({-1: torch.zeros(3, 4)}, "slices from 0 to 4, got -1"),
+        ({0: torch.zeros(4, 3)}, r"shape \(3, 4\), got \(4, 3\)"),
+        ({0: torch.full((3, 4), 3)}, "class indices from 0 to 2 in the drawn slices"),
+    ],
+)
+def test_slice_chain_refuses_bad_slices_and_keeps_the_others(slices, message):
+    chain = SliceChain(torch.randn(3, 3, 4, 5), torch.randn(2, 3, 4, 5), drawn={1: torch.ones(3, 4)})
+    with pytest.raises(ValueError, match=message):
+        chain.draw({2: torch.ones(3, 4), **slices})
+    assert chain.drawn == [1]
 
 
 def test_chain_settings_are_plain_values():
