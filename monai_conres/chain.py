@@ -653,6 +653,11 @@ class SliceChain:
         """The probability in float16 that a voxel of :attr:`mask`, of its shape, is wrong. Below 0.05 it is zero."""
         return self._volume(self._errors)
 
+    def plane(self, number: int) -> torch.Tensor:
+        """A slice of :attr:`mask`, as :meth:`draw` takes it."""
+        plane = self._states[number].view(-1, *self._plane)
+        return plane[0] if self._is_softmax else plane
+
     def ranking(self) -> dict[int, float]:
         """Which slice to draw next, as :func:`next_slice` returns it for one case."""
         candidates = [number for number in range(len(self._expected)) if number not in self._clamped]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.utils import convert_to_tensor, optional_import
 
-from monai_conres.chain import ChainSettings, complete_mask, next_slice
+from monai_conres.chain import ChainSettings, SliceChain
 from monai_conres.chain_training import fit_chain
 from monai_conres.decoder import ConResDecoder
 from monai_conres.files import TrainedNetwork, check_same_grid, load_volume
@@ -26,7 +27,7 @@ from monai_conres.scans import ScanSettings, label_values, paint_structures, str
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
-__all__ = ["CompletedScan", "complete_scan", "fit_completion", "predict_with_residual"]
+__all__ = ["CompletedScan", "ScanCompletion", "complete_scan", "fit_completion", "predict_with_residual"]
 
 Files = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -167,48 +168,189 @@ def complete_scan(
         ValueError: when a file cannot be read, the files do not lie on the same voxels, no slice is drawn, a slice is
             outside the scan, a drawn value is none of the network's, or the network resamples along the slice axis.
     """
-    scans, axis = trained.scans, _slice_axis(trained.network)
-    trained.network.eval()
-    files = _files(image)
-    check_same_grid([*files, drawn])
-    scan = _load_scan(scans, files)
-    affine = np.asarray(scan.meta["original_affine"])
-    file_axis, _ = _file_axis(scans, scan, axis)
-    known, left_out, values = _drawn_slices(drawn, slices, file_axis, scans)
-    segmentation, residual, seen = _predict_scan(trained, scan, axis, progress)
-    softmax = scans.activation == "softmax"
-    chain: dict[str, Any] = {
-        "segmentation": segmentation[None],
-        "residual": None if residual is None else residual[None],
-        "drawn": _to_classes(values, scans)[None],
-        "slices": known,
-        "image": seen[None],
-        "settings": settings or trained.chain,
-        "spatial_axis": file_axis,
-        "softmax": softmax,
-        "sigmoid": not softmax,
-    }
-    finished = complete_mask(**chain)
-    label = _to_values(finished[0], scans)
-    # two values of one structure are one class, so what was drawn is copied
-    label.movedim(file_axis + 1, 0)[known] = values.movedim(file_axis + 1, 0)[known]
-
-    def on_scan(volume: torch.Tensor) -> MetaTensor:
-        codes = {key: scan.meta[key] for key in ("sform_code", "qform_code") if key in scan.meta}
-        return MetaTensor(volume, affine=torch.as_tensor(affine), meta=codes)
-
+    scan = ScanCompletion(trained, image, settings=settings)
+    planes, left_out = scan.read_drawn(drawn, slices)
+    if not planes:
+        raise ValueError(
+            f"expected a drawn slice in {drawn}, got none; draw a slice, or name one that is drawn empty in slices."
+        )
+    scan.draw(planes)
+    scan.predict(progress=progress)
+    label = scan.label()  # before slices are drawn for proposals
     return CompletedScan(
-        label=on_scan(label),
-        predicted=on_scan(scans.to_labels(segmentation)),
-        drawn=on_scan(values),
-        image=on_scan(seen),
-        slices=known,
+        label=label,
+        predicted=scan.predicted,
+        drawn=scan.drawn_label(),
+        image=scan.image,
+        slices=scan.drawn,
         left_out=left_out,
-        proposed=_propose({**chain, "drawn": finished}, propose),
-        spatial_axis=file_axis,
-        direction=ENDS[nib.aff2axcodes(affine)[file_axis]],
-        uses_residual=residual is not None,
+        proposed=_propose(scan.chain, propose),
+        spatial_axis=scan.spatial_axis,
+        direction=scan.direction,
+        uses_residual=scan.uses_residual,
     )
+
+
+class ScanCompletion:
+    """A scan whose slices are drawn one after the other: :func:`complete_scan` in steps.
+
+    The network runs once. After each drawn slice the chain computes only what changes. All volumes are on the voxels of
+    the scan file.
+
+    Args:
+        trained: what :func:`~monai_conres.files.load_network` returns.
+        image: the NIfTI file of the scan, or one file for each channel in the order of ``trained.scans.channels``.
+        settings: weights of the chain; ``None`` takes those that were saved with the network, or the defaults.
+
+    Attributes:
+        shape: spatial shape of the scan file.
+        affine: affine of the scan file, in mm.
+        spatial_axis: the axis of the file along which slices count.
+        direction: the anatomical direction of that axis, such as ``"inferior to superior"``.
+        uses_residual: False for a network without residual decoder.
+        predicted: the label map ``(1, *spatial)`` of the network; ``None`` before :meth:`predict`.
+        image: the image as the network sees it, ``(c, *spatial)``; ``None`` before :meth:`predict`.
+
+    Raises:
+        ValueError: when a file cannot be read, the files do not lie on the same voxels, or the network resamples along
+            the slice axis.
+    """
+
+    def __init__(self, trained: TrainedNetwork, image: Files, *, settings: ChainSettings | None = None) -> None:
+        self.trained, self.scans = trained, trained.scans
+        self.files = _files(image)
+        self.settings = settings or trained.chain
+        check_same_grid(self.files)
+        self._scan: MetaTensor | None = _load_scan(self.scans, self.files)
+        codes = ("sform_code", "qform_code")
+        self._header = {key: self._scan.meta[key] for key in codes if key in self._scan.meta}
+        self.affine = np.asarray(self._scan.meta["original_affine"])
+        self.shape = tuple(int(size) for size in self._scan.meta["spatial_shape"])
+        self.spatial_axis, _ = _file_axis(self.scans, self._scan, _slice_axis(trained.network))
+        self.direction = ENDS[nib.aff2axcodes(self.affine)[self.spatial_axis]]
+        self.uses_residual = any(isinstance(module, ConResDecoder) for module in trained.network.modules())
+        self.predicted: MetaTensor | None = None
+        self.image: MetaTensor | None = None
+        self._drawn: dict[int, torch.Tensor] = {}  # label values (*plane) in uint8 by slice
+        self._outputs: dict[str, Any] = {}  # of the network, until the chain has them
+        self._chain: SliceChain | None = None
+
+    def read_drawn(
+        self, file: str | os.PathLike, slices: Sequence[int] | None = None
+    ) -> tuple[dict[int, torch.Tensor], list[int]]:
+        """The drawn slices of a label map, as :meth:`draw` takes them, and other slices with labels.
+
+        Raises:
+            ValueError: when the file does not lie on the voxels of the scan, a slice is outside the scan, or a value is
+                none of the network's.
+        """
+        check_same_grid([*self.files, file])
+        known, left_out, values = _drawn_slices(file, slices, self.spatial_axis, self.scans)
+        planes = values[0].movedim(self.spatial_axis, 0)
+        return {number: planes[number] for number in known}, left_out
+
+    @torch.no_grad()
+    def predict(self, *, progress: bool | Callable[[float], None] = False) -> None:
+        """Run the network on its own device.
+
+        Args:
+            progress: True shows a progress bar of the windows. A function gets the part that is done, up to 1.
+        """
+        if self._scan is None:
+            return
+        self.trained.network.eval()
+        axis = _slice_axis(self.trained.network)
+        segmentation, residual, image = _predict_scan(self.trained, self._scan, axis, progress)
+        self.predicted = self._on_scan(self.scans.to_labels(segmentation))
+        self.image = self._on_scan(image)
+        self._outputs, self._scan = {"segmentation": segmentation, "residual": residual}, None
+
+    @property
+    def drawn(self) -> list[int]:
+        """Numbers of the drawn slices, in order."""
+        return sorted(self._drawn)
+
+    @property
+    def chain(self) -> SliceChain:
+        """The slice chain with all drawn slices, after :meth:`predict`."""
+        if self._chain is None:
+            if not self._outputs:
+                raise RuntimeError("expected predict() before the chain is asked for.")
+            softmax = self.scans.activation == "softmax"
+            self._chain = SliceChain(
+                **self._outputs,
+                image=self.image,
+                drawn={number: self._to_classes(values) for number, values in self._drawn.items()},
+                settings=self.settings,
+                spatial_axis=self.spatial_axis,
+                softmax=softmax,
+                sigmoid=not softmax,
+            )
+            self._outputs = {}
+        return self._chain
+
+    def draw(self, slices: Mapping[int, torch.Tensor | None]) -> range:
+        """Draw slices, or take them back; the chain follows, if the network has run.
+
+        Args:
+            slices: by number, from 0, the values of the label map in uint8, of the shape of a slice of the file.
+                ``None`` takes the slice back.
+
+        Returns:
+            The slices of :meth:`label` that may have changed.
+
+        Raises:
+            ValueError: when a slice is outside the scan, has another shape, or values that the network does not know.
+        """
+        size, allowed = self.shape[self.spatial_axis], [0, *label_values(self.scans.classes)]
+        plane = tuple(part for axis, part in enumerate(self.shape) if axis != self.spatial_axis)
+        for number, values in slices.items():
+            if not 0 <= number < size:
+                raise ValueError(f"expected slices from 0 to {size - 1}, got {number}.")
+            if values is not None and values.shape != plane:
+                raise ValueError(f"expected a slice of shape {plane}, got {tuple(values.shape)}.")
+            if values is not None and not torch.isin(values, torch.tensor(allowed)).all():
+                raise ValueError(f"expected the values {sorted(allowed)} in drawn slices, got others.")
+        known = self._chain is not None
+        changed = range(0)
+        if known:
+            classes = {k: None if x is None else self._to_classes(x) for k, x in slices.items()}
+            changed = self.chain.draw(classes)
+        for number, values in slices.items():
+            if values is None:
+                self._drawn.pop(number, None)
+            else:
+                self._drawn[number] = values.to(torch.uint8)
+        return changed
+
+    def label(self, slices: range | None = None) -> MetaTensor:
+        """The completed label map ``(1, *spatial)`` in uint8; drawn slices have the values that were drawn.
+
+        Args:
+            slices: only these slices, which are next to each other; ``None``: all.
+        """
+        slices = slices if slices is not None else range(self.shape[self.spatial_axis])
+        mask = self.chain.mask.narrow(self.spatial_axis + 1, slices.start, len(slices))
+        label = _to_values(mask, self.scans).contiguous()
+        # two values of one structure are one class, so what was drawn is copied
+        for number in set(self._drawn).intersection(slices):
+            label[0].select(self.spatial_axis, number - slices.start).copy_(self._drawn[number])
+        return self._on_scan(label)
+
+    def drawn_label(self) -> MetaTensor:
+        """The drawn slices as a label map ``(1, *spatial)`` in uint8, zero elsewhere."""
+        label = torch.zeros(1, *self.shape, dtype=torch.uint8)
+        for number, values in self._drawn.items():
+            label[0].select(self.spatial_axis, number).copy_(values)
+        return self._on_scan(label)
+
+    def _to_classes(self, values: torch.Tensor) -> torch.Tensor:
+        """What the chain takes of a drawn slice."""
+        classes = _to_classes(values[None], self.scans)
+        return classes[0] if self.scans.activation == "softmax" else classes
+
+    def _on_scan(self, volume: torch.Tensor) -> MetaTensor:
+        return MetaTensor(volume, affine=torch.as_tensor(self.affine), meta=dict(self._header))
 
 
 def fit_completion(
@@ -297,20 +439,51 @@ def _segment(
     return _mean_over_flips(lambda image: (network(image),), window, flip_axes, -1, softmax)[0]
 
 
-def _predict(trained: TrainedNetwork, image: torch.Tensor, axis: int, progress: bool) -> list[torch.Tensor]:
+def _predict(
+    trained: TrainedNetwork, image: torch.Tensor, axis: int, progress: bool | Callable[[float], None]
+) -> list[torch.Tensor]:
     """``[segmentation, residual]`` of ``(1, c, *spatial)`` on the CPU. There is no residual without its decoder."""
     network, scans = trained.network, trained.scans
     # windows that do not overlap along the slices leave out changes
     overlap = [max(scans.overlap, 0.25) if k == axis % 3 else scans.overlap for k in range(3)]
     device = next(network.parameters()).device
-    inferer = scans.inferer(overlap=overlap, sw_device=device, device="cpu", progress=progress)
+    inferer = scans.inferer(overlap=overlap, sw_device=device, device="cpu", progress=progress is True)
+    if callable(progress):
+        inferer = _reporting(inferer, progress, image.shape[2:], scans.patch_size, overlap)
     if any(isinstance(module, ConResDecoder) for module in network.modules()):
         return list(predict_with_residual(image, network, inferer, flip_axes=scans.flip_axes))
     return [inferer(image, partial(_segment, network, scans.flip_axes, scans.activation == "softmax"))]
 
 
+def _reporting(
+    inferer: Callable[..., Any],
+    progress: Callable[[float], None],
+    shape: Sequence[int],
+    patch: Sequence[int],
+    overlap: Sequence[float],
+) -> Callable[..., Any]:
+    """An inferer of one window after the other that tells ``progress`` the part of the windows that is done."""
+    steps = (max(1, int(min(p, size) * (1 - part))) for p, size, part in zip(patch, shape, overlap, strict=True))
+    windows = math.prod(
+        1 + math.ceil(max(0, size - p) / step) for size, p, step in zip(shape, patch, steps, strict=True)
+    )
+    done = 0
+
+    def reporting(image: torch.Tensor, predictor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        def predict(window: torch.Tensor) -> torch.Tensor:
+            nonlocal done
+            result = predictor(window)
+            done += 1
+            progress(min(1.0, done / windows))
+            return result
+
+        return inferer(image, predict)
+
+    return reporting
+
+
 def _predict_scan(
-    trained: TrainedNetwork, scan: MetaTensor, axis: int, progress: bool
+    trained: TrainedNetwork, scan: MetaTensor, axis: int, progress: bool | Callable[[float], None]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Segmentation, residual and image ``(c, *spatial)`` on the voxels of the scan file."""
     image = convert_to_tensor(scan, track_meta=False)[None]
@@ -323,26 +496,13 @@ def _predict_scan(
     return segmentation, residuals[0] if residuals else None, seen
 
 
-def _propose(chain: Mapping[str, Any], count: int) -> list[int]:
-    """Slices to draw next, each one as if those before it were drawn as they are in ``chain["drawn"]``."""
-    dim = slice_dim(chain["drawn"].ndim, chain["spatial_axis"])
-    drawn: list[int] = list(chain["slices"])
+def _propose(chain: SliceChain, count: int) -> list[int]:
+    """Slices to draw next, each one as if those before it were drawn as they are completed. They are drawn."""
     proposed: list[int] = []
-    errors = next_slice(**chain)[0] if count > 0 else {}
-    while errors and len(proposed) < count:
-        best = max(errors, key=lambda number: errors[number])
-        proposed.append(best)
-        errors.pop(best)
-        # a drawn slice cuts the chain, so only the stretch between the neighbors of the new one changes
-        low = max((number for number in drawn if number < best), default=0)
-        high = min((number for number in drawn if number > best), default=chain["drawn"].shape[dim] - 1)
-        drawn.append(best)
-        part: dict[str, Any] = {
-            k: x.narrow(dim, low, high - low + 1) for k, x in chain.items() if isinstance(x, torch.Tensor)
-        }
-        part["slices"] = [number - low for number in drawn if low <= number <= high]
-        (stretch,) = next_slice(**{**chain, **part})
-        errors.update({number + low: error for number, error in stretch.items()})
+    while len(proposed) < count and (ranking := chain.ranking()):
+        number = next(iter(ranking))
+        proposed.append(number)
+        chain.draw({number: chain.plane(number)})
     return proposed
 
 
@@ -391,11 +551,7 @@ def _drawn_slices(
     by_slice = label.movedim(axis + 1, 0)
     labelled = set((by_slice != 0).flatten(1).any(1).nonzero()[:, 0].tolist())
     known = sorted({operator.index(number) for number in slices} if slices is not None else labelled)
-    if not known:
-        raise ValueError(
-            f"expected a drawn slice in {file}, got none; draw a slice, or name one that is drawn empty in slices."
-        )
-    if known[0] < 0 or known[-1] >= len(by_slice):
+    if known and (known[0] < 0 or known[-1] >= len(by_slice)):
         raise ValueError(
             f"expected slices from 0 to {len(by_slice) - 1}, got {known}; they count from 0 along the "
             f"{('first', 'second', 'third')[axis]} axis of the file."

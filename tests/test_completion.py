@@ -18,7 +18,7 @@ from monai.networks.nets import SegResNet
 from monai_conres import ConResNet, attach_conres
 from monai_conres.__main__ import main
 from monai_conres.bundle import MeanProbability
-from monai_conres.chain import ChainSettings, next_slice
+from monai_conres.chain import ChainSettings, SliceChain, complete_mask, next_slice
 from monai_conres.commands.complete import plot_preview
 from monai_conres.completion import _predict, _propose, complete_scan, predict_with_residual
 from monai_conres.files import TrainedNetwork, load_network, save_chain, save_network
@@ -285,15 +285,22 @@ def test_flips_and_windows_of_the_settings_are_used(tmp_path):
 @pytest.mark.parametrize("axis", [0, 2])
 @pytest.mark.parametrize("slices", [[4], [0, 5], [2, 6, 10]])
 def test_proposed_slices_are_those_of_the_whole_chain(axis, slices):
-    """Only the stretch around a proposed slice is computed again."""
     chain = {"segmentation": torch.randn(1, 3, 11, 7, 11), "residual": torch.randn(1, 2, 11, 7, 11) - 2}
     chain |= {"image": torch.randn(1, 1, 11, 7, 11), "drawn": torch.randint(0, 3, (1, 1, 11, 7, 11))}
     expected: list[int] = []
+    finished = chain["drawn"]
     for _ in range(4):
-        (ranking,) = next_slice(**chain, slices=[*slices, *expected], spatial_axis=axis)
-        expected.append(next(iter(ranking)))
-    assert _propose({**chain, "slices": slices, "spatial_axis": axis}, 4) == expected
-    assert len(_propose({**chain, "slices": slices, "spatial_axis": axis}, 99)) == 11 - len(slices)
+        whole = {**chain, "drawn": finished, "slices": [*slices, *expected], "spatial_axis": axis}
+        expected.append(next(iter(next_slice(**whole)[0])))
+        finished = complete_mask(**whole)
+    drawn = {number: chain["drawn"][0, 0].select(axis, number) for number in slices}
+    parts = {name: volume[0] for name, volume in chain.items() if name != "drawn"}
+
+    def slice_chain() -> SliceChain:
+        return SliceChain(**parts, drawn=drawn, spatial_axis=axis)
+
+    assert _propose(slice_chain(), 4) == expected
+    assert len(_propose(slice_chain(), 99)) == 11 - len(slices)
 
 
 def test_stored_settings_of_the_chain_are_used(tmp_path):
@@ -340,7 +347,7 @@ def test_command_completes_a_scan_of_several_channels(tmp_path, capsys, codes, a
     assert len(set(proposed) - set(slices)) == 2
     written, scan = nib.load(files["out"]), nib.load(image)
     np.testing.assert_array_equal(written.affine, scan.affine)
-    assert (written.shape, written.header.get_xyzt_units()[0]) == (scan.shape, "mm")
+    assert (written.shape, written.header.get_xyzt_units()) == (scan.shape, scan.header.get_xyzt_units())
     found = np.asarray(written.dataobj)
     np.testing.assert_array_equal(found.take(slices, axis), label.take(slices, axis))
     assert set(found.flat) <= {0, 1, 2, 4}
@@ -435,7 +442,7 @@ def shifted(affine: np.ndarray) -> np.ndarray:
         (lambda image, drawn, affine: (image, 3 * drawn, affine), r"values \[0, 1, 2, 4\] in the drawn .*got 3, 6, 12"),
         (lambda image, drawn, affine: (image, 0.5 * drawn, affine), "got 0.5"),
         (lambda image, drawn, affine: (image, drawn - 1.0, affine), "got -1"),
-        (lambda image, drawn, affine: (image, np.nan + drawn, affine), "got nan;"),
+        (lambda image, drawn, affine: (image, np.nan + drawn, affine), "finite numbers in .*drawn.nii.gz"),
         (lambda image, drawn, affine: (image, np.stack([drawn] * 2, -1), affine), "got 2 channels"),
         (lambda image, drawn, affine: (np.nan + image, drawn, affine), "finite numbers in .*scan.nii.gz"),
         (lambda image, drawn, affine: (np.stack([image] * 2, -1), drawn, affine), "expected 1 channels, T1, got 2"),
@@ -469,10 +476,10 @@ def test_command_refuses_arguments_and_writes_nothing(tmp_path, capsys):
         ({"out": tmp_path / "folder.nii"}, "expected the name of a file, got the folder"),
         ({"device": "gpu9"}, "expected a device of torch"),
         ({"network": tmp_path / "no"}, "network.json"),
-        ({"image": tmp_path / "no.nii.gz"}, "cannot read"),
+        ({"image": tmp_path / "no.nii.gz"}, "no.nii.gz, found none"),
         ({"image": [image, other]}, "other.nii.gz, got (13, 15, 9) and (4, 4, 4)"),
         ({"image": [image, image]}, "expected 1 channels, T1, got 2"),
-        ({"drawn": tmp_path / "no.nii.gz"}, "cannot read"),
+        ({"drawn": tmp_path / "no.nii.gz"}, "no.nii.gz, found none"),
         ({"backbone": "no.py:build"}, "expected module:name or file.py:name"),
     ]:
         assert message in fails(complete(**files | changes), capsys)
