@@ -24,6 +24,7 @@ from monai_conres.decoder import ConResDecoder
 from monai_conres.files import TrainedNetwork, check_same_grid, load_volume
 from monai_conres.residual import slice_dim
 from monai_conres.scans import ScanSettings, label_values, paint_structures, structure_masks
+from monai_conres.volumes import HEADER
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
@@ -222,8 +223,7 @@ class ScanCompletion:
         self.settings = settings or trained.chain
         check_same_grid(self.files)
         self._scan: MetaTensor | None = _load_scan(self.scans, self.files)
-        codes = ("sform_code", "qform_code")
-        self._header = {key: self._scan.meta[key] for key in codes if key in self._scan.meta}
+        self._header = {HEADER: self._scan.meta[HEADER]} if HEADER in self._scan.meta else {}
         self.affine = np.asarray(self._scan.meta["original_affine"])
         self.shape = tuple(int(size) for size in self._scan.meta["spatial_shape"])
         self.spatial_axis, _ = _file_axis(self.scans, self._scan, _slice_axis(trained.network))

@@ -8,16 +8,11 @@ import importlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -26,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from monai.data import MetaTensor
-from monai.transforms import LoadImage
 from monai.utils import convert_to_tensor, optional_import
 
 from monai_conres.attach import ConResWrapper
@@ -35,6 +29,20 @@ from monai_conres.conresnet import ConResNet
 from monai_conres.decoder import ConResDecoder
 from monai_conres.residual import check_values
 from monai_conres.scans import ScanSettings
+from monai_conres.volumes import (
+    Grid,
+    brief,
+    check_same_grid,
+    find_files,
+    load_label,
+    load_volume,
+    read_grid,
+    sheared,
+    stem,
+    stored_grid,
+    stored_header,
+    voxel_sizes,
+)
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
@@ -46,19 +54,23 @@ __all__ = [
     "check_writable",
     "describe_network",
     "find_files",
+    "load_label",
     "load_network",
     "load_volume",
     "plain_values",
-    "read_header",
+    "read_grid",
     "read_network",
     "save_chain",
     "save_network",
+    "stem",
+    "voxel_sizes",
     "write_csv",
     "write_label_map",
 ]
 
 FORMAT = 1  # of network.json
 KEYS = {"format", "network", "scans", "training"}
+WRITTEN = b"monai_conres"  # description in the header of a label map of this package
 CONRESNET, WRAPPER = "monai_conres.ConResNet", "monai_conres.ConResWrapper"
 Backbone = tuple[str, Mapping[str, Any]]  # import path of a class, and its arguments
 
@@ -186,7 +198,7 @@ def load_network(
     except Exception as error:
         raise ValueError(
             f"expected the weights of the network of {folder}/network.json in {file}, cannot load them "
-            f"({_brief(error)}); the file is of another network, or the arguments in network.json are not those of the "
+            f"({brief(error)}); the file is of another network, or the arguments in network.json are not those of the "
             "training."
         ) from error
     return TrainedNetwork(network.cpu().eval(), content["scans"], content["training"], content.get("chain"))
@@ -218,7 +230,7 @@ def read_network(folder: str | os.PathLike) -> dict[str, Any]:
             _check_chain(content["chain"], content["scans"])
         _check_fit(content["network"], content["scans"])
     except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"expected a network that save_network wrote, cannot read {file}: {_brief(error)}") from error
+        raise ValueError(f"expected a network that save_network wrote, cannot read {file}: {brief(error)}") from error
     return content
 
 
@@ -285,7 +297,7 @@ def _construct(entry: Mapping[str, Any]) -> nn.Module:
         return found(**entry["arguments"])
     except Exception as error:
         raise ValueError(
-            f"expected a network's class and its arguments, cannot build {dict(entry)} ({_brief(error)}); install what "
+            f"expected a network's class and its arguments, cannot build {dict(entry)} ({brief(error)}); install what "
             "it needs, or correct network.json."
         ) from error
 
@@ -337,37 +349,11 @@ def _check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
         )
 
 
-def load_volume(file: str | os.PathLike) -> MetaTensor:
-    """Load an image or label ``(c, *spatial)`` in float32 from a NIfTI file, or from a folder with one DICOM series.
-
-    pydicom reads the series, with the slices in the order of their instance numbers.
-
-    Raises:
-        ValueError: when the file cannot be read to its end or is not a volume. The error names the file.
-    """
-    if not Path(file).exists():
-        raise ValueError(f"expected the file {file}, found none; check its name and its folder.")
-    try:
-        volume = _loader(Path(file).is_dir(), threading.get_ident())(file)
-    except Exception as error:
-        raise ValueError(f"expected an image, cannot read {file} ({_brief(error)}); fetch it again.") from error
-    if volume.ndim != 4:
-        raise ValueError(
-            f"expected a volume in {file}, three axes and at most one for channels, got the shape "
-            f"{(*volume.shape[1:], len(volume))}, channels last; repair the file or take the case out."
-        )
-    return volume
-
-
-@lru_cache
-def _loader(dicom: bool, thread: int) -> LoadImage:
-    """One loader for each thread, because the reader of DICOM series keeps the names of the files that it reads."""
-    # ITK would read a folder otherwise, where it is installed; ITK orders slices by position
-    return LoadImage(reader="PydicomReader" if dicom else None, ensure_channel_first=True)
-
-
 def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTensor) -> None:
     """Write a label map ``(1, *spatial)`` as 8-bit NIfTI in the geometry of a loaded image.
+
+    On the voxels of a NIfTI scan the file gets the scan's own qform, sform, codes, unit and pixdim, so every viewer
+    puts both in one place. Nothing else of the scan's header is copied.
 
     Args:
         path: name of the file, ``.nii`` or ``.nii.gz``.
@@ -394,84 +380,39 @@ def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTens
     if values.shape != (1, *like.shape[1:]):
         raise ValueError(f"expected a label map of shape {(1, *like.shape[1:])}, got {tuple(values.shape)}.")
     check_values(values, 256, "whole numbers from 0 to 255")
-    affine = like.affine.cpu().numpy()
-    written = nib.Nifti1Image(values.numpy()[0].astype(np.uint8), affine)
-    # The code names the space of the affine: the scanner's or a template's. A DICOM series has no code.
-    code = int(like.meta.get("sform_code", 0)) or int(like.meta.get("qform_code", 0)) or 1
-    written.set_qform(affine, code=code)
-    written.set_sform(affine, code=code)
-    written.header.set_xyzt_units("mm")
+    written = nib.Nifti1Image(values.numpy()[0].astype(np.uint8), None, _geometry(like))
     with atomic_path(path) as temporary:
         nib.save(written, temporary)
 
 
-def read_header(file: str | os.PathLike) -> Any:
-    """The checked header of a NIfTI file with a volume: affine and pixdim give the same size of a voxel.
-
-    Raises:
-        ValueError: when the header cannot be read, is not of a volume or contradicts itself. The error names the file.
-    """
-    header = load_header(file)
-    affine, voxel = header.get_best_affine(), np.asarray(header.get_zooms()[:3])
-    edges = nib.affines.voxel_sizes(affine)
-    if len(header.get_data_shape()) < 3:
-        wrong = f"a volume, got the shape {header.get_data_shape()},"
-    elif not abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges.prod():
-        wrong = f"an affine of three axes, got {affine[:3].tolist()},"
-    elif not np.allclose(edges, voxel, rtol=0.01):
-        wrong = f"one voxel size, got {edges.round(4).tolist()} mm (affine) and {voxel.round(4).tolist()} mm (pixdim),"
-    else:
-        return header
-    raise ValueError(f"expected {wrong} in the header of {file}; repair it, or take the file out.")
-
-
-def load_header(file: str | os.PathLike) -> Any:
-    """The header of a NIfTI file, unchecked.
-
-    Raises:
-        ValueError: when the header cannot be read. The error names the file.
-    """
+def is_written_here(path: str | os.PathLike) -> bool:
+    """Whether :func:`write_label_map` wrote a NIfTI file."""
     try:
-        header = nib.load(file).header
-        header.get_best_affine()  # other formats do not have an affine
-    except Exception as error:
-        raise ValueError(f"expected a NIfTI file, cannot read {file} ({_brief(error)}); fetch it again.") from error
+        return nib.load(path).header["descrip"].item().rstrip(b"\0") == WRITTEN
+    except Exception:
+        return False
+
+
+def _geometry(like: MetaTensor) -> Any:
+    """The NIfTI header of a label map with the geometry of an image."""
+    header, affine = nib.Nifti1Header(), like.affine.cpu().numpy()
+    header["descrip"] = WRITTEN
+    header.set_data_dtype(np.uint8)
+    stored = stored_header(like)
+    if stored is not None and stored_grid(stored).agrees(Grid(Path(), tuple(like.shape[1:]), affine)):
+        names = [name for name in header.keys() if name.startswith(("quatern", "qoffset", "srow"))]  # noqa: SIM118
+        for name in ("qform_code", "sform_code", "xyzt_units", *names):
+            header[name] = stored[name]
+        header["pixdim"][:4] = stored["pixdim"][:4]
+        return header
+    # the code names the space of the affine: the scanner's or a template's
+    code = 1 if stored is None else int(stored["sform_code"]) or int(stored["qform_code"]) or 1
+    header.set_sform(affine, code=code)
+    if not sheared(affine):  # a qform has no shear
+        header.set_qform(affine, code=code)
+    header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
+    header.set_xyzt_units("mm")
     return header
-
-
-def check_same_grid(files: Sequence[str | os.PathLike]) -> None:
-    """Raise unless the voxels of NIfTI files lie in the same places, up to a tenth of a voxel.
-
-    Raises:
-        ValueError: when a size or an affine differs from that of the first file. The error names both files.
-    """
-    first, *others = files
-    header = read_header(first)
-    shape, affine = header.get_data_shape()[:3], header.get_best_affine()
-    corners = np.stack(np.meshgrid(*([0, size - 1] for size in shape), [1], indexing="ij"), -1).reshape(-1, 4)
-    for file in others:
-        other = read_header(file)
-        if (size := other.get_data_shape()[:3]) != shape:
-            raise ValueError(
-                f"expected the same size in {first} and {file}, got {tuple(map(int, shape))} and "
-                f"{tuple(map(int, size))}; resample one of them, or take them out."
-            )
-        shift = np.abs(corners @ (np.linalg.inv(affine) @ other.get_best_affine() - np.eye(4)).T).max()
-        if shift > 0.1:
-            raise ValueError(
-                f"expected the same affine in {first} and {file}, got corners that lie up to {shift:.3g} voxels apart; "
-                "repair the header that is wrong, resample one of them, or take them out."
-            )
-
-
-def stored_axes(header: Any) -> np.ndarray:
-    """For each axis of a stored volume, the axis of RAS along which it runs, and its direction, 1 or -1."""
-    return nib.io_orientation(header.get_best_affine())
-
-
-def stem(file: Path) -> str:
-    """The name of a NIfTI file without its ending."""
-    return re.sub(r"\.nii(\.gz)?$", "", file.name, flags=re.IGNORECASE)
 
 
 @contextmanager
@@ -523,30 +464,3 @@ def check_writable(folder: str | os.PathLike) -> None:
         tempfile.TemporaryFile(dir=os.fspath(folder)).close()
     except OSError as error:
         raise ValueError(f"expected a folder to write to, cannot write to {folder} ({error}).") from error
-
-
-def find_files(folder: str | os.PathLike, pattern: str) -> list[Path]:
-    """Files at any depth whose names match a pattern in lower case, sorted. The case of the names does not matter.
-
-    The function leaves out hidden files and folders. It follows links to folders, into each folder once.
-    """
-    found: list[Path] = []
-    seen: set[str] = set()
-    for here, folders, names in os.walk(Path(folder), followlinks=True):
-        if (real := os.path.realpath(here)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in names if fnmatch(name.lower(), pattern) and not name.startswith(".")]
-    return sorted(found)
-
-
-def repeated(names: Sequence[str]) -> str | None:
-    """The first name that occurs more than once, or None."""
-    return next((name for name, number in Counter(names).items() if number > 1), None)
-
-
-def _brief(error: Exception) -> str:
-    """An error's type and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]

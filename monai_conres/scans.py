@@ -17,9 +17,11 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
-from monai.transforms import Compose, EnsureTyped, LoadImaged, Orientation, Orientationd, Spacingd, SpatialResample
+from monai.transforms import Compose, EnsureTyped, Orientation, Orientationd, Spacingd, SpatialResample
 from monai.transforms.intensity import dictionary as intensity_transforms
 from monai.utils import convert_to_dst_type, convert_to_tensor, optional_import
+
+from monai_conres.volumes import LoadScand
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
@@ -125,11 +127,12 @@ class ScanSettings:
     def preprocessing(self, *, label: bool = False) -> Compose:
         """The transforms from ``{"image": FILE_OR_FILES}`` to the network's input, a ``MetaTensor`` ``(c, *spatial)``.
 
-        They load, orient, resample and normalize. ``label=True`` also loads, orients and resamples ``"label"``.
+        They load, orient, resample and normalize. ``label=True`` also loads, orients and resamples ``"label"``. A file
+        that cannot be read, or lies on another grid, is an error: see :class:`~monai_conres.volumes.LoadScand`.
         """
         keys = ("image", "label") if label else ("image",)
         steps = [
-            LoadImaged(keys, ensure_channel_first=True),
+            LoadScand(keys),
             Orientationd(keys, axcodes=self.orientation, labels=None),
         ]
         if self.spacing is not None:

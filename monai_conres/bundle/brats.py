@@ -11,11 +11,13 @@ from typing import Any
 
 from monai_conres.bundle.datalist import Datalist, for_each, read_scans
 from monai_conres.bundle.decathlon import read_decathlon
-from monai_conres.files import check_same_grid, find_files
+from monai_conres.volumes import check_same_grid, find_files, say_left_out
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 # The names of 2023. In 2020 the label of one case is called W39_1998.09.19_Segm.nii.
 _ALIASES = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "segm": "seg"}
+# Scans of one patient: BraTS-GLI-00005-100 and -101 of 2023 and later, Brats18_TCIA02_135_1 of 2017 and 2018
+_PATIENT = re.compile(r"(.*-\d{5})-\d{3}|((?:brats1[78]|brats_(?:2013|tcia))_.*)_\d+", re.IGNORECASE)
 _FILE = re.compile(r".*[_-](flair|t1ce|t1|t2|t2f|t1n|t1c|t2w|seg|segm)\.nii(\.gz)?$", re.IGNORECASE)
 
 
@@ -33,7 +35,8 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
     ==================  =====================================================  ==========================
 
     The structures are the challenge's: ET is the enhancing tumor, WT the whole tumor, and TC the core, which is
-    everything except the edema. The function reads headers, and :meth:`Datalist.check` reads voxels.
+    everything except the edema. Scans of one patient (``-100`` and ``-101`` of 2023) stay together in a split. The
+    function reads headers, and :meth:`Datalist.check` reads voxels.
 
     Args:
         folder: the folder as downloaded, for example ``MICCAI_BraTS_2018_Data_Training``.
@@ -65,16 +68,20 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
 
     files: dict[Path, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     names_of_2023: set[bool] = set()
+    others: dict[Path, str] = {}
     for file in find_files(folder, "*.nii*"):
         if match := _FILE.match(file.name):
             kind = match[1].lower()
             if kind != "seg":
                 names_of_2023.add(kind in ("t2f", "t1n", "t1c", "t2w"))
             files[file.parent][_ALIASES.get(kind, kind)].append(str(file))
+        else:
+            others[file.relative_to(folder)] = "no name of a sequence"
     if not files:
         raise ValueError(
             f"expected a folder for each case with files such as CASE_flair.nii.gz or CASE-t2f.nii.gz in {folder}, "
-            "found none; give the folder that the challenge's archive unpacks to."
+            f"found {', '.join(map(str, list(others)[:5])) or 'none'}; give the folder that the challenge's archive "
+            "unpacks to."
         )
     if len(names_of_2023) > 1:
         raise ValueError(
@@ -83,6 +90,7 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
         )
     kinds = [*modalities, "seg"] if labels else list(modalities)
     cases = for_each(lambda parent: _case(parent, files[parent], kinds), files)
+    say_left_out(f"Found {len(cases)} cases in {folder}", others)
     return Datalist(cases, _structures(1, 2, 3 if names_of_2023 == {True} else 4))
 
 
@@ -101,7 +109,9 @@ def _case(folder: Path, files: dict[str, list[str]], kinds: Sequence[str]) -> di
     chosen = {kind: files[kind][0] for kind in kinds}
     check_same_grid(list(chosen.values()))
     label = {"label": chosen.pop("seg")} if "seg" in chosen else {}
-    return {"name": folder.name, "image": list(chosen.values()), **label}
+    match = _PATIENT.fullmatch(folder.name)
+    patient = (match[1] or match[2]) if match else folder.name
+    return {"name": folder.name, "patient": patient, "image": list(chosen.values()), **label}
 
 
 def _read_task01(folder: Path, modalities: Sequence[str], labels: bool) -> Datalist:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +14,25 @@ from typing import Any
 from monai.data import partition_dataset
 from monai.utils import ensure_tuple, optional_import
 
-from monai_conres.files import check_same_grid, find_files, load_volume, read_header, repeated, stem
 from monai_conres.scans import Structures
+from monai_conres.volumes import (
+    NIFTI,
+    check_same_grid,
+    find_files,
+    find_series,
+    load_label,
+    load_volume,
+    read_grid,
+    repeated,
+    say_left_out,
+    stem,
+)
 
 tqdm, _ = optional_import("tqdm", name="tqdm", descriptor="{}; install it with: pip install 'monai-conres[examples]'")
 
 Cases = list[dict[str, Any]]
+# beside scans, these are no scans that somebody forgot
+SIDE_FILES = {".json", ".txt", ".csv", ".tsv", ".md", ".png", ".jpg", ".bval", ".bvec", ".xml", ".yaml", ".pdf"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +42,10 @@ class Datalist:
     Attributes:
         cases: one dictionary for each case, for MONAI's dictionary transforms. ``"image"`` is a file, or a list of
             files with one for each channel. ``"label"`` is a file, if there is a label. ``"name"`` is unique.
+            ``"patient"``, if it is there, is shared by the scans of one patient. ``"label_header": False`` says that
+            the label has the voxels of the image and a header that does not count.
         structures: the label values of each structure. Structures may overlap: the core is part of the whole tumor.
-        folds: names of the validation cases of each fold, if the data set defines folds.
+        folds: names of the training cases and of the validation cases of each fold, if the data set defines folds.
 
     Raises:
         ValueError: when two cases have one name.
@@ -36,29 +53,41 @@ class Datalist:
 
     cases: Cases
     structures: Structures
-    folds: list[set[str]] = field(default_factory=list)
+    folds: list[tuple[set[str], set[str]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if (twice := repeated([case["name"] for case in self.cases])) is not None:
             files = [case["image"] for case in self.cases if case["name"] == twice]
             raise ValueError(f"expected a different name for each case, got {twice} for {files}; keep or rename one.")
 
-    def split(self, fold: int = 0, *, folds: int = 5, seed: int = 0) -> tuple[Cases, Cases]:
+    def split(self, fold: int = 0, *, folds: int = 5, seed: int = 0, patient: str | None = None) -> tuple[Cases, Cases]:
         """Training and validation cases of one fold, from 0. ``seed`` draws ``folds`` if the data set defines none.
+
+        All scans of a patient are on one side. ``patient`` is a regular expression whose first group in a case's name
+        is the patient, such as ``r"(.*)_\\d+$"``; ``None`` takes the patients that the cases name.
 
         Raises:
             ValueError: when there is no such fold, or the fold leaves nothing to train or to validate with.
         """
-        parts = self.folds
+        parts, patients = self.folds, self._patients(patient)
         if not parts:
-            drawn = partition_dataset(self.cases, num_partitions=min(folds, len(self.cases)), shuffle=True, seed=seed)
-            parts = [{case["name"] for case in part} for part in drawn]
+            names = list(dict.fromkeys(patients.values()))
+            _say_grouped(patients)
+            drawn = partition_dataset(names, num_partitions=min(folds, len(names)), shuffle=True, seed=seed)
+            sides = [{case for case, own in patients.items() if own in part} for part in drawn]
+            parts = [(set(patients) - side, side) for side in sides]
         if not 0 <= fold < len(parts):
             raise ValueError(f"expected a fold from 0 to {len(parts) - 1}, got {fold}.")
-        return self._parts(parts[fold], f"fold {fold}")
+        both = {patients[name] for name in parts[fold][0]} & {patients[name] for name in parts[fold][1]}
+        if both:
+            warnings.warn(f"Fold {fold} trains and validates with scans of {sorted(both)[:5]}.", stacklevel=2)
+        return self._parts(*parts[fold], f"fold {fold}")
 
-    def hold_out(self, number: int, *, seed: int = 0) -> tuple[Cases, Cases]:
+    def hold_out(self, number: int, *, seed: int = 0, patient: str | None = None) -> tuple[Cases, Cases]:
         """Training and validation cases: ``seed`` draws ``number`` validation cases from the sorted names.
+
+        All scans of a patient are on one side, so a few more cases may be held out. ``patient`` is that of
+        :meth:`split`.
 
         Raises:
             ValueError: when nothing is left to train or to validate with.
@@ -69,10 +98,18 @@ class Datalist:
             >>> [case["name"] for case in training], [case["name"] for case in validation]
             (['b', 'c', 'd'], ['a'])
         """
-        names = sorted(case["name"] for case in self.cases)
-        if not 0 < number < len(names):
-            raise ValueError(f"expected 1 to {len(names) - 1} of the {len(names)} cases to hold out, got {number}.")
-        return self._parts(set(random.Random(seed).sample(names, number)), "the hold-out")
+        patients = self._patients(patient)
+        if not 0 < number < len(patients):
+            raise ValueError(
+                f"expected 1 to {len(patients) - 1} of the {len(patients)} cases to hold out, got {number}."
+            )
+        _say_grouped(patients)
+        names = sorted(set(patients.values()))
+        held_out: set[str] = set()
+        for drawn in random.Random(seed).sample(names, min(number, len(names))):
+            if len(held_out) < number:
+                held_out |= {case for case, own in patients.items() if own == drawn}
+        return self._parts(set(patients) - held_out, held_out, "the hold-out")
 
     def check(
         self, *, rank: int = 0, num_replicas: int = 1, channels: int | None = None, progress: bool = True
@@ -86,37 +123,131 @@ class Datalist:
         share = tqdm(self.cases[rank::num_replicas], desc="check files", disable=rank > 0 or not progress)
         for_each(lambda case: check_voxels(case, values, channels), share)
 
-    def _parts(self, held_out: set[str], what: str) -> tuple[Cases, Cases]:
-        training = [case for case in self.cases if case["name"] not in held_out]
-        validation = [case for case in self.cases if case["name"] in held_out]
-        if not training or not validation:
+    def _patients(self, pattern: str | None) -> dict[str, str]:
+        """The patient of each case."""
+        names = [case["name"] for case in self.cases]
+        patients: dict[str, str] = {case["name"]: str(case.get("patient", case["name"])) for case in self.cases}
+        if pattern is not None:
+            found = {name: re.search(pattern, name) for name in names}
+            if wrong := [name for name, match in found.items() if match is None or not match.groups()]:
+                raise ValueError(
+                    f"expected a regular expression with a group that finds the patient in each name, got {pattern!r} "
+                    f"for {wrong[:5]}; for example r'(.*)_\\d+$' finds case7 in case7_1."
+                )
+            patients = {name: str(match[1]) for name, match in found.items() if match}
+        number = len(set(patients.values()))
+        if number < 2:
             raise ValueError(
-                f"expected cases to train and to validate with in {what}, got {len(training)} and {len(validation)} of "
-                f"{len(self.cases)}; are the names in splits_final.json those of the images?"
+                f"expected two patients or more, to train and to validate with, got {number} with {names[:5]}; add "
+                "others, or choose the cases of both sides yourself."
             )
-        return training, validation
+        return patients
+
+    def _parts(self, training: set[str], validation: set[str], what: str) -> tuple[Cases, Cases]:
+        sides = tuple([case for case in self.cases if case["name"] in names] for names in (training, validation))
+        if not all(sides):
+            raise ValueError(
+                f"expected cases to train and to validate with in {what}, got {len(sides[0])} and {len(sides[1])} of "
+                f"{len(self.cases)}; choose another fold, or add cases."
+            )
+        neither = [case["name"] for case in self.cases if case["name"] not in training | validation]
+        found = f"Found {len(sides[0])} training and {len(sides[1])} validation cases in {what}"
+        say_left_out(found, dict.fromkeys(neither, "in neither list"))
+        return sides[0], sides[1]
+
+
+def _say_grouped(patients: Mapping[str, str]) -> None:
+    """Warn where the scans of a patient are kept together."""
+    if (number := len(set(patients.values()))) < len(patients):
+        warnings.warn(f"{len(patients)} cases of {number} patients: all scans of one are on one side.", stacklevel=3)
 
 
 def read_scans(folder: str | os.PathLike, structures: Structures) -> Datalist:
-    """Read a folder of new scans: each NIfTI file is a case without a label.
+    """Read a folder of new scans: each NIfTI file is a case without a label. A warning names what is left out.
 
     Raises:
         ValueError: when there is no file, two files have one name, or a file cannot be read.
     """
-    files = [file for file in find_files(folder, "*.nii*") if file.parent == Path(folder)]
-    if not files:
-        raise ValueError(f"expected NIfTI files (*.nii.gz) in {folder}, found none.")
-    for_each(read_header, files)
+    files = _scans_in(folder)
+    for_each(read_grid, files)
     return Datalist([{"name": stem(file), "image": str(file)} for file in files], structures)
+
+
+def read_folders(images: str | os.PathLike, labels: str | os.PathLike, structures: Structures) -> Datalist:
+    """Read scans from one folder and their label maps from another one.
+
+    The image of the label ``NAME.nii.gz`` is ``NAME.nii.gz``, or one file for each channel as nnU-Net names them:
+    ``NAME_0000.nii.gz``, ``NAME_0001.nii.gz``. A warning names what is left out. The function reads headers, and
+    :meth:`Datalist.check` reads voxels.
+
+    Args:
+        images: folder of the scans.
+        labels: folder of the label maps.
+        structures: the label values of each class, such as ``{"core": [1]}``.
+
+    Raises:
+        ValueError: when no scan has a label, a file cannot be read, or the files of a case are on different grids. One
+            line names the file of each error.
+    """
+    scans, cases = {stem(file): file for file in _scans_in(images)}, []
+    used, left_out = set(), {}
+    for label in _scans_in(labels):
+        name = stem(label)
+        own = (
+            [name]
+            if name in scans
+            else sorted(scan for scan in scans if re.fullmatch(rf"{re.escape(name)}_\d{{4}}", scan))
+        )
+        if own:
+            files = [str(scans[scan]) for scan in own]
+            cases.append({"name": name, "image": files[0] if len(files) == 1 else files, "label": str(label)})
+        else:
+            left_out[label] = "no scan"
+        used |= set(own)
+    left_out |= {scans[scan]: "no label" for scan in scans if scan not in used}
+    if not cases:
+        raise ValueError(
+            f"expected scans and labels of the same names in {images} and {labels}, found {sorted(scans)[:5]} without; "
+            "name the label of images/NAME.nii.gz labels/NAME.nii.gz."
+        )
+    say_left_out(f"Found {len(cases)} scans with labels", left_out)
+    for_each(lambda case: check_same_grid([*ensure_tuple(case["image"]), case["label"]]), cases)
+    return Datalist(cases, structures)
+
+
+def _scans_in(folder: str | os.PathLike) -> list[Path]:
+    """The NIfTI files of a folder. A warning names its other files, except for tables, texts and pictures."""
+    found, left_out = [], {}
+    series = find_series(folder)
+    for file in find_files(folder, "*"):
+        if file.parent in series:
+            continue
+        if file.parent != Path(folder):
+            left_out[file] = "in a folder below"
+        elif NIFTI.search(file.name):
+            found.append(file)
+        else:
+            left_out[file] = "no .nii or .nii.gz"
+    others = {file: why for file, why in left_out.items() if file.suffix.lower() not in SIDE_FILES}
+    others |= dict.fromkeys(series, "DICOM")
+    listed = {file.relative_to(folder): why for file, why in others.items()}
+    if not found:
+        names = ", ".join(map(str, list(listed)[:5])) or "none"
+        raise ValueError(
+            f"expected NIfTI files (*.nii.gz) in {folder}, found {names}; give the folder that they are in, or convert "
+            "them (DICOM: dcm2niix)."
+        )
+    say_left_out(f"Found {len(found)} scans in {folder}", listed)
+    return found
 
 
 def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int | None = None) -> None:
     """Read the files of one case to their ends, and compare their voxel grids.
 
-    A broken download often has a good header. The grid of a DICOM series is not compared.
+    A broken download often has a good header.
 
     Args:
-        case: ``"image"``, a file or several, and ``"label"``, if there is one.
+        case: ``"image"``, a file or several, and ``"label"``, if there is one: see :class:`Datalist`.
         values: values that a label may have, including the background's 0.
         channels: number of channels of the image, over all its files. ``None`` accepts any number.
 
@@ -124,29 +255,24 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
         ValueError: when a file cannot be read, has voxels that are not finite, lies on another grid, or has other
             channels or values. The error names the file.
     """
-    found, images = 0, ensure_tuple(case["image"])
-    grids = [*images, *([case["label"]] if "label" in case else [])]
-    if not any(Path(file).is_dir() for file in images):
-        check_same_grid(grids)
-    for file in images:
-        volume = load_volume(file)
-        if not volume.isfinite().all():
-            raise ValueError(f"expected finite numbers in {file}, got others; repair the file or take the case out.")
-        found += len(volume)
-    if channels not in (None, found):
+    image = load_volume(case["image"])
+    if channels not in (None, len(image)):
+        name = stem(Path(ensure_tuple(case["image"])[0]))
+        hint = "; nnU-Net's _0000 is one of several channels" if name.endswith("_0000") else ""
         raise ValueError(
-            f"expected {channels} channels in the image {case['image']}, got {found}; take the case out, or choose the "
-            "channels that the network takes."
+            f"expected {channels} channels in the image {case['image']}, got {len(image)}{hint}; take the case out, or "
+            "choose the channels that the network takes."
         )
-    if "label" in case:
-        label = load_volume(case["label"])
-        if len(label) != 1:
-            raise ValueError(f"expected one channel in {case['label']}, got {len(label)}; store classes as numbers.")
-        if others := sorted(set(label.unique().tolist()) - set(values)):
-            raise ValueError(
-                f"expected the values {sorted(values)} in {case['label']}, got {others[:5]}; repair the file or take "
-                "the case out."
-            )
+    if "label" not in case:
+        return
+    if case.get("label_header", True):
+        check_same_grid([ensure_tuple(case["image"])[0], case["label"]])
+    label = load_label(case["label"], values)
+    if label.shape[1:] != image.shape[1:]:
+        raise ValueError(
+            f"expected the same size in {case['image']} and {case['label']}, got {tuple(image.shape[1:])} and "
+            f"{tuple(label.shape[1:])}; take the case out."
+        )
 
 
 def for_each(function: Callable, items: Iterable) -> list:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from monai.data import load_decathlon_datalist
+from monai.utils import optional_import
 
 from monai_conres.bundle.datalist import Datalist
-from monai_conres.files import check_same_grid, read_header, stem, stored_axes
+from monai_conres.volumes import check_same_grid, find_files, read_grid, repeated, say_left_out, stem
+
+nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,40 +66,58 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
     """
     folder = Path(folder)
     file = folder / "dataset.json"
+    description: dict = {}
     try:
         description = json.loads(file.read_text())
         labels, modalities = dict(description["labels"]), dict(description.get("modality", {}))
         cases = load_decathlon_datalist(str(file), data_list_key="training")
+        if not isinstance(description["training"], list):
+            raise ValueError("'training' is no list")
         if not all(case[key] and isinstance(case[key], str) for case in cases for key in ("image", "label")):
             raise ValueError("an entry of 'training' without one file as 'image' and one as 'label'")
         if sorted(map(int, labels)) != list(range(len(labels))):
             raise ValueError(f"the keys of 'labels' are {sorted(labels)}")
-    except (KeyError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        if "channel_names" in description:
+            raise ValueError(
+                f"expected {file} to list 'training', got nnU-Net's dataset.json without; read the folders with "
+                "monai_conres.bundle.read_folders, or write the list (docs/your_data.md)."
+            ) from error
         raise ValueError(
             f"expected a data set in the layout of the Medical Segmentation Decathlon, with {file} that lists "
             "'training', an image and a label for each case, and 'labels', a name for each of the classes "
             f'"0", "1", ..., got an error: {error!r}.'
         ) from error
+    if (twice := repeated(list(map(str, labels.values())))) is not None:
+        raise ValueError(
+            f"expected a different name for each class in 'labels' of {file}, got {twice!r} more than once; give each "
+            "value its own name, or make the values one in the label files."
+        )
+    if not cases:
+        raise ValueError(f"expected cases in 'training' of {file}, got none; list an image and a label for each case.")
     shapes, spacings, channels = [], [], set()
     for case in cases:
         case["name"] = stem(Path(case["image"]))
         check_same_grid([case["image"], case["label"]])
-        image = read_header(case["image"])
-        shape, axes = image.get_data_shape(), stored_axes(image)[:, 0].argsort()  # the axes of RAS
-        shapes.append(np.asarray(shape)[axes])
-        spacings.append(np.asarray(image.get_zooms())[axes])
-        channels.add(shape[3] if len(shape) > 3 else 1)
+        image = read_grid(case["image"])
+        axes = nib.io_orientation(image.affine)[:, 0].argsort()  # the axes of RAS
+        shapes.append(np.asarray(image.shape)[axes])
+        spacings.append(np.linalg.norm(image.affine[:3, :3], axis=0)[axes])
+        channels.add(image.channels)
+    listed = {Path(case[key]).resolve() for case in cases for key in ("image", "label")}
+    others = [other for parent in sorted({each.parent for each in listed}) for other in find_files(parent, "*.nii*")]
+    say_left_out(
+        f"Found {len(cases)} cases in {file}",
+        {other.name: "not in dataset.json" for other in others if other.resolve() not in listed},
+    )
     if len(channels) != 1:
         raise ValueError(f"expected the same number of channels in all images of {file}, got {sorted(channels)}.")
-    splits = folder / "splits_final.json"
-    try:
-        folds = [set(split["val"]) for split in json.loads(splits.read_text())] if splits.is_file() else []
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"expected a list of {{'train': [...], 'val': [...]}} in {splits}, got {error!r}.") from error
+    names = sorted(case["name"] for case in cases)
+    folds = _read_splits(folder / "splits_final.json", names)
     if nnunet_folds and not folds:
-        names = sorted(case["name"] for case in cases)
         order = np.random.RandomState(12345).permutation(len(names))  # as nnU-Net
-        folds = [{names[index] for index in part} for part in np.array_split(order, 5)]
+        held_out = [{names[index] for index in part} for part in np.array_split(order, 5)]
+        folds = [(set(names) - part, part) for part in held_out]
     classes = tuple(labels[key] for key in sorted(labels, key=int))
     return DecathlonDatalist(
         cases=cases,
@@ -107,6 +128,25 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         spacing=tuple(round(float(edge), 4) for edge in np.median(spacings, axis=0)),
         folds=folds,
     )
+
+
+def _read_splits(file: Path, names: Sequence[str]) -> list[tuple[set[str], set[str]]]:
+    """The folds of nnU-Net's ``splits_final.json``, or none without this file."""
+    if not file.is_file():
+        return []
+    try:
+        folds = [(set(split["train"]), set(split["val"])) for split in json.loads(file.read_text())]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"expected a list of {{'train': [...], 'val': [...]}} in {file}, got {error!r}.") from error
+    for training, validation in folds:
+        if unknown := sorted(map(str, (training | validation) - set(names))):
+            raise ValueError(
+                f"expected names of cases, such as {names[0]}, in {file}, got {unknown[:5]}, {len(unknown)} of "
+                f"{len(training | validation)}; correct the names, or add the cases to dataset.json."
+            )
+        if both := sorted(training & validation):
+            raise ValueError(f"expected each case in one list of a fold of {file}, got {both[:5]} in both; keep one.")
+    return folds
 
 
 def training_plan(

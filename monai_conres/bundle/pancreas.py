@@ -8,14 +8,20 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.transforms import MapTransform
-from monai.utils import optional_import
+import numpy as np
 
 from monai_conres.bundle.datalist import Datalist, for_each, read_scans
 from monai_conres.bundle.decathlon import read_decathlon
-from monai_conres.files import find_files, load_header, load_volume
-
-pydicom, _ = optional_import("pydicom", descriptor="{}; install it with: pip install 'monai-conres[dicom]'")
+from monai_conres.volumes import (
+    Grid,
+    LoadScand,
+    find_files,
+    find_series,
+    load_volume,
+    read_grid,
+    reoriented,
+    say_left_out,
+)
 
 # The test cases of the four folds that Zhang et al., 2021, published.
 FOLDS = (
@@ -29,9 +35,9 @@ FOLDS = (
 def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude: Sequence[int] = ()) -> Datalist:
     """Read the cases of Pancreas-CT with the published four folds, or the cases of the Decathlon's Task07.
 
-    TCIA's files may be at any depth of ``folder``: ``PANCREAS_0001/.../*.dcm``, one DICOM series for each case, and
+    TCIA's files may be at any depth of ``folder``: ``PANCREAS_0001/.../*``, one DICOM series for each case, and
     ``label0001.nii.gz`` from the archive of labels. Task07 has a ``dataset.json``; its pancreas and tumor become one
-    structure. With ``labels=False``, a folder of NIfTI files also works.
+    structure. With ``labels=False``, a folder of NIfTI files also works. A warning names what is left out.
 
     Args:
         folder: the folder with both downloads.
@@ -40,8 +46,8 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
             versions of the collection do not have them.
 
     Raises:
-        ValueError: when there are no cases, a label is missing, or scan and label have different sizes. The error
-            names case and file.
+        ValueError: when there are no cases, a series is not complete, a label is missing, or scan and label have
+            different sizes or axes. The error names case and file.
     """
     folder = Path(folder)
     if (folder / "dataset.json").is_file():
@@ -50,28 +56,32 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
         data = read_decathlon(folder)
         return Datalist(data.cases, {"pancreas": tuple(range(1, len(data.classes)))}, data.folds)
     series: dict[int, Path] = {}
-    for file in find_files(folder, "*.dcm"):
-        found = re.search(r"PANCREAS_(\d{4})", str(file.relative_to(folder)))
-        if found is None or (number := int(found[1])) in exclude:
-            continue
-        if series.setdefault(number, file.parent) != file.parent:
+    others: dict[Path, str] = {}
+    for parent in find_series(folder):
+        found = re.search(r"PANCREAS_(\d{4})", str(parent.relative_to(folder)))
+        if found is None:
+            others[parent.relative_to(folder)] = "a series without the name PANCREAS_0001, ..."
+        elif (number := int(found[1])) not in exclude and series.setdefault(number, parent) != parent:
             raise ValueError(
-                f"expected one DICOM series for {_name(number)}, got {series[number]} and {file.parent}; keep one."
+                f"expected one DICOM series for {_name(number)}, got {series[number]} and {parent}; keep one."
             )
     if not series:
         if not labels:
             return read_scans(folder, {"pancreas": (1,)})
         raise ValueError(
             f"expected DICOM series such as PANCREAS_0001/.../*.dcm of the collection Pancreas-CT, or the dataset.json "
-            f"of the Decathlon's Task07, in {folder}, found neither."
+            f"of the Decathlon's Task07, in {folder}, found neither"
+            f"{', only the series in ' if others else ''}{', '.join(map(str, list(others)[:5]))}."
         )
     files = {file.name.lower(): file for file in find_files(folder, "label*.nii.gz")} if labels else None
     cases = for_each(lambda number: _case(number, series[number], files), sorted(series))
+    say_left_out(f"Found {len(cases)} cases in {folder}", others)
     present = {case["name"] for case in cases}
-    return Datalist(cases, {"pancreas": (1,)}, [present & {_name(number) for number in fold} for fold in FOLDS])
+    tests = [present & {_name(number) for number in fold} for fold in FOLDS]
+    return Datalist(cases, {"pancreas": (1,)}, [(present - test, test) for test in tests])
 
 
-class LoadPancreasCTd(MapTransform):
+class LoadPancreasCTd(LoadScand):
     """Load image and label. The label of a DICOM series gets the geometry of the series.
 
     The headers of Pancreas-CT's NIfTI labels put them next to the scans. But their voxels are the voxels of the series:
@@ -86,8 +96,10 @@ class LoadPancreasCTd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """``data`` with files replaced by volumes ``(1, *spatial)``."""
+        if "label" not in data or not Path(data["image"]).is_dir():
+            return super().__call__(data)
         volumes = {key: load_volume(data[key]) for key in self.key_iterator(dict(data))}
-        if "label" in volumes and Path(data["image"]).is_dir():
+        if "label" in volumes and "image" in volumes:
             volumes["label"].affine = volumes["image"].affine.clone()
         return {**data, **volumes}
 
@@ -103,18 +115,29 @@ def _case(number: int, series: Path, labels: Mapping[str, Path] | None) -> dict[
             f"expected the label of {_name(number)}, label{number:04d}.nii.gz, found none; fetch TCIA_pancreas_labels, "
             "or exclude the case."
         )
-    slices = find_files(series, "*.dcm")
-    try:
-        header = pydicom.dcmread(slices[0], stop_before_pixels=True)
-        size = (int(header.Columns), int(header.Rows), len(slices))
-    except Exception as error:
-        raise ValueError(f"expected a DICOM file, cannot read {slices[0]} ({error}); fetch it again.") from error
-    if (shape := tuple(load_header(label).get_data_shape()[:3])) != size:
+    scan, drawn = read_grid(series), read_grid(label)
+    if drawn.shape != scan.shape:
         raise ValueError(
-            f"expected a label of the size {size} of the series in {series}, got {shape} in {label}; fetch both again, "
-            "or exclude the case."
+            f"expected a label of the size {scan.shape} of the series in {series}, got {drawn.shape} in {label}; fetch "
+            "both again, or exclude the case."
         )
-    return {**case, "label": str(label)}
+    # the published labels lie elsewhere, along the axes of the series
+    if np.abs(np.abs(_directions(scan) @ _directions(drawn).T) - np.eye(3)).max() > 0.01:
+        raise ValueError(
+            f"expected the axes of the series in {series}, got others in {label}: {drawn.affine[:3, :3].tolist()}; "
+            "resample the label to the voxels of the series, or exclude the case."
+        )
+    if not scan.agrees(drawn) and reoriented(scan).agrees(reoriented(drawn)):
+        raise ValueError(
+            f"expected the voxels of {label} in the order of the series in {series}, got a label that lies on the "
+            "series but runs along its axes the other way; store it in the order of the series, or exclude the case."
+        )
+    return {**case, "label": str(label), "label_header": False}
+
+
+def _directions(grid: Grid) -> np.ndarray:
+    """The directions of the axes in the rows."""
+    return (grid.affine[:3, :3] / np.linalg.norm(grid.affine[:3, :3], axis=0)).T
 
 
 def _name(number: int) -> str:

@@ -17,9 +17,10 @@ from monai.metrics import compute_dice
 from monai.transforms import Orientation
 from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
-from monai_conres.files import atomic_path, load_volume, repeated, stem, write_csv, write_label_map
+from monai_conres.files import atomic_path, is_written_here, write_csv, write_label_map
 from monai_conres.metrics import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.scans import Structures, structure_masks
+from monai_conres.volumes import load_label, load_volume, read_grid, repeated, stem, voxel_sizes
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -51,7 +52,8 @@ class CaseReport:
         pictures: False leaves out the ``.png`` files.
 
     Raises:
-        ValueError: when a process has no case, or a prediction would replace an image or a label.
+        ValueError: when a process has no case, a prediction would replace a file that this package did not write,
+            a label has other values, or distances are not defined: see :func:`~monai_conres.volumes.voxel_sizes`.
     """
 
     def __init__(
@@ -77,6 +79,15 @@ class CaseReport:
                     f"expected another folder for the predictions than {self.output_dir}, where the prediction of "
                     f"{name} would take the name of {file}; give another output_dir."
                 )
+            written = self.output_dir / f"{name}.nii.gz"
+            if written.exists() and not is_written_here(written):
+                raise ValueError(
+                    f"expected a folder for the predictions only, got {self.output_dir}, whose {written.name} is none "
+                    "and would be replaced; give another output_dir."
+                )
+        for case in cases if full else ():
+            if "label" in case:
+                voxel_sizes(read_grid(ensure_tuple(case["image"])[0]))
 
     def attach(self, engine: Engine) -> None:
         """Report the cases of ``engine``, an evaluator whose output has a label map ``"pred"`` for each case."""
@@ -88,7 +99,8 @@ class CaseReport:
     def _add(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             case, prediction = self.cases[item["name"]], output["pred"]
-            label = load_volume(case["label"]) if "label" in case else None
+            values = {0}.union(*self.structures.values())
+            label = load_label(case["label"], values) if "label" in case else None
             if self.full:
                 write_label_map(self.output_dir / f"{case['name']}.nii.gz", prediction, prediction)
                 if self.pictures:
@@ -117,7 +129,7 @@ class CaseReport:
         metrics: dict[str, Callable] = {"Dice": partial(compute_dice, ignore_empty=False)}
         if self.full:  # a poor prediction has a large surface, whose distances take minutes
             distances: Any = {"HD95": BratsHausdorffDistanceMetric(), "NSD": BratsSurfaceDiceMetric(tolerance=1.0)}
-            metrics |= {name: partial(metric, spacing=prediction.pixdim.tolist()) for name, metric in distances.items()}
+            metrics |= {name: partial(metric, spacing=voxel_sizes(prediction)) for name, metric in distances.items()}
         row = {}
         for metric, compute in metrics.items():
             for structure, values in self.structures.items():  # one at a time: these are whole volumes in float32

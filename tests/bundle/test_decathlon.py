@@ -103,7 +103,7 @@ def test_check_names_every_file_with_other_channels_or_axes(folder):
     stored = np.asarray(image.dataobj)
     nib.save(nib.Nifti1Image(stored[..., :3], image.affine), scans / "phantom_003.nii.gz")
     nib.save(nib.Nifti1Image(stored[..., None], image.affine), scans / "phantom_004.nii.gz")
-    message = r"^expected 4 channels .*_003.*\nexpected a volume in .*_004.*got the shape \(12, 14, 10, 4, 1\)"
+    message = r"^expected 4 channels .*_003.*\nexpected a volume, .*got the shape \(12, 14, 10, 4, 1\) .*_004"
     with pytest.raises(ValueError, match=message):
         data.check(channels=4, progress=False)
 
@@ -152,13 +152,17 @@ def test_seeded_folds_are_disjoint_and_complete(folder):
 
 def test_folds_of_the_data_set_come_first(folder):
     file = folder / "splits_final.json"
-    file.write_text(json.dumps([{"train": [], "val": ["phantom_003", "phantom_001"]}]))
-    training, validation = read_decathlon(folder).split(0)
+    file.write_text(json.dumps([{"train": ["phantom_004", "phantom_000"], "val": ["phantom_003", "phantom_001"]}]))
+    with pytest.warns(UserWarning, match=r"2 training and 2 validation cases in fold 0; left out phantom_002"):
+        training, validation = read_decathlon(folder).split(0)
     assert [case["name"] for case in validation] == ["phantom_001", "phantom_003"]
-    assert len(training) == 3
+    assert [case["name"] for case in training] == ["phantom_000", "phantom_004"]
     file.write_text('[{"train": ["a"], "val": ["b"]}]')
-    with pytest.raises(ValueError, match=r"got 5 and 0 of 5; are the names in splits_final\.json"):
-        read_decathlon(folder).split(0)
+    with pytest.raises(ValueError, match=r"such as phantom_000, in .*splits_final\.json, got \['a', 'b'\], 2 of 2"):
+        read_decathlon(folder)
+    file.write_text('[{"train": ["phantom_001"], "val": ["phantom_001"]}]')
+    with pytest.raises(ValueError, match=r"splits_final\.json, got \['phantom_001'\] in both"):
+        read_decathlon(folder)
     file.write_text("{")
     with pytest.raises(ValueError, match=r"splits_final\.json"):
         read_decathlon(folder)
@@ -172,7 +176,7 @@ def test_folds_of_the_data_set_come_first(folder):
         ({"labels": {"0": "background", "2": "tumor"}}, "the keys of 'labels' are"),
         ({"training": [{"image": "imagesTr/phantom_000.nii.gz"}]}, "an image and a label for each case"),
         ({"training": [{"image": ["a.nii", "b.nii"], "label": "c.nii"}]}, "without one file as 'image'"),
-        ({"training": [{"image": "a.nii.gz", "label": "c.nii"}]}, r"cannot read .*a\.nii\.gz .*fetch it again"),
+        ({"training": [{"image": "a.nii.gz", "label": "c.nii"}]}, r"expected the file .*a\.nii\.gz, found none"),
         (
             {"training": 2 * [{key: f"{key}sTr/phantom_000.nii.gz" for key in ("image", "label")}]},
             "a different name for each case, got phantom_000",
@@ -209,7 +213,8 @@ def test_read_decathlon_makes_the_folds_of_nnunet(real_data, tmp_path):
     data = read_decathlon(tmp_path, nnunet_folds=True)
     assert len(data.cases) == 260
     assert data.classes == ("background", "Anterior", "Posterior")
-    assert data.folds == [set(fold["val"]) for fold in json.loads((folder / "splits_final.json").read_text())]
+    folds = json.loads((folder / "splits_final.json").read_text())
+    assert data.folds == [(set(fold["train"]), set(fold["val"])) for fold in folds]
     assert [[len(part) for part in data.split(fold)] for fold in range(5)] == [[208, 52]] * 5
 
 

@@ -12,11 +12,12 @@ from matplotlib.image import imread
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.metrics import DiceMetric
-from monai.transforms import Compose, Invertd, LoadImaged, Orientationd, SelectItemsd
+from monai.transforms import Compose, Invertd, Orientationd, SelectItemsd
 
 from monai_conres import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.bundle import CaseReport, ProbabilityToLabeld, join_reports, summarize
 from monai_conres.bundle.__main__ import main
+from monai_conres.volumes import LoadScand
 
 STRUCTURES = {"lesion": (3,)}
 
@@ -33,7 +34,7 @@ def evaluate(folder: Path, cases: list[dict[str, str]], axes: str = "SRA", **kwa
     preparation = Compose(
         [
             SelectItemsd(["image", "name"]),
-            LoadImaged("image", ensure_channel_first=True),
+            LoadScand("image"),
             Orientationd("image", axcodes=axes, labels=None),
         ]
     )
