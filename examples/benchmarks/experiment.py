@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,12 @@ class Experiment:
     Args:
         name: name of the experiment.
         folder: folder with ``results`` and ``runs``.
+        columns: of the table.
     """
 
     name: str
     folder: Path = Path(__file__).parent
+    columns: Sequence[str] = COLUMNS
 
     @property
     def table(self) -> Path:
@@ -99,12 +101,12 @@ class Experiment:
         for file in sorted(self.runs.glob("*.json")):
             content = json.loads(file.read_text())
             self.check(content["settings"], str(file))
-            rows = [{column: str(row.get(column, "")) for column in COLUMNS} for row in content["rows"]]
+            rows = [{column: str(row.get(column, "")) for column in self.columns} for row in content["rows"]]
             run = (rows[0]["arm"], int(rows[0]["fold"]), int(rows[0]["seed"]))
             if runs.setdefault(run, rows) != rows:
                 raise ValueError(f"expected the results of {run} in {self.table}, got others in {file}; delete one.")
         if not runs:
-            raise ValueError(f"expected runs of ablation.py in {self.table} or {self.runs}, got none.")
+            raise ValueError(f"expected runs in {self.table} or {self.runs}, got none.")
         runs = dict(sorted(runs.items()))
         if not self.settings_file.exists():
             with atomic_path(self.settings_file) as temporary:

@@ -1,0 +1,535 @@
+"""Does the residual decoder help to complete a volume from a few drawn slices? Train, fit the chain, and measure.
+
+    python examples/benchmarks/completion.py hippocampus_completion --data Task04_Hippocampus --arms baseline conres
+    python examples/benchmarks/completion_report.py hippocampus_completion
+
+The first argument names the experiment, as in ablation.py: runs that have a result are skipped, several commands can
+run at the same time, and all arms of one seed see the same patches. The weights of a run stay next to its result.
+
+Definitions, which were written before the first run:
+
+- Drawn slices are slices of the reference. Evenly spaced ones lie within the extent of the reference's foreground.
+  All methods get the same ones.
+- Dice of a case: for each class, over all slices that are not drawn, pooled; classes absent there are left out. Then
+  the mean over the classes, then over the cases. HD95 and NSD are of the finished volume, with its drawn slices.
+- "Slices until 0.90": the Dice of the finished volume, with its drawn slices, reaches 0.90. The first drawn slice has
+  the largest predicted foreground, ``next_slice`` of the method picks the others. A case that does not reach it with
+  half of its slices counts as all slices.
+- The settings of the chain are fitted on training cases, one fit for each trained network and method, for all numbers
+  of drawn slices.
+- Primary endpoint: 1, 2 and 3 evenly spaced slices, ``both`` of the arm ``conres`` against methods without a residual
+  decoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from ablation import SIZES, augmentation, batches, preparation
+from experiment import Experiment
+from monai.data import CacheDataset, Dataset
+from monai.inferers import SlidingWindowInferer
+from monai.networks import one_hot
+from monai.transforms import Compose
+from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt, shift
+from torch.optim.lr_scheduler import PolynomialLR
+from tqdm import tqdm
+
+from monai_conres import (
+    BratsHausdorffDistanceMetric,
+    BratsSurfaceDiceMetric,
+    ChainLoss,
+    ChainSettings,
+    ConResLoss,
+    ConResNet,
+    ConResOutput,
+    complete_mask,
+    fit_chain,
+    inter_slice_residual,
+    next_slice,
+    predict_with_residual,
+    slice_marginals,
+)
+from monai_conres.bundle import read_decathlon, seed_everything, training_plan
+from monai_conres.chain import potentials
+from monai_conres.files import atomic_path
+
+NUMBERS = (1, 2, 3, 5)  # of drawn slices
+TARGETS = (0.90, 0.95)
+FIT_CASES = 10
+COLUMNS = (
+    *("arm", "fold", "seed", "seconds", "case", "method", "settings", "even_0"),
+    *(f"{kind}_{number}" for kind in ("even", "next") for number in NUMBERS),
+    *(f"{metric}_{number}" for metric in ("hd95", "nsd") for number in (1, 3)),
+    *(f"until_{round(100 * target)}" for target in TARGETS),
+    *("eroded_3", "dilated_3", "shifted_3", "slices", "completion_seconds"),
+)
+
+
+class PlainHead(nn.Module):
+    """A control without residual decoder: the baseline, and a 1x1x1 convolution on its last features."""
+
+    def __init__(self, network: ConResNet) -> None:
+        super().__init__()
+        self.network = network
+        self.residual_head = nn.Conv3d(network.head.in_channels, network.head.out_channels - 1, kernel_size=1)
+        self.residual: torch.Tensor | None = None
+        network.head.register_forward_pre_hook(self._predict)
+
+    def _predict(self, module: nn.Module, features: tuple[torch.Tensor]) -> None:
+        self.residual = self.residual_head(features[0])
+
+    def forward(self, image: torch.Tensor) -> ConResOutput | torch.Tensor:
+        output = self.with_residual(image)
+        return ConResOutput(output[0], output[1:]) if self.training else output[0]
+
+    def with_residual(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        segmentation = self.network.heads(image).segmentation
+        residual, self.residual = self.residual, None
+        assert residual is not None
+        return segmentation, residual
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to build and to train a network."""
+
+    methods: tuple[str, ...]  # what completes a case, see CHAINS
+    context: str = "attention"
+    plain_head: bool = False
+    second_half: str = ""  # what is added to the loss there: "chain" or "segmentation"
+
+
+# other: neither a network's residual nor the slice chain
+OTHER = ("interpolation", "random_walker")
+ARMS = {
+    "baseline": Arm(("network", "constant", "image", "derived", *OTHER), "none"),
+    "conres": Arm(("network", "constant", "image", "residual", "both")),
+    # the second half of the training adds the segmentation loss of the chain's marginals
+    "conres_chain": Arm(("network", "image", "both"), second_half="chain"),
+    # its control: the second half adds the segmentation loss once more
+    "conres_double": Arm(("network", "image", "both"), second_half="segmentation"),
+    "plain_head": Arm(("network", "image", "residual", "both"), "none", plain_head=True),
+    "plain_head_chain": Arm(("network", "image", "both"), "none", plain_head=True, second_half="chain"),
+}
+
+
+def first_half(arm: Arm) -> str:
+    """The arm whose first half of the training is that of ``arm``."""
+    return "plain_head" if arm.plain_head else "baseline" if arm.context == "none" else "conres"
+
+
+def build(arm: Arm, in_channels: int, classes: int, size: dict[str, Any], strides: tuple) -> nn.Module:
+    """The network of an arm. ``classes`` counts the background."""
+    options = {"channels": size["channels"], "blocks": size["blocks"], "strides": strides, "context": arm.context}
+    network = ConResNet(in_channels, classes, include_background=False, **options)
+    return PlainHead(network) if arm.plain_head else network
+
+
+class Losses:
+    """The loss of an arm, and what its second half adds."""
+
+    def __init__(self, arm: Arm) -> None:
+        self.joint = ConResLoss(softmax=True)
+        self.chain = ChainLoss(self.joint.segmentation_loss)
+        self.second_half = arm.second_half
+
+    def __call__(self, output: ConResOutput | torch.Tensor, label: torch.Tensor, is_second: bool) -> torch.Tensor:
+        if isinstance(output, torch.Tensor):
+            return self.joint.segmentation_loss(output, label)
+        loss = self.joint(output, label)
+        if is_second and self.second_half == "chain":
+            loss = loss + self.chain(output, label)
+        elif is_second and self.second_half == "segmentation":
+            loss = loss + self.joint.segmentation_loss(output.segmentation, label)
+        return loss
+
+
+def train(
+    network: nn.Module, arm: Arm, training: CacheDataset, size: dict[str, Any], seed: int, half: Path, title: str
+) -> float:
+    """Train a network, and return the seconds. A training with the state after the first half, ``half``, goes on."""
+    seed_everything(seed)
+    optimizer = torch.optim.Adam(network.parameters(), lr=size["rate"])
+    schedule = PolynomialLR(optimizer, total_iters=size["iterations"], power=0.9)
+    states = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    middle, losses = size["iterations"] // 2, Losses(arm)
+    device = next(network.parameters()).device
+    begin = 0
+    if half.exists():
+        for name, state in torch.load(half, map_location=device).items():
+            states[name].load_state_dict(state)
+        begin = middle
+    network.train()
+    start = time.perf_counter()
+    progress = tqdm(batches(training, size, seed), total=size["iterations"], desc=title, mininterval=10)
+    for iteration, (image, label) in enumerate(progress):
+        if iteration < begin:  # the patches of the first half were seen
+            continue
+        if iteration == middle and begin == 0 and not arm.second_half:
+            with atomic_path(half) as temporary:
+                torch.save({name: part.state_dict() for name, part in states.items()}, temporary)
+        image, label = image.to(device), label.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+            output = network(image)
+        loss = losses(output, label, iteration >= middle)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return round(time.perf_counter() - start, 1)
+
+
+# What completes a case. "residual" is the network's own head; "derived" is computed from its segmentation.
+@dataclass(frozen=True)
+class Method:
+    """One way to complete a volume: the slice chain with some knowledge of where the mask changes."""
+
+    residual: str = ""  # "own", "derived", or none
+    image: bool = False
+
+
+CHAINS = {
+    "constant": Method(),
+    "image": Method(image=True),
+    "derived": Method("derived"),
+    "residual": Method("own"),
+    "both": Method("own", image=True),
+}
+INDEPENDENT = ChainSettings(tau=1.0, residual_scale=0.0, image_contrast=0.0, offset=0.0)  # no slice knows another one
+FULL = ("network", "image", "both")  # methods that are measured in every way
+LARGE = 400_000  # voxels that are too many for the random walker
+UNTIL_CASES = 12  # of a fold, at most: drawing slice by slice takes a completion for each slice
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scan and what a network predicts for it: tensors ``(1, c, d, h, w)``, slices on the last axis."""
+
+    name: str
+    image: torch.Tensor
+    label: torch.Tensor
+    segmentation: torch.Tensor
+    residual: torch.Tensor | None
+    spacing: list[float]
+
+    @property
+    def slices(self) -> int:
+        return self.label.shape[-1]
+
+    @cached_property
+    def predicted(self) -> torch.Tensor:
+        """The label map of the network alone."""
+        return self.segmentation.argmax(1, keepdim=True).to(self.label.dtype)
+
+    def residual_for(self, method: Method) -> torch.Tensor:
+        if method.residual == "own":
+            assert self.residual is not None
+            return self.residual
+        p = self.segmentation.softmax(1)[:, 1:]
+        return inter_slice_residual(p).logit(eps=1e-4) if method.residual else torch.zeros_like(p)
+
+
+@torch.no_grad()
+def predict(network: nn.Module, dataset: Dataset, patch: tuple) -> Iterator[Case]:
+    """Segmentation and residual of whole scans."""
+    device = next(network.parameters()).device
+    inferer = SlidingWindowInferer(patch, sw_batch_size=4, overlap=0.5, mode="gaussian")
+    network.eval()
+    for case in dataset:
+        image = case["image"][None].as_tensor()
+        if getattr(network, "context", "") == "none":
+            segmentation, residual = inferer(image.to(device), network).cpu(), None
+        else:
+            outputs = predict_with_residual(image.to(device), network, inferer, spatial_axis=-1)
+            segmentation, residual = (output.float().cpu() for output in outputs)
+        label = case["label"][None].as_tensor()
+        yield Case(case["name"], image, label, segmentation.float(), residual, case["image"].pixdim.tolist())
+
+
+def fit(cases: Sequence[Case], method: Method) -> ChainSettings:
+    """Weights of the chain for a method, on training cases."""
+    mappings = []
+    for case in cases:
+        mapping = {"segmentation": case.segmentation, "label": case.label}
+        mapping |= {"residual": case.residual_for(method)} if method.residual else {}
+        mapping |= {"image": case.image} if method.image else {}
+        mappings.append(mapping)
+    return fit_chain(mappings, positions=256)
+
+
+def evenly_spaced(label: torch.Tensor, number: int) -> list[int]:
+    """Slices within the extent of the foreground, ``number`` or as many as it has."""
+    inside = (label > 0).flatten(0, -2).any(0).nonzero()[:, 0]
+    low, size = int(inside[0]), int(inside[-1] - inside[0]) + 1
+    return sorted({low + (2 * i + 1) * size // (2 * number) for i in range(number)})
+
+
+def dice(result: torch.Tensor, reference: torch.Tensor, classes: int, drawn: Sequence[int] = ()) -> np.ndarray:
+    """Dice of each foreground class over all slices but the drawn ones, NaN for a class that is absent there."""
+    rest = [number for number in range(reference.shape[-1]) if number not in set(drawn)]
+    masks = [one_hot(label[..., rest], num_classes=classes)[0, 1:].flatten(1).double() for label in (result, reference)]
+    both, sizes = (masks[0] * masks[1]).sum(1), masks[0].sum(1) + masks[1].sum(1)
+    return torch.where(masks[1].sum(1) > 0, 2 * both / sizes, torch.nan).numpy()
+
+
+def paste(result: torch.Tensor, drawn: torch.Tensor, slices: Sequence[int]) -> torch.Tensor:
+    finished = result.clone()
+    finished[..., slices] = drawn[..., slices]
+    return finished
+
+
+def interpolate(case: Case, slices: Sequence[int]) -> torch.Tensor:
+    """Signed distances, linear from one drawn slice to the next; the network before the first and after the last.
+
+    A class that only one of two drawn slices has shrinks to nothing at the other one.
+    """
+    result, classes = case.predicted, case.segmentation.shape[1]
+    masks = one_hot(case.label, num_classes=classes)[0, 1:].numpy() > 0
+    for low, high in pairwise(slices):
+        distances = []
+        for mask in masks:
+            pair = [_signed_distance(mask[..., number], case.spacing[:2]) for number in (low, high)]
+            inside = [plane.max() for plane in pair if np.isfinite(plane).all()]
+            distances.append([np.where(np.isfinite(plane), plane, -max(inside, default=1.0)) for plane in pair])
+        for number in range(low + 1, high):
+            share = (number - low) / (high - low)
+            stack = np.stack([(1 - share) * first + share * second for first, second in distances])
+            labels = np.where(stack.max(0) > 0, stack.argmax(0) + 1, 0)
+            result[0, 0, ..., number] = torch.as_tensor(labels).to(result.dtype)
+    return paste(result, case.label, slices)
+
+
+def _signed_distance(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Positive inside, in mm; infinite where the mask is empty."""
+    if not mask.any():
+        return np.full(mask.shape, -np.inf)
+    outside = distance_transform_edt(~mask, sampling=spacing)
+    return distance_transform_edt(mask, sampling=spacing) - outside
+
+
+def walk(case: Case, slices: Sequence[int]) -> torch.Tensor:
+    """scikit-image's random walker on the image, from the drawn slices as seeds."""
+    from skimage.segmentation import random_walker
+
+    seeds = np.zeros(case.label.shape[2:], dtype=np.int32)
+    drawn = case.label[0, 0].numpy()
+    seeds[..., slices] = drawn[..., slices] + 1
+    image = np.moveaxis(case.image[0].numpy(), 0, -1).astype(np.float64)
+    image = (image - image.min()) / (image.max() - image.min())
+    labels = random_walker(image, seeds, mode="cg_j", spacing=case.spacing, channel_axis=-1) - 1
+    return torch.as_tensor(labels)[None, None].to(case.label.dtype)
+
+
+def changed(drawn: torch.Tensor, how: str, classes: int) -> torch.Tensor:
+    """Slices that are drawn badly: each class eroded, dilated into the background, or shifted by a voxel in plane."""
+    cross = np.zeros((3, 3, 1), dtype=bool)
+    cross[1], cross[:, 1] = True, True
+    label = drawn[0, 0].numpy()
+    if how == "shifted":
+        result = shift(label, (1, 0, 0), order=0)
+    else:
+        result = np.zeros_like(label)
+        for number in range(1, classes):
+            mask = label == number
+            if how == "eroded":
+                result[binary_erosion(mask, cross)] = number
+            else:
+                result[(binary_dilation(mask, cross) & (label == 0)) | mask] = number
+    return torch.as_tensor(result)[None, None]
+
+
+Complete = Callable[..., torch.Tensor]  # of drawn slices and their numbers, and keywords for another drawing
+
+
+class Completion:
+    """A method for one case."""
+
+    def __init__(self, case: Case, name: str, settings: ChainSettings | None) -> None:
+        self.case, self.name = case, name
+        method = CHAINS.get(name, Method())
+        self.chain: dict[str, Any] = {
+            "segmentation": case.segmentation,
+            "residual": case.residual_for(method),
+            "image": case.image if method.image else None,
+            "settings": settings or INDEPENDENT,
+        }
+
+    def __call__(self, slices: Sequence[int], drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """The finished volume, from slices of the reference or of another drawing."""
+        drawn = self.case.label if drawn is None else drawn
+        if self.name == "network":
+            return paste(self.case.predicted, drawn, slices)
+        if self.name == "interpolation":
+            return interpolate(self.case, slices)
+        if self.name == "random_walker":
+            return walk(self.case, slices)
+        return complete_mask(drawn=drawn, slices=slices, **self.chain)
+
+    def without_slices(self) -> torch.Tensor:
+        """The chain as a decoder."""
+        if self.name not in CHAINS:
+            return self.case.predicted
+        settings = vars(self.chain["settings"])
+        unary, rho = potentials(self.case.segmentation, self.chain["residual"], self.chain["image"], -1, **settings)
+        return slice_marginals(unary, rho).argmax(1, keepdim=True)
+
+    def next(self, slices: Sequence[int]) -> int:
+        """The slice that the method wants to be drawn next."""
+        return next(iter(next_slice(drawn=self.case.label, slices=slices, **self.chain)[0]))
+
+
+def text(values: np.ndarray | float) -> str:
+    """The values of each class, in one cell of the table."""
+    return " ".join(f"{value:.4f}" for value in np.atleast_1d(values))
+
+
+def evaluate(network: nn.Module, arm: Arm, fit_set: Dataset, cases: Dataset, patch: tuple) -> list[dict]:
+    """One row for each case and method."""
+    training = list(predict(network, fit_set, patch))
+    settings = {name: fit(training, CHAINS[name]) if name in CHAINS else None for name in arm.methods}
+    rows = []
+    for number, case in enumerate(predict(network, cases, patch)):
+        for name, weights in settings.items():
+            if name == "random_walker" and (number >= UNTIL_CASES or case.label.numel() > LARGE):
+                continue
+            row = measure(Completion(case, name, weights), case, draw=name in FULL and number < UNTIL_CASES)
+            if weights is not None:
+                numbers = [weights.tau, weights.residual_scale, weights.image_contrast, *weights.offset]
+                row["settings"] = " ".join(f"{value:.3f}" for value in numbers)
+            rows.append({"case": case.name, "method": name, "slices": case.slices, **row})
+    return rows
+
+
+def measure(complete: Completion, case: Case, *, draw: bool) -> dict[str, str]:
+    """Everything about one case and method; ``draw`` also draws slice by slice."""
+    classes = case.segmentation.shape[1]
+    row = {}
+    if complete.name in CHAINS or complete.name == "network":
+        row["even_0"] = text(dice(complete.without_slices(), case.label, classes))
+    for number in NUMBERS:
+        slices = evenly_spaced(case.label, number)
+        start = time.perf_counter()
+        finished = complete(slices)
+        if number == 1:
+            row["completion_seconds"] = f"{time.perf_counter() - start:.3f}"
+        row[f"even_{number}"] = text(dice(finished, case.label, classes, slices))
+        if number in (1, 3) and complete.name in FULL:
+            masks = [one_hot(label, num_classes=classes)[:, 1:] for label in (finished, case.label)]
+            for key, metric in (("hd95", BratsHausdorffDistanceMetric()), ("nsd", BratsSurfaceDiceMetric())):
+                row[f"{key}_{number}"] = text(metric(*masks, spacing=case.spacing)[0].numpy())
+        if number == 3 and complete.name in FULL:
+            for how in ("eroded", "dilated", "shifted"):
+                finished = complete(slices, changed(case.label, how, classes))
+                row[f"{how}_3"] = text(dice(finished, case.label, classes, slices))
+    if draw:
+        row |= draw_slices(complete, case)
+    return row
+
+
+def draw_slices(complete: Completion, case: Case) -> dict[str, str]:
+    """Draw slice by slice until the Dice of the finished volume reaches all targets, or half of the slices."""
+    classes, row = case.segmentation.shape[1], {}
+    slices = [int((case.predicted > 0).flatten(0, -2).sum(0).argmax())]
+    targets = list(TARGETS)
+    while True:
+        finished = complete(sorted(slices))
+        if len(slices) in NUMBERS:
+            row[f"next_{len(slices)}"] = text(dice(finished, case.label, classes, slices))
+        while targets and np.nanmean(dice(finished, case.label, classes)) >= targets[0]:
+            row[f"until_{round(100 * targets.pop(0))}"] = str(len(slices))
+        if (not targets and len(slices) >= max(NUMBERS)) or len(slices) >= case.slices // 2:
+            break
+        slices.append(complete.next(sorted(slices)))
+    row |= {f"until_{round(100 * target)}": str(case.slices) for target in targets}
+    return row
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="name of the experiment")
+    parser.add_argument("--data", type=Path, required=True, help="folder with dataset.json")
+    parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    settings = parser.add_argument_group("settings of a new experiment")
+    settings.add_argument("--size", choices=SIZES, default="cpu", help="of the networks")
+    settings.add_argument("--iterations", type=int, help="default: those of the size")
+    settings.add_argument("--batch", type=int, help="patches in a batch (default: those of the size)")
+    settings.add_argument("--cases", type=int, help="at most this number of cases for training and for validation")
+    settings.add_argument("--pixel", type=float, help="size of a pixel in mm; the slices stay the scan's own")
+    settings.add_argument("--max-voxels", type=int, default=77000, help="of a training patch, about")
+    settings.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    parser.set_defaults(**(Experiment(options.name, options.folder).settings() or {}))
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    experiment = Experiment(options.name, options.folder, COLUMNS)
+    size = SIZES[options.size].copy()
+    size |= {name: value for name in ("iterations", "batch") if (value := getattr(options, name))}
+    data = read_decathlon(options.data)
+    classes = len(data.classes)
+    settings = {
+        "data": options.data.resolve().name,
+        "size": options.size,
+        "device": torch.device(options.device).type,
+        "iterations": size["iterations"],
+        "batch": size["batch"],
+        "cases": options.cases,
+        "pixel": options.pixel,
+        "max_voxels": options.max_voxels,
+    }
+    experiment.check(settings, "the command line")
+    spacing = [options.pixel or data.spacing[0], options.pixel or data.spacing[1], data.spacing[2]]
+    prepare = preparation((*spacing[:2], -1) if options.pixel else None)
+    shape = [edge * old / new for edge, old, new in zip(data.shape, data.spacing, spacing, strict=True)]
+    patch, strides = training_plan(shape, spacing, max_voxels=options.max_voxels, levels=len(size["channels"]))
+    known = experiment.merged_runs()
+    for fold in options.folds:
+        runs = [(arm, fold, seed) for seed in options.seeds for arm in options.arms]
+        runs = [run for run in runs if run not in known and not experiment.run_file(run).exists()]
+        if not runs:
+            continue
+        training, validation = (cases[: options.cases] for cases in data.split(fold))
+        training_set = CacheDataset(training, Compose(prepare + augmentation(patch, classes)), progress=False)
+        fit_cases = training[:: max(1, len(training) // FIT_CASES)][:FIT_CASES]
+        fit_set, validation_set = (Dataset(cases, Compose(prepare)) for cases in (fit_cases, validation))
+        for name, _, seed in runs:
+            arm, title = ARMS[name], f"{name}, fold {fold}, seed {seed}"
+            seed_everything(seed)
+            network = build(arm, data.channels, classes, size, strides).to(options.device)
+            weights = experiment.run_file((name, fold, seed)).with_suffix(".pt")
+            if weights.exists():
+                saved = torch.load(weights)
+                network.load_state_dict(saved["network"])
+            else:
+                half = experiment.run_file((first_half(arm), fold, seed)).with_suffix(".half.pt")
+                seconds = train(network, arm, training_set, size, seed, half, title)
+                saved = {"network": network.state_dict(), "seconds": seconds}
+                with atomic_path(weights) as temporary:
+                    torch.save(saved, temporary)
+            rows = evaluate(network, arm, fit_set, validation_set, patch)
+            about = {"arm": name, "fold": fold, "seed": seed, "seconds": saved["seconds"]}
+            experiment.write_run((name, fold, seed), settings, [about | row for row in rows])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # the data or an argument: the message names the remedy
+        sys.exit(f"error: {error}")

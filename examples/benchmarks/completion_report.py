@@ -1,0 +1,240 @@
+"""Merge the runs of completion.py into tracked tables, and compare the methods.
+
+    python examples/benchmarks/completion_report.py hippocampus_completion chaos_completion sts_completion
+
+writes ``docs/tables/completion.md`` and ``completion.png``. The tables have one column or row for each experiment.
+
+A difference is paired by case, fold and seed; its 95 % interval is the bootstrap of ablation_report.py over seeds,
+folds and cases. Methods of one network share the training, so their difference does not depend on the seed much.
+Between networks it does: with one seed the interval says nothing about another training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ablation_report import interval
+from completion import COLUMNS, NUMBERS
+from experiment import Experiment
+from matplotlib.figure import Figure
+
+from monai_conres.files import atomic_path
+from monai_conres.visualize import save_figure
+
+PRIMARY = (1, 2, 3)
+Way = tuple[str, str]  # arm and method
+# the rows of the tables, in this order
+NAMES: dict[Way, str] = {
+    ("baseline", "network"): "network",
+    ("baseline", "interpolation"): "interpolation of drawn slices",
+    ("baseline", "random_walker"): "random walker",
+    ("baseline", "constant"): "chain, constant",
+    ("baseline", "image"): "chain, image",
+    ("baseline", "derived"): "chain, residuals of its segmentation",
+    ("plain_head", "network"): "plain head: network",
+    ("plain_head", "image"): "plain head: chain, image",
+    ("plain_head", "residual"): "plain head: chain, residual",
+    ("plain_head", "both"): "plain head: chain, both",
+    ("conres", "network"): "ConResNet: network",
+    ("conres", "constant"): "ConResNet: chain, constant",
+    ("conres", "image"): "ConResNet: chain, image",
+    ("conres", "residual"): "ConResNet: chain, residual",
+    ("conres", "both"): "ConResNet: chain, both",
+    ("conres_chain", "network"): "trained through the chain: network",
+    ("conres_chain", "image"): "trained through the chain: chain, image",
+    ("conres_chain", "both"): "trained through the chain: chain, both",
+    ("conres_double", "network"): "its control: network",
+    ("conres_double", "image"): "its control: chain, image",
+    ("conres_double", "both"): "its control: chain, both",
+}
+# method, what it is compared with
+COMPARISONS: list[tuple[Way, Way]] = [
+    (("conres", "both"), ("conres", "network")),
+    (("conres", "both"), ("conres", "image")),
+    (("conres", "both"), ("baseline", "image")),
+    (("conres", "both"), ("plain_head", "both")),
+    (("conres_chain", "both"), ("conres", "both")),
+    (("conres_chain", "both"), ("conres_double", "both")),
+]
+CURVES: list[tuple[Way, str, str]] = [
+    (("baseline", "network"), "network", "0.5"),
+    (("baseline", "interpolation"), "interpolation", "#E69F00"),
+    (("baseline", "image"), "chain, image contrast", "#56B4E9"),
+    (("plain_head", "both"), "chain, plain head and image", "#009E73"),
+    (("conres", "both"), "chain, residual decoder and image", "#D55E00"),
+]
+
+
+@dataclass
+class Results:
+    """The runs of one experiment: for each way, the rows of each seed, fold and case."""
+
+    name: str
+    rows: dict[Way, dict[tuple[int, int, str], dict[str, str]]]
+
+    @classmethod
+    def read(cls, name: str, folder: Path) -> Results:
+        rows: dict[Way, dict[tuple[int, int, str], dict[str, str]]] = {}
+        for run in Experiment(name, folder, COLUMNS).merge().values():
+            for row in run:
+                key = (int(row["seed"]), int(row["fold"]), row["case"])
+                rows.setdefault((row["arm"], row["method"]), {})[key] = row
+        return cls(name, rows)
+
+    def seeds(self, *ways: Way) -> list[int]:
+        """Seeds that all ``ways`` have in all folds of the experiment."""
+        folds = {fold for rows in self.rows.values() for _, fold, _ in rows}
+        found = [{(seed, fold) for seed, fold, _ in self.rows.get(way, {})} for way in ways]
+        every = {seed for seed, _ in set.union(*found)}
+        return sorted(seed for seed in every if all((seed, fold) in own for own in found for fold in folds))
+
+    def values(self, way: Way, column: str, seeds: Sequence[int], number: int | None = None) -> np.ndarray:
+        """``(seeds, cases)``: the mean over the classes of each case, or one class; cases sorted by fold."""
+        rows = self.rows[way]
+        keys = sorted({(fold, case) for _, fold, case in rows})
+        return np.array([[_value(rows[seed, fold, case][column], number) for fold, case in keys] for seed in seeds])
+
+    def folds(self, way: Way) -> np.ndarray:
+        return np.array([fold for fold, _ in sorted({(fold, case) for _, fold, case in self.rows[way]})])
+
+
+def _value(cell: str, number: int | None) -> float:
+    values = np.array([float(value) for value in cell.split()] or [np.nan])
+    chosen = values if number is None else values[number : number + 1]
+    return float(np.nanmean(chosen)) if np.isfinite(chosen).any() else np.nan
+
+
+def mean(results: Results, way: Way, column: str, number: int | None = None) -> str:
+    seeds = results.seeds(way) if way in results.rows else []
+    values = results.values(way, column, seeds, number) if seeds else np.array(np.nan)
+    if not np.isfinite(values).any():
+        return "-"
+    digits = 1 if column.startswith(("hd95", "until")) else 3
+    return f"{np.nanmean(values):.{digits}f}"
+
+
+def table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    """Markdown; rows without any value are left out."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    lines += [row for row in rows if any(cell != "-" for cell in row[1:])]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main_table(experiments: Sequence[Results]) -> str:
+    """Dice of the slices that are not drawn, for 0 to 5 drawn slices."""
+    numbers = (0, *NUMBERS)
+    header = ["method", *(f"{_title(results)}: {number}" for results in experiments for number in numbers)]
+    return table(
+        header,
+        (
+            [name, *(mean(results, way, f"even_{number}") for results in experiments for number in numbers)]
+            for way, name in NAMES.items()
+            if way[1] != "random_walker"  # not of all cases
+        ),
+    )
+
+
+def difference(results: Results, way: Way, other: Way, column: str) -> str:
+    """``way`` minus ``other`` with its interval."""
+    seeds = results.seeds(way, other)
+    if not seeds:
+        return "-"
+    values = results.values(way, column, seeds) - results.values(other, column, seeds)
+    known = np.isfinite(values).all(0)
+    low, high = interval(values[:, known], results.folds(way)[known])
+    return f"{values[:, known].mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def difference_table(experiments: Sequence[Results]) -> str:
+    """Paired differences at the primary numbers of slices."""
+    header = ["difference", "seeds", *map(str, PRIMARY)]
+
+    def rows() -> Iterator[list[str]]:
+        for results in experiments:
+            for way, other in COMPARISONS:
+                cells = [difference(results, way, other, f"even_{number}") for number in PRIMARY]
+                name = f"{_title(results)}: {NAMES[way]}, less {NAMES[other]}"
+                yield [name, str(len(results.seeds(way, other))) if cells[0] != "-" else "-", *cells]
+
+    return table(header, rows())
+
+
+def detail_table(results: Results) -> str:
+    """Everything else of one experiment."""
+    columns = [*COLUMNS[COLUMNS.index("next_1") : COLUMNS.index("slices")], "completion_seconds"]
+    header = ["method", *(column.replace("_", " ") for column in columns)]
+    return table(header, ([name, *(mean(results, way, column) for column in columns)] for way, name in NAMES.items()))
+
+
+def class_table(results: Results, classes: int) -> str:
+    """Dice of each class with one drawn slice."""
+    header = ["method, 1 slice", *(f"class {number + 1}" for number in range(classes))]
+    return table(
+        header,
+        ([name, *(mean(results, way, "even_1", number) for number in range(classes))] for way, name in NAMES.items()),
+    )
+
+
+def draw(experiments: Sequence[Results]) -> Figure:
+    """Dice of the slices that are not drawn, against the number of drawn slices."""
+    figure = Figure(figsize=(3.4 * len(experiments), 3.2), layout="constrained")
+    for axes, results in zip(figure.subplots(1, len(experiments), squeeze=False)[0], experiments, strict=True):
+        for way, name, color in CURVES:
+            points = [(number, mean(results, way, f"even_{number}")) for number in (0, *NUMBERS)]
+            points = [(number, float(value)) for number, value in points if value != "-"]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=3.5, linewidth=1.5)
+        axes.set_title(_title(results), fontsize=10)
+        axes.set_xlabel("drawn slices")
+        axes.set_xticks((0, *NUMBERS))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("Dice of the other slices")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    return figure
+
+
+def _title(results: Results) -> str:
+    return {"sts": "STS", "chaos": "CHAOS"}.get(name := results.name.partition("_")[0], name.capitalize())
+
+
+def report(experiments: Sequence[Results]) -> str:
+    parts = [
+        "Dice of the slices that are not drawn, after 0 to 5 evenly spaced drawn slices:",
+        main_table(experiments),
+        "Paired differences after 1 to 3 drawn slices, with 95 % intervals:",
+        difference_table(experiments),
+    ]
+    for results in experiments:
+        number = max(len(row["even_1"].split()) for rows in results.rows.values() for row in rows.values())
+        cases = len({case for rows in results.rows.values() for _, _, case in rows})
+        parts += [f"{_title(results)}, {cases} cases, slices by `next_slice` and bad drawings:", detail_table(results)]
+        if number > 1:
+            parts.append(class_table(results, number))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", help="names of the experiments")
+    parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
+    parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for completion.md and .png")
+    options = parser.parse_args()
+    experiments = [Results.read(name, options.folder) for name in options.names]
+    text = report(experiments)
+    print(text)
+    with atomic_path(options.out / "completion.md") as temporary:
+        temporary.write_text(text)
+    save_figure(draw(experiments), options.out / "completion.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # the message names the remedy
+        sys.exit(f"error: {error}")

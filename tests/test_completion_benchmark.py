@@ -1,0 +1,164 @@
+"""The benchmark of completion: its definitions against hand-computed values, its arms, its files and its report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from monai_conres import ConResLoss
+from monai_conres.phantom import write_phantom_dataset
+from tests.test_benchmarks import ROOT, SMALL, STRIDES, label_of_two_classes, read_table
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+import completion
+import completion_report as report
+
+
+def cone(slices: int = 9) -> torch.Tensor:
+    """Squares of one class that grow by two voxels from slice to slice, ``(1, 1, 24, 24, slices)``."""
+    label = torch.zeros(1, 1, 24, 24, slices, dtype=torch.uint8)
+    for number in range(1, slices - 1):
+        label[..., 11 - number : 13 + number, 11 - number : 13 + number, number] = 1
+    return label
+
+
+def case_of(label: torch.Tensor, classes: int = 2, certainty: float = 6.0) -> completion.Case:
+    """A network that segments perfectly, and an image that shows the label."""
+    masks = completion.one_hot(label, num_classes=classes)
+    residual = torch.zeros_like(masks[:, 1:]).float()
+    segmentation = certainty * (2 * masks.float() - 1)
+    return completion.Case("case", label.float(), label, segmentation, residual, [1.0, 1.0, 3.0])
+
+
+@pytest.mark.parametrize("number, expected", [(1, [4]), (2, [2, 6]), (3, [2, 4, 6]), (9, [1, 2, 3, 4, 5, 6, 7])])
+def test_evenly_spaced_slices_lie_within_the_foreground(number, expected):
+    assert completion.evenly_spaced(cone(), number) == expected
+
+
+def test_dice_leaves_out_drawn_slices_and_absent_classes():
+    reference = torch.zeros(1, 1, 4, 4, 3, dtype=torch.long)
+    reference[..., :2, :, 0], reference[..., :2, :, 1], reference[..., 3, :, 1] = 1, 1, 2
+    result = torch.zeros_like(reference)
+    result[..., :1, :, 0] = 1
+    np.testing.assert_allclose(completion.dice(result, reference, 3, [1]), [2 * 4 / 12, np.nan])
+    np.testing.assert_allclose(completion.dice(result, reference, 3), [2 * 4 / 20, 0.0])
+
+
+def test_interpolation_of_signed_distances_restores_a_cone():
+    label = cone()
+    restored = completion.interpolate(case_of(label, certainty=0.0), [1, 7])  # the network knows nothing
+    assert completion.dice(restored, label, 2, [1, 7])[0] > 0.97  # corners of squares are not distances
+
+
+def test_interpolation_shrinks_a_class_that_is_absent_in_the_next_drawn_slice():
+    label = torch.zeros(1, 1, 24, 24, 5, dtype=torch.uint8)
+    label[..., 4:20, 4:20, 0] = 1
+    areas = (completion.interpolate(case_of(label), [0, 4]) > 0).sum((0, 1, 2, 3)).tolist()
+    assert areas[0] == 256
+    assert areas == sorted(areas, reverse=True)
+    assert areas[-1] == 0
+
+
+def test_random_walker_fills_what_the_image_shows():
+    pytest.importorskip("skimage")
+    label = cone()
+    walked = completion.walk(case_of(label), [1, 4, 7])
+    assert completion.dice(walked, label, 2, [1, 4, 7])[0] > 0.8
+
+
+@pytest.mark.parametrize("how, area", [("eroded", 6 * 6), ("dilated", 8 * 8 + 4 * 8), ("shifted", 8 * 8)])
+def test_bad_drawings_change_the_area_by_one_voxel(how, area):
+    label = torch.zeros(1, 1, 16, 16, 2, dtype=torch.uint8)
+    label[..., 4:12, 4:12, 0] = 1
+    drawn = completion.changed(label, how, 2)
+    assert int(drawn[..., 0].sum()) == area
+    assert int(drawn[..., 1].sum()) == 0
+
+
+def test_slices_are_drawn_until_each_target():
+    label = cone(slices=10)
+    case = case_of(label)
+    perfect = completion.draw_slices(completion.Completion(case, "network", None), case)
+    assert (perfect["until_90"], perfect["until_95"], perfect["next_1"]) == ("1", "1", "1.0000")
+    blind = completion.Case("case", case.image, label, torch.zeros_like(case.segmentation), case.residual, [1, 1, 3])
+    never = completion.draw_slices(completion.Completion(blind, "network", None), blind)
+    assert (never["until_90"], never["until_95"]) == ("10", "10")  # all slices
+
+
+def test_chain_methods_agree_with_a_perfect_network():
+    case = case_of(cone())
+    for name in completion.CHAINS:
+        complete = completion.Completion(case, name, completion.ChainSettings(tau=1.0, offset=-1.0))
+        assert completion.dice(complete([4]), case.label, 2, [4])[0] == 1.0
+        assert completion.dice(complete.without_slices(), case.label, 2)[0] == 1.0
+        assert complete.next([4]) != 4
+
+
+@pytest.mark.parametrize("name", completion.ARMS)
+def test_completion_arm_predicts_what_its_methods_need(name):
+    arm = completion.ARMS[name]
+    torch.manual_seed(0)
+    network = completion.build(arm, 1, 3, SMALL, STRIDES)
+    output = network(torch.randn(2, 1, 16, 16, 24))
+    completion.Losses(arm)(output, label_of_two_classes(16, 16, 24), True).backward()
+    assert all(p.grad is not None for n, p in network.named_parameters() if "residual_head" in n or "heads.0" in n)
+    own = any(completion.CHAINS.get(method, completion.Method()).residual == "own" for method in arm.methods)
+    assert own == (arm.context != "none" or arm.plain_head)
+    if own:
+        segmentation, residual = network.eval().with_residual(torch.randn(1, 1, 16, 16, 24))
+        assert (segmentation.shape[1], residual.shape[1]) == (3, 2)
+
+
+def test_second_half_adds_its_loss():
+    label = label_of_two_classes(16, 16, 24)
+    output = completion.build(completion.ARMS["conres"], 1, 3, SMALL, STRIDES)(torch.randn(2, 1, 16, 16, 24))
+    joint = ConResLoss(softmax=True)
+    added = joint.segmentation_loss(output.segmentation, label)
+    for second, weight in ((False, 0), (True, 1)):
+        got = completion.Losses(completion.ARMS["conres_double"])(output, label, second)
+        torch.testing.assert_close(got, joint(output, label) + weight * added)
+
+
+def test_report_compares_ways_by_case_fold_and_seed(tmp_path):
+    experiment = completion.Experiment("toy_completion", tmp_path, completion.COLUMNS)
+    for seed in (0, 1):
+        for fold in (0, 1):
+            rows = [
+                {"arm": "conres", "fold": fold, "seed": seed, "case": f"c{fold}{n}", "method": method, "slices": 9}
+                | {f"even_{k}": f"{0.5 + gain + 0.1 * n:.4f} nan" for k in (0, 1, 2, 3, 5)}
+                for n in range(3)
+                for method, gain in (("network", 0.0), ("both", 0.125))
+            ]
+            if (seed, fold) != (1, 1):  # the second seed is not complete
+                experiment.write_run(("conres", fold, seed), {"iterations": 1}, rows)
+    results = report.Results.read("toy_completion", tmp_path)
+    assert results.seeds(("conres", "both"), ("conres", "network")) == [0]
+    assert report.mean(results, ("conres", "network"), "even_1") == "0.600"
+    assert report.difference(results, ("conres", "both"), ("conres", "network"), "even_1") == "+0.125 [+0.125, +0.125]"
+    text = report.report([results])
+    assert "| ConResNet: chain, both | 0.725 | 0.725 | 0.725 | 0.725 | 0.725 |" in text
+    assert "Toy: ConResNet: chain, both, less ConResNet: network | 1 | +0.125" in text
+    report.draw([results])
+
+
+@pytest.mark.slow
+def test_completion_benchmark_runs_and_continues(tmp_path):
+    write_phantom_dataset(tmp_path / "Task00_Phantom", cases=5, size=(24, 24, 20))
+    command = [sys.executable, str(ROOT / "examples/benchmarks/completion.py"), "toy_completion", "--folds", "0"]
+    command += ["--data", str(tmp_path / "Task00_Phantom"), "--iterations", "2", "--folder", str(tmp_path)]
+    arms = ["baseline", "conres", "conres_chain", "plain_head"]
+    subprocess.run([*command, "--arms", *arms], check=True, cwd=tmp_path)
+    files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs/toy_completion").glob("*.json")}
+    assert set(files) == {f"{arm}_fold0_seed0.json" for arm in arms}
+    subprocess.run([*command, "--arms", *arms], check=True, cwd=tmp_path)  # nothing left to do
+    assert files == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs/toy_completion").glob("*.json")}
+    merge = [sys.executable, str(ROOT / "examples/benchmarks/completion_report.py"), "toy_completion"]
+    subprocess.run([*merge, "--folder", str(tmp_path), "--out", str(tmp_path)], check=True, cwd=tmp_path)
+    assert (tmp_path / "completion.png").exists()
+    rows = read_table(tmp_path / "results/toy_completion.csv")
+    assert {(row["arm"], row["method"]) for row in rows} >= {("conres", "both"), ("baseline", "interpolation")}
