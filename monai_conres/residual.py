@@ -62,7 +62,7 @@ def residual_mask(
         include_background: False leaves out channel 0 of a one-hot label. Class indices always leave it out.
         spatial_axis: index of the slice axis among the spatial axes.
         ignore_index: value of voxels without a label. A residual is known where the voxel and its neighbor in the slice
-            before have a label; in the first slice, where the voxel has one.
+            before have a label. For the first slice, the slice after counts.
 
     Returns:
         Zeros and ones in the dtype of ``label`` (``int64`` for ``uint16`` and wider unsigned ones), of shape
@@ -236,15 +236,20 @@ def labelled_voxels(label: torch.Tensor, ignore_index: int, *, one_hot: bool) ->
 def known_residuals(labelled: torch.Tensor, *, spatial_axis: int = -1) -> torch.Tensor:
     """True where the residual is known: the voxel and its neighbor in the slice before have a label.
 
-    The residual of the first slice is zero by definition, so it is known where the voxel has a label.
+    The residual of the first slice is zero by definition. It is known where the first two slices have a label. Single
+    drawn slices at the border of patches would otherwise teach a network that nothing ever changes.
 
     Example:
         >>> known_residuals(torch.tensor([[[True, True, False, True, True]]]))
         tensor([[[ True,  True, False, False,  True]]])
+        >>> known_residuals(torch.tensor([[[True, False, True]]]))
+        tensor([[[False, False, False]]])
     """
     dim = slice_dim(labelled.ndim, spatial_axis)
-    before = labelled.narrow(dim, 0, labelled.shape[dim] - 1)
-    return labelled & torch.cat([torch.ones_like(labelled.narrow(dim, 0, 1)), before], dim)
+    if labelled.shape[dim] < 2:
+        return labelled
+    both = labelled.narrow(dim, 1, labelled.shape[dim] - 1) & labelled.narrow(dim, 0, labelled.shape[dim] - 1)
+    return torch.cat([both.narrow(dim, 0, 1), both], dim)
 
 
 def slice_dim(ndim: int, spatial_axis: int) -> int:

@@ -71,8 +71,9 @@ def test_residual_is_known_between_labelled_neighbors(random, axis):
     before = np.moveaxis(classes, 2 + axis, 0)
     for c in (1, 2):
         for s in range(SIZE[axis]):
-            now, then = before[s], before[max(s - 1, 0)]
-            expected = np.where((now == IGNORE) | (then == IGNORE), IGNORE, (now == c) != (then == c))
+            now, then = before[s], before[s - 1] if s else before[1]  # for the first slice, the one after counts
+            changed = (now == c) != (then == c) if s else False
+            expected = np.where((now == IGNORE) | (then == IGNORE), IGNORE, changed)
             np.testing.assert_array_equal(np.moveaxis(got[:, c - 1 : c], 2 + axis, 0)[s], expected)
     for label, options in ((one_hot(classes), {"include_background": False}), (one_hot(classes)[:, 1:], {})):
         masks = torch.from_numpy(label)
@@ -95,6 +96,18 @@ def test_residual_mask_transforms_keep_what_is_not_known():
     assert data["residual_label"].tolist() == expected
 
 
+def test_single_slices_have_no_residual(random):
+    """Not even in the first slice of a patch, whose residual is zero: the network would learn that nothing changes."""
+    label = torch.from_numpy(sparse(classes_of(random), 0, 2, 5))
+    label[1] = label[0]
+    assert (residual_mask(label, num_classes=3, ignore_index=IGNORE) == IGNORE).all()
+    logits = heads(random, 2)
+    loss = ContextResidualLoss(ignore_index=IGNORE)(logits, label)
+    loss.backward()
+    assert loss == 0
+    assert not logits[0].grad.any()
+
+
 # residual loss
 
 
@@ -108,11 +121,11 @@ def residual_loss(logits: list[np.ndarray], classes: np.ndarray, axis: int, back
         for c in range(head.shape[2]):
             known, changed = [], []
             for s in range(len(label)):
-                pairs = np.stack([label[s], label[max(s - 1, 0)]]).reshape(2, -1).T
+                pairs = np.stack([label[s], label[s - 1] if s else label[1]]).reshape(2, -1).T
                 for logit, (now, then) in zip(head[s, :, c].reshape(-1), pairs, strict=True):
                     if IGNORE not in (now, then):
                         known.append(logit)
-                        changed.append((now == c + 1) != (then == c + 1))
+                        changed.append(s > 0 and (now == c + 1) != (then == c + 1))
             v, v1 = len(known), sum(changed)
             if v == 0:
                 continue
