@@ -65,6 +65,7 @@ def imports(file: Path) -> set[str]:
     ("room", "users"),
     [
         ("bundle", {"commands"}),
+        ("draw", {"commands"}),
         ("commands", {"__main__.py"}),
         ("nnunet", set()),
         ("visualize", {"bundle", "commands"}),

@@ -1,0 +1,57 @@
+"""Draw a few slices of a scan in the browser, and watch your network complete the volume.
+
+python -m monai_conres draw --network run scan.nii.gz
+python -m monai_conres draw --network run T1.nii.gz T2.nii.gz --out volume.nii.gz --drawn slices.nii.gz
+
+The page opens at once, and the network runs in the background. Each slice that is done completes the volume again.
+Every stroke is written to a file next to --out: the same command continues the drawing. Nothing leaves this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import threading
+from pathlib import Path
+
+from monai_conres.commands import add_network, load_on_device
+from monai_conres.commands.complete import value_name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_network(parser)
+    parser.add_argument("image", nargs="+", type=Path, help="the scan, or one file for each channel")
+    parser.add_argument(
+        "--out", type=Path, help="file for the completed label map (default: SCAN_completed.nii.gz in this folder)"
+    )
+    parser.add_argument("--drawn", type=Path, help="label map to start from: its slices with any label are done")
+    parser.add_argument("--port", type=int, default=0, help="port on this machine (default: a free one)")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address of the page")
+
+
+def run(options: argparse.Namespace) -> None:
+    import webbrowser
+
+    from monai_conres.completion import ScanCompletion
+    from monai_conres.draw import Drawing, PageServer
+    from monai_conres.files import check_writable
+
+    name = re.sub(r"\.nii(\.gz)?$", "", options.image[0].resolve().name, flags=re.IGNORECASE)
+    out = options.out or Path(f"{name}_completed.nii.gz")
+    trained = load_on_device(options.network, options.backbone, options.device)
+    check_writable(out.absolute().parent)
+    drawing = Drawing(ScanCompletion(trained, options.image), out.absolute(), drawn=options.drawn)
+    names = {value: value_name(value, trained.scans.classes) for value in drawing.values}
+    server = PageServer(drawing, names, port=options.port)
+    threading.Thread(target=drawing.predict, daemon=True).start()
+    if drawing.slices:
+        print(f"Slices that are drawn: {' '.join(map(str, sorted(drawing.slices)))}")
+    print(f"The page: {server.url}\nPress Ctrl+C here to stop. Your strokes are in {drawing.file}", flush=True)
+    if not options.no_browser:
+        webbrowser.open(server.url)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command continues the drawing in {drawing.file}")
+    finally:
+        server.server_close()
