@@ -24,7 +24,7 @@ from monai.networks.nets import UNet
 from monai.transforms import AsDiscreted, Compose, RandFlipd, RandSpatialCropd, SpatialPadd
 
 from monai_conres import ConResLoss, attach_conres
-from monai_conres.bundle import read_decathlon, seed_everything
+from monai_conres.bundle import check_voxels, read_decathlon, seed_everything
 from monai_conres.files import ScanSettings, save_network
 from monai_conres.phantom import write_phantom_dataset
 
@@ -42,6 +42,8 @@ def main(options: argparse.Namespace) -> None:
     data = read_decathlon(options.data)
     training, validation = (cases[: options.cases] for cases in data.split(seed=options.seed))
     classes = len(data.classes)
+    for case in training + validation:
+        check_voxels(case, range(classes))
 
     scans = ScanSettings(
         channels=data.modalities,

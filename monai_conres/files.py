@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from monai_conres.volumes import (
     voxel_sizes,
 )
 
+fire, _ = optional_import("fire", descriptor="{}; install it with: pip install 'monai-conres[bundles]'")
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "load_label",
     "load_network",
     "load_volume",
+    "path_text",
     "plain_values",
     "read_grid",
     "read_network",
@@ -457,10 +460,35 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> Non
         writer.writerows(rows)
 
 
+def path_text(path: Any) -> str:
+    """A path as it was typed. MONAI's command line makes a number of ``--output_dir 2024``, and a list of ``1,2``.
+
+    Raises:
+        ValueError: when the path is no text, and no argument of the command line says how it was typed.
+
+    Example:
+        >>> path_text(Path("runs", "first")), path_text(2024)
+        ('runs/first', '2024')
+    """
+    if isinstance(path, (str, os.PathLike)):
+        return os.fspath(path)
+    for argument in sys.argv[1:]:
+        text = argument.partition("=")[2] if argument.startswith("--") else argument
+        if text and repr(fire.parser.DefaultParseValue(text)) == repr(path):
+            return text
+    if type(path) is int:
+        return str(path)
+    raise ValueError(f"expected a path as text, got {path!r}; put it in quotes, or write ./ in front of it.")
+
+
 def check_writable(folder: str | os.PathLike) -> None:
-    """Make a folder and try to write to it, before hours of work end in an error. Raises ``ValueError``."""
+    """Try to write to a folder, or where it would be made, before hours of work end in an error.
+
+    Nothing is left there. Raises ``ValueError``.
+    """
+    folder = Path(path_text(folder)).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=os.fspath(folder)).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ValueError(f"expected a folder to write to, cannot write to {folder} ({error}).") from error

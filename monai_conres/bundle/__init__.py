@@ -1,13 +1,14 @@
 """What the example bundles are made of: data sets, seeded training, trained networks and their scores."""
 
 from monai_conres.bundle.brats import read_brats
-from monai_conres.bundle.datalist import Datalist, check_voxels, read_scans
+from monai_conres.bundle.datalist import Datalist, check_voxels, read_folders, read_scans
 from monai_conres.bundle.decathlon import DecathlonDatalist, read_decathlon, training_plan
 from monai_conres.bundle.networks import (
     MeanProbability,
     ProbabilityInferer,
     held_out_cases,
     load_networks,
+    run_folders,
     same_classes,
     save_torchscript,
     stored_network,
@@ -48,8 +49,10 @@ __all__ = [
     "number_of_epochs",
     "read_brats",
     "read_decathlon",
+    "read_folders",
     "read_pancreas_ct",
     "read_scans",
+    "run_folders",
     "same_classes",
     "save_torchscript",
     "seed_everything",

@@ -11,6 +11,7 @@ from typing import Any
 
 from monai_conres.bundle.datalist import Datalist, for_each, read_scans
 from monai_conres.bundle.decathlon import read_decathlon
+from monai_conres.files import path_text
 from monai_conres.volumes import check_same_grid, find_files, say_left_out
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -60,7 +61,7 @@ def read_brats(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES
         >>> data.structures
         {'ET': (4,), 'WT': (1, 2, 4), 'TC': (1, 4)}
     """
-    folder = Path(folder)
+    folder = Path(path_text(folder))
     if not modalities or set(modalities) - set(MODALITIES) or len(set(modalities)) < len(modalities):
         raise ValueError(f"expected modalities among {list(MODALITIES)}, each once, got {list(modalities)}.")
     if (folder / "dataset.json").is_file():

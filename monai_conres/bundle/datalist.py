@@ -14,6 +14,7 @@ from typing import Any
 from monai.data import partition_dataset
 from monai.utils import ensure_tuple, optional_import
 
+from monai_conres.files import path_text
 from monai_conres.scans import Structures
 from monai_conres.volumes import (
     NIFTI,
@@ -112,15 +113,25 @@ class Datalist:
         return self._parts(set(patients) - held_out, held_out, "the hold-out")
 
     def check(
-        self, *, rank: int = 0, num_replicas: int = 1, channels: int | None = None, progress: bool = True
+        self,
+        cases: Cases | None = None,
+        *,
+        rank: int = 0,
+        num_replicas: int = 1,
+        channels: int | None = None,
+        progress: bool = True,
     ) -> None:
-        """:func:`check_voxels` of each case; process ``rank`` of ``num_replicas`` reads its share.
+        """:func:`check_voxels` of each case, or only of some; process ``rank`` of ``num_replicas`` reads its share.
 
         Raises:
             ValueError: one line for each case with an error.
         """
         values = {0}.union(*self.structures.values())
-        share = tqdm(self.cases[rank::num_replicas], desc="check files", disable=rank > 0 or not progress)
+        share = tqdm(
+            (self.cases if cases is None else cases)[rank::num_replicas],
+            desc="check files",
+            disable=rank > 0 or not progress,
+        )
         for_each(lambda case: check_voxels(case, values, channels), share)
 
     def _patients(self, pattern: str | None) -> dict[str, str]:
@@ -217,12 +228,12 @@ def read_folders(images: str | os.PathLike, labels: str | os.PathLike, structure
 
 def _scans_in(folder: str | os.PathLike) -> list[Path]:
     """The NIfTI files of a folder. A warning names its other files, except for tables, texts and pictures."""
-    found, left_out = [], {}
+    folder, found, left_out = Path(path_text(folder)), [], {}
     series = find_series(folder)
     for file in find_files(folder, "*"):
         if file.parent in series:
             continue
-        if file.parent != Path(folder):
+        if file.parent != folder:
             left_out[file] = "in a folder below"
         elif NIFTI.search(file.name):
             found.append(file)

@@ -13,6 +13,7 @@ from monai.data import load_decathlon_datalist
 from monai.utils import optional_import
 
 from monai_conres.bundle.datalist import Datalist
+from monai_conres.files import path_text
 from monai_conres.volumes import check_same_grid, find_files, read_grid, repeated, say_left_out, stem
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
@@ -64,7 +65,7 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         >>> [len(cases) for cases in data.split(0, folds=3)]
         [2, 1]
     """
-    folder = Path(folder)
+    folder = Path(path_text(folder))
     file = folder / "dataset.json"
     description: dict = {}
     try:

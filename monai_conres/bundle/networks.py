@@ -20,7 +20,7 @@ from monai.utils import ensure_tuple
 from monai_conres.bundle.datalist import Datalist
 from monai_conres.conresnet import ConResNet
 from monai_conres.decoder import ConResDecoder
-from monai_conres.files import atomic_path, load_network, plain_values, read_network
+from monai_conres.files import atomic_path, load_network, path_text, plain_values, read_network
 from monai_conres.residual import slice_dim
 from monai_conres.scans import ScanSettings, Structures, label_values
 
@@ -150,7 +150,7 @@ def load_networks(
             network takes scans that are prepared in another way.
     """
     networks: list[nn.Module] = []
-    for run_dir in ensure_tuple(run_dirs):
+    for run_dir in run_folders(run_dirs):
         content = read_network(run_dir)
         seen = set(content["training"].get("cases", ()))
         if shared := [case["name"] for case in held_out if case["name"] in seen]:
@@ -164,6 +164,16 @@ def load_networks(
             _check_agreement(run_dir, f"scans#{name}", stored[name], here[name])
         networks.append(load_network(run_dir).network if networks or network is None else network)
     return networks
+
+
+def run_folders(run_dirs: Run | Sequence[Run]) -> list[str]:
+    """One run folder or several as a list, as they were typed: see :func:`~monai_conres.files.path_text`.
+
+    Example:
+        >>> run_folders("runs/first"), run_folders(["runs/0", "runs/1"])
+        (['runs/first'], ['runs/0', 'runs/1'])
+    """
+    return [path_text(run_dir) for run_dir in ensure_tuple(run_dirs)]
 
 
 def stored_network(run_dir: Run, default: Mapping[str, Any], **given: Any) -> nn.Module:
@@ -272,6 +282,6 @@ def save_torchscript(network: nn.Module, path: str | os.PathLike, image: torch.T
         >>> torch.jit.load(path)(torch.zeros(2, 1, 4, 5, 6)).unique()
         tensor([0.5000])
     """
-    with warnings.catch_warnings(), atomic_path(path) as temporary:
+    with warnings.catch_warnings(), atomic_path(path_text(path)) as temporary:
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # about numbers that do not depend on sizes
         convert_to_torchscript(network, temporary, inputs=(image,), use_trace=True, check_trace=False)

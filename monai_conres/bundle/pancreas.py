@@ -12,6 +12,7 @@ import numpy as np
 
 from monai_conres.bundle.datalist import Datalist, for_each, read_scans
 from monai_conres.bundle.decathlon import read_decathlon
+from monai_conres.files import path_text
 from monai_conres.volumes import (
     Grid,
     LoadScand,
@@ -49,7 +50,7 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
         ValueError: when there are no cases, a series is not complete, a label is missing, or scan and label have
             different sizes or axes. The error names case and file.
     """
-    folder = Path(folder)
+    folder = Path(path_text(folder))
     if (folder / "dataset.json").is_file():
         if not labels:
             return read_scans(folder / "imagesTs", {"pancreas": (1, 2)})

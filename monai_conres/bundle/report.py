@@ -17,7 +17,7 @@ from monai.metrics import compute_dice
 from monai.transforms import Orientation
 from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
-from monai_conres.files import atomic_path, is_written_here, write_csv, write_label_map
+from monai_conres.files import atomic_path, is_written_here, path_text, write_csv, write_label_map
 from monai_conres.metrics import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.scans import Structures, structure_masks
 from monai_conres.volumes import load_label, load_volume, read_grid, repeated, stem, voxel_sizes
@@ -65,7 +65,7 @@ class CaseReport:
         full: bool = True,
         pictures: bool = True,
     ) -> None:
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(path_text(output_dir))
         self.cases = {case["name"]: case for case in cases}
         self.structures = structures
         self.full = full
