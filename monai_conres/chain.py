@@ -630,7 +630,7 @@ class SliceChain:
         chains = [x.flatten(2) if self._is_softmax else x.flatten(1)[:, None] for x in chains]
         self._unary, self._rho = (x.contiguous() for x in chains)
         self._states = torch.zeros_like(self._unary[:, :1], dtype=torch.int16)
-        self._errors = torch.zeros_like(self._states, dtype=torch.float16)
+        self._errors = torch.zeros_like(self._states, dtype=torch.uint8)
         self._expected = [0.0] * len(self._unary)
         self._clamped: dict[int, torch.Tensor] = {}  # (1, positions) by slice
         # a slice that is drawn as background makes no position uncertain
@@ -650,7 +650,7 @@ class SliceChain:
 
     @property
     def error(self) -> torch.Tensor:
-        """The probability in float16 that a voxel of :attr:`mask`, of its shape, is wrong. Below 0.05 it is zero."""
+        """The probability that a voxel of :attr:`mask` is wrong, in steps of 1 / 255 (uint8); zero below 0.05."""
         return self._volume(self._errors)
 
     def plane(self, number: int) -> torch.Tensor:
@@ -725,7 +725,7 @@ class SliceChain:
         def complete(block: torch.Tensor) -> torch.Tensor:
             chain = _chain(*(volume[..., block] for volume in (unary, rho, drawn)))
             states[..., block], error = _states_and_errors(*chain)
-            errors[..., block] = error.to(errors.dtype)
+            errors[..., block] = (255 * error).round().to(errors.dtype)
             return error.sum((1, 2))
 
         sums = self._map(complete, uncertain.nonzero()[:, 0])

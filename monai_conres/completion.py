@@ -488,8 +488,10 @@ def _predict_scan(
     """Segmentation, residual and image ``(c, *spatial)`` on the voxels of the scan file."""
     image = convert_to_tensor(scan, track_meta=False)[None]
     parts = [*_predict(trained, image, axis, progress), image]
-    back = trained.scans.to_scan(torch.cat(parts, 1)[0], scan).as_tensor()
-    segmentation, *residuals, seen = back.split([part.shape[1] for part in parts])
+    # one after the other: together they would be in memory twice
+    segmentation, *residuals, seen = (
+        trained.scans.to_scan(parts.pop(0)[0], scan).as_tensor() for _ in range(len(parts))
+    )
     file_axis, flipped = _file_axis(trained.scans, scan, axis)
     if flipped:  # of two slices with a change between them, the other one comes second now
         residuals = [residual.roll(1, file_axis + 1) for residual in residuals]
@@ -584,4 +586,5 @@ def _to_values(classes: torch.Tensor, scans: ScanSettings) -> torch.Tensor:
     """The label map of what :func:`_to_classes` returns."""
     if scans.activation == "sigmoid":
         return paint_structures(classes, scans.classes)
-    return torch.tensor([0, *label_values(scans.classes)], dtype=torch.uint8)[classes.long()]
+    table = np.array([0, *label_values(scans.classes)], dtype=np.uint8)
+    return torch.from_numpy(table.take(classes.numpy()))  # torch wants indices in int64, which take 8 times the memory

@@ -102,6 +102,7 @@ class Drawing:
             self.scan.predict(progress=report)
             with self._lock:
                 _ = self.scan.chain
+                self.scan.image = None  # the page shows the voxels of the file
                 self.progress = 1.0
         except Exception as error:  # the page shows it; what is drawn is safe
             self.problem = f"{type(error).__name__}: {error}"
@@ -130,8 +131,8 @@ class Drawing:
         """The probability that a voxel of :meth:`completed` is wrong, in steps of 1 / 255, or some slices of it."""
         slices = slices if slices is not None else range(self.scan.shape[self.scan.spatial_axis])
         with self._lock:
-            error = self._slices_first(self.scan.chain.error.amax(0))[slices.start : slices.stop]
-            return (error.float() * 255).round().to(torch.uint8).numpy()
+            error = self.scan.chain.error.narrow(self.scan.spatial_axis + 1, slices.start, len(slices))
+            return self._slices_first(error.amax(0)).numpy()
 
     def ranking(self) -> dict[int, float]:
         """Which slice to draw next, and how many voxels of each one are probably wrong."""
