@@ -1,7 +1,7 @@
 """Merge the runs of ablation.py into the tracked table, and compare each arm with its reference.
 
-    python examples/benchmarks/ablation_report.py hippocampus_cpu             # merge, and write docs/tables/NAME.md
-    python examples/benchmarks/ablation_report.py hippocampus_cpu --figure    # also docs/tables/NAME.png
+    python examples/benchmarks/ablation_report.py hippocampus_cpu             # merge, and write results/NAME.md
+    python examples/benchmarks/ablation_report.py hippocampus_cpu --figure    # also results/NAME.png
     python examples/benchmarks/ablation_report.py hippocampus_cpu --arms dynunet dynunet+wider    # only print
 
 The reference of NAME+anything is NAME. The reference of another arm is baseline_NAME if that arm exists, otherwise
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the experiment")
     parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for NAME.md and NAME.png")
+    parser.add_argument("--out", type=Path, help="folder for NAME.md and NAME.png (default: results)")
     parser.add_argument("--figure", action="store_true", help="also draw NAME.png")
     selection = parser.add_argument_group("only print the tables", "of some runs, or with one reference")
     selection.add_argument("--arms", nargs="+", metavar="ARM")
@@ -234,10 +234,11 @@ def main() -> None:
     print(f"{table}\n{details}")
     if options.arms or options.seeds or options.reference:
         return
-    with atomic_path(options.out / f"{options.name}.md") as temporary:
+    out = options.out or options.folder / "results"
+    with atomic_path(out / f"{options.name}.md") as temporary:
         temporary.write_text(table)
     if options.figure:
-        save_figure(draw(bars), options.out / f"{options.name}.png")
+        save_figure(draw(bars), out / f"{options.name}.png")
 
 
 if __name__ == "__main__":
