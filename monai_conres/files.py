@@ -197,12 +197,16 @@ def load_network(
     network = _build(content["network"], backbone)
     file = Path(folder, weights)
     try:
-        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise TypeError(f"it holds {', '.join(map(str, list(state)[:5]))}: a checkpoint of a training, not weights")
+        if all(name.startswith("module.") for name in state):
+            raise TypeError("its names start with module.: save network.module of a DistributedDataParallel")
+        network.load_state_dict(state)
     except Exception as error:
         raise ValueError(
             f"expected the weights of the network of {folder}/network.json in {file}, cannot load them "
-            f"({brief(error)}); the file is of another network, or the arguments in network.json are not those of the "
-            "training."
+            f"({brief(error)}); give the model.pt that the training writes at its end next to this network.json."
         ) from error
     return TrainedNetwork(network.cpu().eval(), content["scans"], content["training"], content.get("chain"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,9 +17,11 @@ from monai_conres import ConResNet, attach_conres
 from monai_conres.chain import ChainSettings
 from monai_conres.files import (
     atomic_path,
+    check_writable,
     describe_network,
     load_network,
     load_volume,
+    path_text,
     plain_values,
     read_network,
     save_chain,
@@ -195,11 +198,50 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"other.pt, cannot load them \(FileNotFoundError"):
         load_network(tmp_path, weights="other.pt")
     torch.save(ConResNet(2, 2, **SMALL | {"channels": (8, 32)}).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"model.pt, cannot load them .*the file is of another network"):
+    with pytest.raises(ValueError, match=r"model.pt, cannot load them .*; give the model.pt that the training writes"):
         load_network(tmp_path)
     (tmp_path / "network.json").write_text("{")
     with pytest.raises(ValueError, match=r"cannot read .*network.json: JSONDecodeError: Expecting"):
         read_network(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {"network": state, "settings": {}, "epoch": 3}, "network, settings, epoch: a checkpoint"),
+        (lambda state: {"state_dict": state}, "state_dict: a checkpoint of a training, not weights"),
+        (lambda state: {f"module.{name}": value for name, value in state.items()}, "save network.module of a Distr"),
+    ],
+)
+def test_checkpoint_given_for_weights_is_named(tmp_path, change, message):
+    network = ConResNet(2, 2, **SMALL)
+    save_network(tmp_path, network, scan_settings())
+    torch.save(change(network.state_dict()), tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=rf"in .*checkpoint\.pt, cannot load them .*{message}.*; give the model\.pt"):
+        load_network(tmp_path, weights="checkpoint.pt")
+
+
+def test_check_of_a_folder_to_write_to_makes_nothing(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write to .*file/below"):
+        check_writable(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"), [("2024", 2024), ("2024_01", 202401), ("1e3", 1000.0), ("1.10", 1.1), ("a,b", ("a", "b"))]
+)
+@pytest.mark.parametrize("option", ["--output_dir {}", "--output_dir={}"])
+def test_path_text_is_what_was_typed(monkeypatch, typed, read, option):
+    """MONAI's command line reads these as numbers and lists."""
+    monkeypatch.setattr("sys.argv", ["monai.bundle", "run", *option.format(typed).split()])
+    assert path_text(read) == typed
+    assert path_text("runs/first") == path_text(Path("runs", "first")) == "runs/first"
+    monkeypatch.setattr("sys.argv", ["monai.bundle"])
+    assert path_text(7) == "7"
+    with pytest.raises(ValueError, match=r"a path as text, got 1\.5; put it in quotes"):
+        path_text(1.5)
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,6 @@ def read_decathlon(folder: str | os.PathLike, *, nnunet_folds: bool = False) -> 
         description = json.loads(file.read_text())
         labels, modalities = dict(description["labels"]), dict(description.get("modality", {}))
         cases = load_decathlon_datalist(str(file), data_list_key="training")
-        if not isinstance(description["training"], list):
-            raise ValueError("'training' is no list")
         if not all(case[key] and isinstance(case[key], str) for case in cases for key in ("image", "label")):
             raise ValueError("an entry of 'training' without one file as 'image' and one as 'label'")
         if sorted(map(int, labels)) != list(range(len(labels))):
