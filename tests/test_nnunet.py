@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.networks import one_hot
 
-from monai_conres import ContextResidualLoss
+from monai_conres import ContextResidualLoss, complete_scan
 from monai_conres.files import load_network
+from monai_conres.phantom import tumor_phantom
 
 unet = pytest.importorskip("dynamic_network_architectures.architectures.unet", reason="nnU-Net's networks")
+ROOT = Path(__file__).parent.parent
 PLAIN = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 TRAINER = "monai_conres.nnunet.nnUNetTrainerConRes"
 ARCHITECTURE = {
@@ -109,15 +116,15 @@ class Cases:
         return None, None, None, self.properties
 
 
-def trainer(module, folder=None, *, labels=None, regions=False, ignore=False, **configuration):
+def trainer(module, folder=None, *, labels=None, regions=False, ignore=None, **configuration):
     """Without nnU-Net's ``__init__``, which reads files."""
     labels = labels or {"background": 0, "edema": 2, "core": 1}
     made = object.__new__(module.nnUNetTrainerConRes)
     plans = {"transpose_forward": [0, 1, 2], "foreground_intensity_properties_per_channel": {"0": CT}}
     made.plans_manager = SimpleNamespace(plans=plans, **plans)
     made.configuration_manager = SimpleNamespace(**{**CONFIGURATION, **configuration})
-    heads = len(labels) - regions
-    made.label_manager = SimpleNamespace(has_regions=regions, has_ignore_label=ignore, num_segmentation_heads=heads)
+    heads = len(labels) - regions - ("ignore" in labels)
+    made.label_manager = SimpleNamespace(has_regions=regions, ignore_label=ignore, num_segmentation_heads=heads)
     made.dataset_json = {"labels": labels, "channel_names": {"0": "CT"}}
     made.dataset_class, made.preprocessed_dataset_folder, made.output_folder = Cases, "", folder
     made.inference_allowed_mirroring_axes, made.num_input_channels, made.num_epochs = (0, 2), 1, 5
@@ -190,6 +197,30 @@ def test_regions_are_their_own_masks(module):
     torch.testing.assert_close(own.loss(output, label), expected)
 
 
+@pytest.mark.parametrize("regions", [False, True])
+def test_ignored_voxels_have_no_residual_loss(module, tmp_path, regions):
+    labels = {**(REGIONS["labels"] if regions else {"background": 0, "edema": 2, "core": 1}), "ignore": 3}
+    own = trainer(module, tmp_path, labels=labels, regions=regions, ignore=3)
+    own.initialize()
+    own.set_deep_supervision_enabled(False)
+    image, label = batch()
+    label[:, :, [0, 1, 2, 5, 7]] = 3
+    output = own.network(image)
+    target, masks = label, torch.cat([label == 1, label == 2], 1)
+    if regions:  # as nnU-Net makes it: the ignored voxels are the last channel
+        masks = torch.cat([(label == 1) | (label == 2), label == 2], 1)
+        target = torch.cat([masks, label == 3], 1)
+    loss = own.loss(output, target)
+    masks = masks.long().masked_fill(label == 3, 255)
+    residual = ContextResidualLoss(spatial_axis=0, ignore_index=255)(output.residuals, masks)
+    torch.testing.assert_close(loss, squared(output.segmentation, target) + residual)
+    gradient = torch.autograd.grad(residual, output.residuals[0])[0]
+    assert gradient[:, :, 4].all()  # slices 3 and 4 have labels
+    assert not gradient[:, :, [0, 1, 2, 3, 5, 6, 7]].any()
+    own.save_network()
+    assert set(load_network(tmp_path).scans.classes) == set(labels) - {"background", "ignore"}
+
+
 def test_end_of_training_writes_a_complete_network(module, tmp_path):
     image, _ = batch()
     own = trainer(module, tmp_path)
@@ -238,5 +269,98 @@ def test_network_json_is_left_out_where_monai_has_no_such_preprocessing(module, 
 def test_configurations_without_a_residual_are_refused(module):
     with pytest.raises(ValueError, match="expected a 3D configuration"):
         trainer(module, patch_size=[16, 16]).initialize()
-    with pytest.raises(ValueError, match="got an ignore label"):
-        trainer(module, ignore=True).initialize()
+
+
+# nnU-Net itself
+
+
+def nnunet_python() -> Path | None:
+    """The Python of an environment with nnU-Net: this one, or the one that MONAI_CONRES_NNUNET names."""
+    if importlib.util.find_spec("nnunetv2") is not None:
+        return Path(sys.executable)
+    return Path(os.environ["MONAI_CONRES_NNUNET"]) if "MONAI_CONRES_NNUNET" in os.environ else None
+
+
+SHORT = """
+from monai_conres.nnunet.nnUNetTrainerConRes import nnUNetTrainerConRes
+
+class ShortConRes(nnUNetTrainerConRes):
+    def initialize(self):
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 3, 1
+        super().initialize()
+"""
+DATA = {"channel_names": {"0": "FLAIR", "1": "T2"}, "numTraining": 5, "file_ending": ".nii.gz"}
+WHOLE_AND_CORE = {"background": 0, "whole": [1, 2, 3], "core": [2, 3]}
+CLASSES = {"background": 0, "edema": 1, "necrosis": 2, "enhancing": 3}
+
+
+def write_raw(folder: Path, labels: dict, *, drawn: tuple[int, ...] | None) -> None:
+    """Five phantoms in nnU-Net's layout. Only the slices ``drawn`` have labels, the others have the value 4."""
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    description = {**DATA, "labels": labels}
+    if any(isinstance(value, list) for value in labels.values()):
+        description["regions_class_order"] = [1, 2]
+    for seed in range(5):
+        image, label = tumor_phantom((24, 28, 20), seed=seed)
+        for channel, modality in enumerate((0, 3)):
+            nib.save(
+                nib.Nifti1Image(image[modality], np.diag([1.0, 1.0, 2.0, 1.0])),
+                folder / "imagesTr" / f"case{seed}_000{channel}.nii.gz",
+            )
+        if drawn is not None:
+            label[..., [number for number in range(20) if number not in drawn]] = 4
+            description["labels"] = {**labels, "ignore": 4}
+        nib.save(nib.Nifti1Image(label, np.diag([1.0, 1.0, 2.0, 1.0])), folder / "labelsTr" / f"case{seed}.nii.gz")
+    (folder / "dataset.json").write_text(json.dumps(description))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drawn", [None, (5, 9, 10, 14)], ids=["all slices", "four slices"])
+@pytest.mark.parametrize("labels", [CLASSES, WHOLE_AND_CORE], ids=["classes", "regions"])
+def test_nnunet_itself_plans_trains_validates_and_predicts(tmp_path, labels, drawn):
+    """The installed commands of nnU-Net, on phantoms, for 6 iterations on a CPU."""
+    python = nnunet_python()
+    if python is None:
+        pytest.skip("no nnU-Net here; set MONAI_CONRES_NNUNET to the Python of an environment with nnunetv2 2.8")
+    write_raw(tmp_path / "raw" / "Dataset001_Phantom", labels, drawn=drawn)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "ShortConRes.py").write_text(SHORT)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet")}
+    environment |= {f"nnUNet_{name}": str(tmp_path / name) for name in ("raw", "preprocessed", "results")}
+    environment |= {"PYTHONPATH": str(ROOT), "nnUNet_compile": "f", "nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(
+            [str(python), "-W", "ignore", *map(str, command)],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    trainers = run("-m", "monai_conres", "nnunet-path").strip()
+    environment["nnUNet_extTrainer"] = os.pathsep.join([trainers, str(tmp_path / "own")])
+    commands = python.parent
+    run(commands / "nnUNetv2_plan_and_preprocess", "-d", 1, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    log = run(commands / "nnUNetv2_train", 1, "3d_fullres", 0, "-tr", "ShortConRes", "-device", "cpu")
+    assert "Mean Validation Dice" in log
+    fold = next((tmp_path / "results").glob("*/*/fold_0"))
+    assert (fold / "validation" / "summary.json").is_file()
+    images = tmp_path / "raw" / "Dataset001_Phantom" / "imagesTr"
+    options = ("-d", 1, "-c", "3d_fullres", "-f", 0, "-tr", "ShortConRes", "-device", "cpu", "-npp", 1, "-nps", 1)
+    run(commands / "nnUNetv2_predict", *options, "-i", images, "-o", tmp_path / "out", "--disable_tta")
+    predictions = sorted((tmp_path / "out").glob("*.nii.gz"))
+    assert len(predictions) == 5
+    assert set(np.unique([np.asarray(nib.load(file).dataobj) for file in predictions])) <= {0, 1, 2, 3}
+
+    trained = load_network(fold)  # complete by itself, without nnU-Net
+    assert list(trained.scans.classes) == list(labels)[1:]
+    scans = [images / f"case0_000{channel}.nii.gz" for channel in (0, 1)]
+    _, label = tumor_phantom((24, 28, 20), seed=0)
+    nib.save(nib.Nifti1Image(label, np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "drawn.nii.gz")
+    completed = complete_scan(trained, scans, tmp_path / "drawn.nii.gz", slices=[10], propose=1)
+    np.testing.assert_array_equal(completed.label[0, :, :, 10].numpy(), label[..., 10])

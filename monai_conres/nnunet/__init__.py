@@ -2,5 +2,5 @@
 
 nnU-Net looks for trainers in the folders of the environment variable ``nnUNet_extTrainer``. This prints the folder::
 
-    python -c "import monai_conres.nnunet as n; print(n.__path__[0])"
+    python -m monai_conres nnunet-path
 """

@@ -1,12 +1,12 @@
 """nnU-Net's trainer with a context residual decoder attached to the network that nnU-Net plans, for nnU-Net 2.8.
 
-    export nnUNet_extTrainer=$(python -c "import monai_conres.nnunet as n; print(n.__path__[0])")
+    export nnUNet_extTrainer=$(python -m monai_conres nnunet-path)
     nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerConRes
     nnUNetv2_predict -d DATASET -c 3d_fullres -f 0 -tr nnUNetTrainerConRes -i SCANS -o PREDICTIONS
 
 Data, plans, augmentation, segmentation loss and inference are nnU-Net's. The trainer adds a residual mask for each
 foreground class or region, and their loss. nnU-Net logs the joint loss in training and only the segmentation loss in
-validation.
+validation. Voxels with nnU-Net's ignore label count in neither loss.
 
 At the end of the training the folder of the fold also holds ``model.pt`` and ``network.json`` for
 ``monai_conres.files.load_network``. They describe nnU-Net's preprocessing with MONAI's transforms: scans are not
@@ -58,9 +58,8 @@ class nnUNetTrainerConRes(nnUNetTrainer):
         )
 
     def _build_loss(self) -> nn.Module:
-        if self.label_manager.has_ignore_label:
-            raise ValueError("expected a class for each voxel, got an ignore label, which has no residual.")
-        return JointLoss(super()._build_loss())
+        labels = self.label_manager
+        return JointLoss(super()._build_loss(), ignore_label=labels.ignore_label, regions=labels.has_regions)
 
     @property
     def wrapper(self) -> ConResWrapper:
@@ -88,7 +87,9 @@ class nnUNetTrainerConRes(nnUNetTrainer):
         configuration, labels = self.configuration_manager, self.label_manager
         cases = self.do_split()[0]
         values = {
-            name: np.atleast_1d(v).tolist() for name, v in self.dataset_json["labels"].items() if v not in (0, [0])
+            name: np.atleast_1d(value).tolist()
+            for name, value in self.dataset_json["labels"].items()
+            if value not in (0, [0]) and name != "ignore"
         }
         if not labels.has_regions:
             values = dict(sorted(values.items(), key=lambda item: item[1]))
@@ -150,13 +151,18 @@ class nnUNetTrainerConRes(nnUNetTrainer):
 class JointLoss(nn.Module):
     """nnU-Net's loss, and in training the loss of the residual masks."""
 
-    def __init__(self, segmentation_loss: nn.Module) -> None:
+    def __init__(self, segmentation_loss: nn.Module, *, ignore_label: int | None = None, regions: bool = False) -> None:
         super().__init__()
         self.segmentation_loss = segmentation_loss
-        self.residual_loss = ContextResidualLoss(spatial_axis=SPATIAL_AXIS)
+        self.residual_loss = ContextResidualLoss(spatial_axis=SPATIAL_AXIS, ignore_index=ignore_label)
+        self.ignore_label = ignore_label
+        self.regions = regions
 
     def forward(self, output: Any, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         if not isinstance(output, ConResOutput):  # in validation
             return self.segmentation_loss(output, target)
         label = target[0] if isinstance(target, list) else target  # at full resolution
+        if self.ignore_label is not None and self.regions:  # nnU-Net's last channel tells which voxels to ignore
+            ignored = label[:, -1:] > 0
+            label = label[:, :-1].to(torch.int16).masked_fill(ignored, self.ignore_label)
         return self.segmentation_loss(output.segmentation, target) + self.residual_loss(output.residuals, label)
