@@ -2,6 +2,7 @@
 
     python examples/quickstart.py                    # on phantoms, which it makes itself
     python examples/quickstart.py --data FOLDER      # on any data set in Medical Segmentation Decathlon layout
+    python examples/quickstart.py --data FOLDER --ignore 255    # voxels without a label have the value 255
 
 The networks differ only in their argument ``context``. Both also complete a volume from one slice, taken from the
 reference as if somebody had drawn it. For the baseline only the image tells where labels change. Each network is saved
@@ -38,19 +39,21 @@ from monai_conres import (
     predict_with_residual,
     residual_mask,
 )
-from monai_conres.bundle import check_voxels, read_decathlon, seed_everything, training_plan
+from monai_conres.bundle import check_voxels, describe_labelled, read_decathlon, seed_everything, training_plan
 from monai_conres.files import ScanSettings, TrainedNetwork, atomic_path, load_network, save_network, write_csv
 from monai_conres.phantom import write_phantom_dataset
+from monai_conres.residual import known_residuals
 from monai_conres.visualize import plot_slices, save_figure
 
 CONTEXTS = {"baseline": "none", "ConResNet": "attention"}
 KEYS = ("image", "label")
 
 
-def augmentations(patch: tuple[int, ...], classes: int) -> list:
-    """The random transforms of a training case."""
+def augmentations(patch: tuple[int, ...], classes: int, ignore: int | None) -> list:
+    """The random transforms of a training case. Patches lie around labelled voxels."""
     return [
-        SpatialPadd(KEYS, spatial_size=patch),
+        SpatialPadd("image", spatial_size=patch),
+        SpatialPadd("label", spatial_size=patch, value=0 if ignore is None else ignore),
         RandCropByLabelClassesd(KEYS, label_key="label", spatial_size=patch, num_classes=classes),
         RandScaleIntensityd("image", factors=0.2, prob=0.5),
         RandShiftIntensityd("image", offsets=0.2, prob=0.5),
@@ -62,7 +65,7 @@ def train(network: ConResNet, dataset: CacheDataset, options: argparse.Namespace
     seed_everything(options.seed)  # every network sees the same patches in the same order
     draws = RandomSampler(dataset, replacement=True, num_samples=options.iterations * options.batch_size)
     loader = DataLoader(dataset, batch_size=options.batch_size, sampler=draws)
-    loss_function = ConResLoss(softmax=True)
+    loss_function = ConResLoss(softmax=True, ignore_index=options.ignore)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
     schedule = PolynomialLR(optimizer, total_iters=options.iterations, power=0.9)
     network.train()
@@ -89,27 +92,32 @@ def predict(trained: TrainedNetwork, image: torch.Tensor) -> tuple[torch.Tensor,
     return segmentation[0].cpu(), residual[0].cpu()
 
 
+def is_labelled(label: torch.Tensor, ignore: int | None) -> torch.Tensor:
+    return torch.ones_like(label, dtype=torch.bool) if ignore is None else label != ignore
+
+
 def complete(
-    logits: tuple[torch.Tensor, torch.Tensor | None], image: torch.Tensor, label: torch.Tensor
+    logits: tuple[torch.Tensor, torch.Tensor | None], image: torch.Tensor, label: torch.Tensor, ignore: int | None
 ) -> tuple[torch.Tensor, int]:
     """The label map that one drawn slice gives, and the number of that slice: the one with the largest structures."""
-    number = int((label > 0).flatten(0, -2).sum(0).argmax())
+    number = int(((label > 0) & is_labelled(label, ignore)).flatten(0, -2).sum(0).argmax())
     drawn = torch.zeros_like(label)
     drawn[..., number] = label[..., number]
     segmentation, residual = (None if part is None else part[None] for part in logits)
-    return complete_mask(segmentation, residual, drawn[None], slices=[number], image=image[None], softmax=True)[
-        0
-    ], number
+    completed = complete_mask(
+        segmentation, residual, drawn[None], slices=[number], image=image[None], softmax=True, ignore_index=ignore
+    )
+    return completed[0], number
 
 
-def evaluate(trained: TrainedNetwork, dataset: CacheDataset, title: str, device: str) -> list[dict]:
-    """One row of values for each case."""
+def evaluate(trained: TrainedNetwork, dataset: CacheDataset, title: str, device: str, ignore: int | None) -> list[dict]:
+    """One row of values for each case. Voxels without a label do not count."""
     names = list(trained.scans.classes)
 
     def channels(labels: torch.Tensor) -> torch.Tensor:
         return one_hot(labels[None], num_classes=len(names) + 1)[:, 1:]
 
-    distance = BratsHausdorffDistanceMetric()
+    distance = BratsHausdorffDistanceMetric(ignore_index=ignore)
     rows = []
     for case in tqdm(dataset, desc=f"evaluate {title}"):
         image = case["image"].as_tensor().to(device)
@@ -118,24 +126,28 @@ def evaluate(trained: TrainedNetwork, dataset: CacheDataset, title: str, device:
         row = {"network": title, "case": case["name"], "inference (s)": time.perf_counter() - start}
         predicted, residual = trained.scans.to_labels(logits[0]), logits[1]
         label = case["label"].as_tensor()
-        masks = [channels(predicted), channels(label)]
+        labelled = is_labelled(label, ignore)
+        masks = [channels(part.where(labelled, 0)) for part in (predicted, label)]
+        reference = masks[1] if ignore is None else masks[1].masked_fill(~labelled, ignore)
         for name, value in zip(names, compute_dice(*masks, ignore_empty=False)[0], strict=True):
             row[f"Dice {name}"] = value.item()
-        for name, value in zip(names, distance(*masks, spacing=case["image"].pixdim.tolist())[0], strict=True):
+        spacing = case["image"].pixdim.tolist()
+        for name, value in zip(names, distance(masks[0], reference, spacing=spacing)[0], strict=True):
             row[f"HD95 {name} (mm)"] = value.item()
         # how well the changes from slice to slice are known, from the segmentation and from the residual decoder
-        changes = [residual_mask(mask) for mask in masks]
+        is_known = known_residuals(labelled[None])
+        changes = [residual_mask(mask) * is_known for mask in masks]
         row["Dice of residual masks (of the segmentation)"] = compute_dice(*changes, ignore_empty=False).mean().item()
         if residual is not None:
             # the loss gives a changed voxel about 4 times the weight of another: at 4 / (4 + 1) the odds are even
-            found = (residual[None].sigmoid() > 0.8).float()
+            found = (residual[None].sigmoid() > 0.8).float() * is_known
             row["Dice of residual masks (predicted)"] = (
                 compute_dice(found, changes[1], ignore_empty=False).mean().item()
             )
-        completed, number = complete(logits, image.cpu(), label)
+        completed, number = complete(logits, image.cpu(), label, ignore)
         others = torch.arange(label.shape[-1]) != number
         for name, labels in (("network", predicted), ("completed from it", completed)):
-            pair = [channels(part[..., others]) for part in (labels, label)]
+            pair = [channels(part.where(labelled, 0)[..., others]) for part in (labels, label)]
             value = compute_dice(*pair, ignore_empty=False).mean().item()
             row[f"Dice outside of one drawn slice ({name})"] = value
         rows.append(row)
@@ -164,8 +176,11 @@ def main(options: argparse.Namespace) -> None:
             write_phantom_dataset(options.data)
     data = read_decathlon(options.data)
     training, validation = (cases[: options.cases] for cases in data.split(seed=options.seed))
+    found = {}
     for case in tqdm(training + validation, desc="check files"):
-        check_voxels(case, range(len(data.classes)))
+        found[case["name"]] = check_voxels(case, range(len(data.classes)), ignore_index=options.ignore)
+    if options.ignore is not None:
+        print(*describe_labelled(found), sep="\n")
     patch, strides = training_plan(
         data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(options.channels)
     )
@@ -179,7 +194,7 @@ def main(options: argparse.Namespace) -> None:
         normalization=[{"name": "NormalizeIntensity", "nonzero": True, "channel_wise": True}],
     )
     prepare = scans.preprocessing(label=True)
-    augmented = Compose([*prepare.transforms, *augmentations(patch, len(data.classes))])
+    augmented = Compose([*prepare.transforms, *augmentations(patch, len(data.classes), options.ignore)])
     training_set = CacheDataset(training, augmented, progress=False)
     validation_set = CacheDataset(validation, prepare, progress=False)
 
@@ -200,7 +215,7 @@ def main(options: argparse.Namespace) -> None:
         save_network(options.out / title, network, scans, training=notes)
         networks[title] = load_network(options.out / title)
         networks[title].network.to(options.device)
-        rows += evaluate(networks[title], validation_set, title, options.device)
+        rows += evaluate(networks[title], validation_set, title, options.device, options.ignore)
         totals[title] = {
             "parameters": f"{sum(parameter.numel() for parameter in network.parameters()):,}",
             "training (s)": f"{seconds:.0f}",
@@ -212,18 +227,20 @@ def main(options: argparse.Namespace) -> None:
     for case in list(validation_set)[:2]:
         image, label = case["image"].as_tensor(), case["label"].as_tensor()
         logits = {title: predict(trained, image.to(options.device)) for title, trained in networks.items()}
-        completed, number = complete(logits["ConResNet"], image, label)
+        completed, number = complete(logits["ConResNet"], image, label, options.ignore)
+        changed = residual_mask(label[None], num_classes=len(data.classes), ignore_index=options.ignore)[0]
         figure = plot_slices(
             case["image"],
             {"reference": label}
             | {title: scans.to_labels(segmentation) for title, (segmentation, _) in logits.items()}
             | {f"slice {number} drawn": completed},
             residuals={
-                "residual": residual_mask(label[None], num_classes=len(data.classes))[0],
+                "residual": changed == 1,
                 "residual, predicted": logits["ConResNet"][1].sigmoid(),
             },
             class_names=data.classes[1:],
             spacing=case["image"].pixdim.tolist(),
+            ignore_index=options.ignore,
         )
         save_figure(figure, options.out / f"{case['name']}.png")
     print((options.out / "table.md").read_text())
@@ -241,6 +258,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, nargs="+", default=(8, 16, 32, 64), help="of each resolution")
     parser.add_argument("--max-voxels", type=int, default=48 * 56 * 40, help="of a training patch, roughly")
     parser.add_argument("--cases", type=int, help="use at most so many cases for training and for validation")
+    parser.add_argument("--ignore", type=int, help="value of voxels without a label, where only some slices are drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)

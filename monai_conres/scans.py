@@ -190,8 +190,10 @@ def label_values(structures: Structures) -> list[int]:
     return list(dict.fromkeys(value for values in structures.values() for value in values))
 
 
-def structure_masks(label: torch.Tensor, structures: Structures) -> torch.Tensor:
+def structure_masks(label: torch.Tensor, structures: Structures, ignore_index: int | None = None) -> torch.Tensor:
     """Masks ``(c, *spatial)`` in uint8, one channel for each structure, of a label map ``(1, *spatial)``.
+
+    Each mask has ``ignore_index`` where the label map does.
 
     Example:
         >>> structure_masks(torch.tensor([[0, 1, 2, 4]]), {"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)})
@@ -200,7 +202,8 @@ def structure_masks(label: torch.Tensor, structures: Structures) -> torch.Tensor
                 [0, 1, 0, 1]], dtype=torch.uint8)
     """
     masks = [torch.isin(label, torch.tensor(values, device=label.device)) for values in structures.values()]
-    return torch.cat(masks).to(torch.uint8)
+    stacked = torch.cat(masks).to(torch.uint8)
+    return stacked if ignore_index is None else stacked.masked_fill(label == ignore_index, ignore_index)
 
 
 def paint_structures(

@@ -16,6 +16,7 @@ from monai_conres.bundle.networks import (
 )
 from monai_conres.bundle.pancreas import LoadPancreasCTd, read_pancreas_ct
 from monai_conres.bundle.report import CaseReport, join_reports, summarize
+from monai_conres.bundle.sparse import IgnoredToZerod, ZeroToIgnoredd, describe_labelled, labelled_slices
 from monai_conres.bundle.structures import LabelToTargetd, ProbabilityToLabeld
 from monai_conres.bundle.training import (
     EpochSeeds,
@@ -33,6 +34,7 @@ __all__ = [
     "Datalist",
     "DecathlonDatalist",
     "EpochSeeds",
+    "IgnoredToZerod",
     "LabelToTargetd",
     "LoadPancreasCTd",
     "LossCurve",
@@ -41,10 +43,13 @@ __all__ = [
     "ProbabilityToLabeld",
     "SeededDataset",
     "TrainingCheckpoint",
+    "ZeroToIgnoredd",
     "check_voxels",
+    "describe_labelled",
     "finalize_processes",
     "held_out_cases",
     "join_reports",
+    "labelled_slices",
     "load_networks",
     "number_of_epochs",
     "read_brats",

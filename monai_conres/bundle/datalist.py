@@ -14,6 +14,7 @@ from typing import Any
 from monai.data import partition_dataset
 from monai.utils import ensure_tuple, optional_import
 
+from monai_conres.bundle.sparse import describe_labelled, labelled_slices
 from monai_conres.files import path_text
 from monai_conres.scans import Structures
 from monai_conres.volumes import (
@@ -119,20 +120,22 @@ class Datalist:
         rank: int = 0,
         num_replicas: int = 1,
         channels: int | None = None,
+        ignore_index: int | None = None,
         progress: bool = True,
     ) -> None:
         """:func:`check_voxels` of each case, or only of some; process ``rank`` of ``num_replicas`` reads its share.
+
+        With ``ignore_index``, the value of voxels without a label, it prints how many slices of each case have labels.
 
         Raises:
             ValueError: one line for each case with an error.
         """
         values = {0}.union(*self.structures.values())
-        share = tqdm(
-            (self.cases if cases is None else cases)[rank::num_replicas],
-            desc="check files",
-            disable=rank > 0 or not progress,
-        )
-        for_each(lambda case: check_voxels(case, values, channels), share)
+        share = (self.cases if cases is None else cases)[rank::num_replicas]
+        bar = tqdm(share, desc="check files", disable=rank > 0 or not progress)
+        found = for_each(lambda case: check_voxels(case, values, channels, ignore_index), bar)
+        if ignore_index is not None:
+            print(*describe_labelled({case["name"]: text for case, text in zip(share, found, strict=True)}), sep="\n")
 
     def _patients(self, pattern: str | None) -> dict[str, str]:
         """The patient of each case."""
@@ -252,7 +255,9 @@ def _scans_in(folder: str | os.PathLike) -> list[Path]:
     return found
 
 
-def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int | None = None) -> None:
+def check_voxels(
+    case: Mapping[str, Any], values: Collection[int], channels: int | None = None, ignore_index: int | None = None
+) -> str:
     """Read the files of one case to their ends, and compare their voxel grids.
 
     A broken download often has a good header.
@@ -261,10 +266,14 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
         case: ``"image"``, a file or several, and ``"label"``, if there is one: see :class:`Datalist`.
         values: values that a label may have, including the background's 0.
         channels: number of channels of the image, over all its files. ``None`` accepts any number.
+        ignore_index: value of voxels without a label; none of ``values``.
+
+    Returns:
+        How many slices have labels (:func:`~monai_conres.bundle.labelled_slices`), where some may have none.
 
     Raises:
         ValueError: when a file cannot be read, has voxels that are not finite, lies on another grid, or has other
-            channels or values. The error names the file.
+            channels or values, or no voxel has a label. The error names the file.
     """
     image = load_volume(case["image"])
     if channels not in (None, len(image)):
@@ -275,15 +284,18 @@ def check_voxels(case: Mapping[str, Any], values: Collection[int], channels: int
             "choose the channels that the network takes."
         )
     if "label" not in case:
-        return
+        return "no slices"
     if case.get("label_header", True):
         check_same_grid([ensure_tuple(case["image"])[0], case["label"]])
-    label = load_label(case["label"], values)
+    if ignore_index in values:
+        raise ValueError(f"expected ignore_index to be none of the classes {sorted(values)}, got {ignore_index}.")
+    label = load_label(case["label"], values if ignore_index is None else {*values, ignore_index})
     if label.shape[1:] != image.shape[1:]:
         raise ValueError(
             f"expected the same size in {case['image']} and {case['label']}, got {tuple(image.shape[1:])} and "
             f"{tuple(label.shape[1:])}; take the case out."
         )
+    return "all slices" if ignore_index is None else labelled_slices(label, ignore_index, case["label"])
 
 
 def for_each(function: Callable, items: Iterable) -> list:

@@ -50,6 +50,7 @@ class CaseReport:
         structures: the label values of each structure.
         full: False measures only the Dice and writes only the tables, in seconds: for validation during training.
         pictures: False leaves out the ``.png`` files.
+        ignore_index: value of voxels without a label in the label files. They do not count.
 
     Raises:
         ValueError: when a process has no case, a prediction would replace a file that this package did not write,
@@ -64,7 +65,9 @@ class CaseReport:
         *,
         full: bool = True,
         pictures: bool = True,
+        ignore_index: int | None = None,
     ) -> None:
+        self.ignore_index = ignore_index
         self.output_dir = Path(path_text(output_dir))
         self.cases = {case["name"]: case for case in cases}
         self.structures = structures
@@ -99,7 +102,7 @@ class CaseReport:
     def _add(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             case, prediction = self.cases[item["name"]], output["pred"]
-            values = {0}.union(*self.structures.values())
+            values = {0}.union(*self.structures.values(), () if self.ignore_index is None else (self.ignore_index,))
             label = load_label(case["label"], values) if "label" in case else None
             if self.full:
                 write_label_map(self.output_dir / f"{case['name']}.nii.gz", prediction, prediction)
@@ -126,14 +129,21 @@ class CaseReport:
 
     def _measure(self, prediction: MetaTensor, label: torch.Tensor) -> dict[str, float]:
         volumes = [convert_to_tensor(volume, track_meta=False) for volume in (prediction.cpu(), label)]
+        if self.ignore_index is not None:
+            ignored = volumes[1] == self.ignore_index
+            volumes = [volume.masked_fill(ignored, self.ignore_index) for volume in volumes]
         metrics: dict[str, Callable] = {"Dice": partial(compute_dice, ignore_empty=False)}
         if self.full:  # a poor prediction has a large surface, whose distances take minutes
-            distances: Any = {"HD95": BratsHausdorffDistanceMetric(), "NSD": BratsSurfaceDiceMetric(tolerance=1.0)}
+            distances: Any = {
+                "HD95": BratsHausdorffDistanceMetric(ignore_index=self.ignore_index),
+                "NSD": BratsSurfaceDiceMetric(tolerance=1.0, ignore_index=self.ignore_index),
+            }
             metrics |= {name: partial(metric, spacing=voxel_sizes(prediction)) for name, metric in distances.items()}
         row = {}
         for metric, compute in metrics.items():
             for structure, values in self.structures.items():  # one at a time: these are whole volumes in float32
-                masks = [structure_masks(volume, {structure: values})[None].float() for volume in volumes]
+                ignore = None if metric == "Dice" else self.ignore_index  # for Dice both masks are empty there
+                masks = [structure_masks(volume, {structure: values}, ignore)[None].float() for volume in volumes]
                 row[f"{metric} {structure}"] = compute(*masks).item()
         return row
 
@@ -146,8 +156,12 @@ class CaseReport:
 
         image = turn(load_volume(ensure_tuple(case["image"])[0])[:1])
         drawn = {"prediction": prediction} if label is None else {"label": label, "prediction": prediction}
-        masks = {title: structure_masks(turn(volume).as_tensor(), self.structures) for title, volume in drawn.items()}
-        figure = plot_slices(image, masks, class_names=list(self.structures), spacing=image.pixdim.tolist())
+        masks = {
+            title: structure_masks(turn(volume).as_tensor(), self.structures, self.ignore_index)
+            for title, volume in drawn.items()
+        }
+        names, spacing = list(self.structures), image.pixdim.tolist()
+        figure = plot_slices(image, masks, class_names=names, spacing=spacing, ignore_index=self.ignore_index)
         save_figure(figure, self.output_dir / f"{case['name']}.png")
 
 

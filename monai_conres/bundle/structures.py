@@ -40,6 +40,7 @@ class LabelToTargetd(_StructuresTransform):
         structures: label values of each structure.
         softmax: False makes a mask of each structure, ``(c, *spatial)``. True makes class indices ``(1, *spatial)``:
             0 is the background, then the values follow in the order of :func:`~monai_conres.scans.label_values`.
+        ignore_index: value of voxels without a label, which stays in each channel.
 
     Example:
         >>> label = {"label": torch.tensor([[0, 1, 2, 4]])}
@@ -47,13 +48,26 @@ class LabelToTargetd(_StructuresTransform):
         tensor([[0, 2, 3, 1]], dtype=torch.uint8)
     """
 
+    def __init__(
+        self,
+        keys: KeysCollection,
+        structures: Structures,
+        *,
+        softmax: bool = False,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(keys, structures, softmax=softmax)
+        self.ignore_index = ignore_index
+
     def _convert(self, volume: torch.Tensor) -> torch.Tensor:
         if not self.softmax:
-            return structure_masks(volume, self.structures)
+            return structure_masks(volume, self.structures, self.ignore_index)
         target = torch.zeros_like(volume, dtype=torch.uint8)
         for index, value in enumerate(label_values(self.structures), start=1):
             target[volume == value] = index
-        return target
+        return (
+            target if self.ignore_index is None else target.masked_fill(volume == self.ignore_index, self.ignore_index)
+        )
 
 
 class ProbabilityToLabeld(_StructuresTransform):
