@@ -17,6 +17,7 @@ from tests.test_benchmarks import ROOT, SMALL, STRIDES, label_of_two_classes, re
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 import completion
 import completion_report as report
+import why
 
 
 def cone(slices: int = 9) -> torch.Tensor:
@@ -35,7 +36,7 @@ def case_of(label: torch.Tensor, classes: int = 2, certainty: float = 6.0) -> co
     return completion.Case("case", label.float(), label, segmentation, residual, [1.0, 1.0, 3.0])
 
 
-@pytest.mark.parametrize("number, expected", [(1, [4]), (2, [2, 6]), (3, [2, 4, 6]), (9, [1, 2, 3, 4, 5, 6, 7])])
+@pytest.mark.parametrize(("number", "expected"), [(1, [4]), (2, [2, 6]), (3, [2, 4, 6]), (9, [1, 2, 3, 4, 5, 6, 7])])
 def test_evenly_spaced_slices_lie_within_the_foreground(number, expected):
     assert completion.evenly_spaced(cone(), number) == expected
 
@@ -71,7 +72,7 @@ def test_random_walker_fills_what_the_image_shows():
     assert completion.dice(walked, label, 2, [1, 4, 7])[0] > 0.8
 
 
-@pytest.mark.parametrize("how, area", [("eroded", 6 * 6), ("dilated", 8 * 8 + 4 * 8), ("shifted", 8 * 8)])
+@pytest.mark.parametrize(("how", "area"), [("eroded", 6 * 6), ("dilated", 8 * 8 + 4 * 8), ("shifted", 8 * 8)])
 def test_bad_drawings_change_the_area_by_one_voxel(how, area):
     label = torch.zeros(1, 1, 16, 16, 2, dtype=torch.uint8)
     label[..., 4:12, 4:12, 0] = 1
@@ -162,3 +163,34 @@ def test_completion_benchmark_runs_and_continues(tmp_path):
     assert (tmp_path / "completion.png").exists()
     rows = read_table(tmp_path / "results/toy_completion.csv")
     assert {(row["arm"], row["method"]) for row in rows} >= {("conres", "both"), ("baseline", "interpolation")}
+
+
+def test_auroc_counts_ordered_pairs():
+    random = np.random.default_rng(0)
+    score, truth = torch.as_tensor(random.normal(size=(5, 6))), torch.as_tensor(random.integers(0, 2, (5, 6)))
+    pairs = [a > b for a in score[truth > 0].tolist() for b in score[truth == 0].tolist()]
+    assert why.auroc(score, truth) == pytest.approx(np.mean(pairs))
+
+
+def test_mean_gates_change_only_gates_that_vary():
+    torch.manual_seed(0)
+    network = completion.build(completion.ARMS["conres"], 1, 2, SMALL, STRIDES).eval()
+    image = torch.randn(1, 1, 16, 16, 24)
+    with torch.no_grad():
+        before = network(image)
+        with why.mean_gates(network):
+            assert not torch.allclose(network(image), before, atol=1e-3)
+        torch.testing.assert_close(network(image), before, rtol=0, atol=0)
+        for stage in network.residual_decoder.stages:  # sigmoid(0) is one half everywhere
+            stage.outer.register_forward_hook(lambda module, args, output: output * 0)
+        before = network(image)
+        with why.mean_gates(network):
+            torch.testing.assert_close(network(image), before)
+    assert why.finest_gate(network, image).unique().tolist() == [0.5]
+
+
+def test_true_residuals_give_the_label_where_one_slice_is_certain():
+    label = cone()
+    case = case_of(label, certainty=0.0)
+    case.segmentation[..., 4] = 3 * (2 * completion.one_hot(label, num_classes=2)[..., 4].float() - 1)
+    np.testing.assert_array_equal(why.with_true_residuals(case), label)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -61,7 +61,7 @@ from monai_conres import (
     predict_with_residual,
     slice_marginals,
 )
-from monai_conres.bundle import read_decathlon, seed_everything, training_plan
+from monai_conres.bundle import DecathlonDatalist, read_decathlon, seed_everything, training_plan
 from monai_conres.chain import potentials
 from monai_conres.files import atomic_path
 
@@ -350,9 +350,6 @@ def changed(drawn: torch.Tensor, how: str, classes: int) -> torch.Tensor:
     return torch.as_tensor(result)[None, None]
 
 
-Complete = Callable[..., torch.Tensor]  # of drawn slices and their numbers, and keywords for another drawing
-
-
 class Completion:
     """A method for one case."""
 
@@ -477,6 +474,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def plan(data: DecathlonDatalist, settings: Mapping[str, Any]) -> tuple[list, tuple, tuple]:
+    """Transforms that prepare a case, size of a patch, and strides of the networks of an experiment."""
+    pixel, levels = settings["pixel"], len(SIZES[settings["size"]]["channels"])
+    spacing = [pixel or data.spacing[0], pixel or data.spacing[1], data.spacing[2]]
+    shape = [edge * old / new for edge, old, new in zip(data.shape, data.spacing, spacing, strict=True)]
+    prepare = preparation((pixel, pixel, -1) if pixel else None)
+    return prepare, *training_plan(shape, spacing, max_voxels=settings["max_voxels"], levels=levels)
+
+
 def main() -> None:
     options = parse_arguments()
     experiment = Experiment(options.name, options.folder, COLUMNS)
@@ -495,10 +501,7 @@ def main() -> None:
         "max_voxels": options.max_voxels,
     }
     experiment.check(settings, "the command line")
-    spacing = [options.pixel or data.spacing[0], options.pixel or data.spacing[1], data.spacing[2]]
-    prepare = preparation((*spacing[:2], -1) if options.pixel else None)
-    shape = [edge * old / new for edge, old, new in zip(data.shape, data.spacing, spacing, strict=True)]
-    patch, strides = training_plan(shape, spacing, max_voxels=options.max_voxels, levels=len(size["channels"]))
+    prepare, patch, strides = plan(data, settings)
     known = experiment.merged_runs()
     for fold in options.folds:
         runs = [(arm, fold, seed) for seed in options.seeds for arm in options.arms]

@@ -2,7 +2,8 @@
 
     python examples/benchmarks/completion_report.py hippocampus_completion chaos_completion sts_completion
 
-writes ``docs/tables/completion.md`` and ``completion.png``. The tables have one column or row for each experiment.
+writes the main table and figure, ``docs/tables/completion.md`` and ``.png``, and the long tables behind them,
+``results/completion.md``. The main table has columns for each experiment.
 
 A difference is paired by case, fold and seed; its 95 % interval is the bootstrap of ablation_report.py over seeds,
 folds and cases. Methods of one network share the training, so their difference does not depend on the seed much.
@@ -128,7 +129,7 @@ def table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
 def main_table(experiments: Sequence[Results]) -> str:
     """Dice of the slices that are not drawn, for 0 to 5 drawn slices."""
     numbers = (0, *NUMBERS)
-    header = ["method", *(f"{_title(results)}: {number}" for results in experiments for number in numbers)]
+    header = ["method", *(f"{title(results.name)}: {number}" for results in experiments for number in numbers)]
     return table(
         header,
         (
@@ -158,7 +159,7 @@ def difference_table(experiments: Sequence[Results]) -> str:
         for results in experiments:
             for way, other in COMPARISONS:
                 cells = [difference(results, way, other, f"even_{number}") for number in PRIMARY]
-                name = f"{_title(results)}: {NAMES[way]}, less {NAMES[other]}"
+                name = f"{title(results.name)}: {NAMES[way]}, less {NAMES[other]}"
                 yield [name, str(len(results.seeds(way, other))) if cells[0] != "-" else "-", *cells]
 
     return table(header, rows())
@@ -189,7 +190,7 @@ def draw(experiments: Sequence[Results]) -> Figure:
             points = [(number, float(value)) for number, value in points if value != "-"]
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=3.5, linewidth=1.5)
-        axes.set_title(_title(results), fontsize=10)
+        axes.set_title(title(results.name), fontsize=10)
         axes.set_xlabel("drawn slices")
         axes.set_xticks((0, *NUMBERS))
         axes.spines[["top", "right"]].set_visible(False)
@@ -199,21 +200,30 @@ def draw(experiments: Sequence[Results]) -> Figure:
     return figure
 
 
-def _title(results: Results) -> str:
-    return {"sts": "STS", "chaos": "CHAOS"}.get(name := results.name.partition("_")[0], name.capitalize())
+def title(name: str) -> str:
+    """What the tables call the data of an experiment."""
+    return {"sts": "STS", "chaos": "CHAOS"}.get(data := name.partition("_")[0], data.capitalize())
 
 
 def report(experiments: Sequence[Results]) -> str:
+    """The page: the main table and the differences."""
     parts = [
         "Dice of the slices that are not drawn, after 0 to 5 evenly spaced drawn slices:",
         main_table(experiments),
         "Paired differences after 1 to 3 drawn slices, with 95 % intervals:",
         difference_table(experiments),
     ]
+    return "\n".join(parts)
+
+
+def details(experiments: Sequence[Results]) -> str:
+    """The long tables behind the page."""
+    parts = []
     for results in experiments:
         number = max(len(row["even_1"].split()) for rows in results.rows.values() for row in rows.values())
         cases = len({case for rows in results.rows.values() for _, _, case in rows})
-        parts += [f"{_title(results)}, {cases} cases, slices by `next_slice` and bad drawings:", detail_table(results)]
+        name = title(results.name)
+        parts += [f"{name}, {cases} cases, slices by `next_slice` and bad drawings:", detail_table(results)]
         if number > 1:
             parts.append(class_table(results, number))
     return "\n".join(parts)
@@ -226,10 +236,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for completion.md and .png")
     options = parser.parse_args()
     experiments = [Results.read(name, options.folder) for name in options.names]
-    text = report(experiments)
-    print(text)
-    with atomic_path(options.out / "completion.md") as temporary:
-        temporary.write_text(text)
+    files = {options.out / "completion.md": report, options.folder / "results" / "completion.md": details}
+    for file, function in files.items():
+        text = function(experiments)
+        print(text)
+        with atomic_path(file) as temporary:
+            temporary.write_text(text)
     save_figure(draw(experiments), options.out / "completion.png")
 
 

@@ -1,0 +1,221 @@
+"""Why does the residual decoder not improve the plain segmentation? Look inside the networks of completion.py.
+
+    python examples/benchmarks/why.py hippocampus_completion --data Task04_Hippocampus
+    python examples/benchmarks/why.py hippocampus_completion chaos_completion sts_completion    # only the tables
+
+It takes the weights of the arm ``conres`` that completion.py left in ``runs/NAME``, before, in the middle of and after
+the training, and writes one row for each network into ``results/NAME_why.csv`` and a table into ``docs/tables/why.md``.
+
+- Gradients at the encoder, means over training patches: the size of the residual loss's gradient over that of the
+  segmentation loss's, and their cosine.
+- Gates of the finest scale, on whole validation scans: their standard deviation over voxels (mean over channels) and
+  between channels (of the means over voxels); the area under the ROC curve of the channels' mean gate for the residual
+  mask of the label.
+- Dice: of the network; with the mean of each gate in its place; of the chain with the residual masks of the label and
+  no drawn slice, which is what perfect residuals would allow.
+- Dice of residual masks: predicted by the residual decoder, and derived from the predicted segmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ablation import SIZES, augmentation
+from common import write_table
+from completion import ARMS, Case, build, dice, plan, predict
+from completion_report import title
+from experiment import Experiment
+from monai.data import CacheDataset, Dataset
+from monai.metrics import DiceMetric
+from monai.networks import one_hot
+from monai.transforms import Compose
+
+from monai_conres import ConResLoss, ConResNet, residual_mask
+from monai_conres.bundle import read_decathlon, seed_everything
+from monai_conres.chain import best_labelling
+from monai_conres.files import write_csv
+
+PATCHES = 8
+CASES = 8  # of a fold, at most
+COLUMNS = {
+    "cosine_start": "cosine of the gradients: start",
+    "cosine_half": "half",
+    "cosine_end": "end",
+    "ratio_start": "size of the residual gradient: start",
+    "ratio_half": "half",
+    "ratio_end": "end",
+    "gate_voxels": "spread of a gate: over voxels",
+    "gate_channels": "between channels",
+    "gate_auroc": "AUROC for the true residual mask",
+    "dice": "Dice: network",
+    "dice_mean_gates": "mean gates",
+    "dice_true_residuals": "true residuals",
+    "residual_predicted": "Dice of residual masks: predicted",
+    "residual_derived": "derived",
+}
+
+
+def gradients(network: ConResNet, patches: CacheDataset, seed: int) -> tuple[float, float]:
+    """Cosine of the gradients of both losses at the encoder, and the size of the residual loss's over the other's."""
+    seed_everything(seed)
+    loss = ConResLoss(softmax=True)
+    network.train()
+    weights = [*network.encoder.parameters(), *network.bottleneck.parameters()]
+    cosines, ratios = [], []
+    for number in range(PATCHES):
+        patch = patches[number % len(patches)][0]
+        label = patch["label"][None].as_tensor()
+        output = network(patch["image"][None].as_tensor())
+        parts = (loss.segmentation_loss(output.segmentation, label), loss.residual_loss(output.residuals, label))
+        own, other = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(part, weights, retain_graph=True)]) for part in parts
+        )
+        cosines.append(torch.cosine_similarity(own, other, dim=0).item())
+        ratios.append((other.norm() / own.norm()).item())
+    return float(np.mean(cosines)), float(np.mean(ratios))
+
+
+@contextmanager
+def mean_gates(network: ConResNet) -> Iterator[None]:
+    """Each gate of Eq. 6 becomes its mean over the voxels of its channel."""
+
+    def attend(stage: Any) -> Any:
+        return lambda features, residual: features * (1 + stage.gate(residual).mean((2, 3, 4), keepdim=True))
+
+    stages = network.residual_decoder.stages
+    for stage in stages:
+        stage.attend = attend(stage)
+    try:
+        yield
+    finally:
+        for stage in stages:
+            del stage.attend
+
+
+@torch.no_grad()
+def finest_gate(network: ConResNet, image: torch.Tensor) -> torch.Tensor:
+    """The gate of Eq. 6 at full resolution, ``(channels, d, h, w)``, for a whole scan."""
+    stage = network.eval().residual_decoder.stages[-1]
+    gates: list[torch.Tensor] = []
+    original = stage.attend
+    stage.attend = lambda features, residual: (gates.append(stage.gate(residual)), original(features, residual))[1]
+    try:
+        network(image)
+    finally:
+        del stage.attend
+    return gates[0][0]
+
+
+def auroc(score: torch.Tensor, truth: torch.Tensor) -> float:
+    """Area under the ROC curve: how often a voxel of ``truth`` has a larger score than another voxel."""
+    ranks = torch.empty(score.numel(), dtype=torch.float64)
+    ranks[score.flatten().argsort()] = torch.arange(1, score.numel() + 1, dtype=torch.float64)
+    positive = truth.flatten() > 0
+    number, rest = int(positive.sum()), int((~positive).sum())
+    return float((ranks[positive].sum() - number * (number + 1) / 2) / (number * rest))
+
+
+def with_true_residuals(case: Case, certainty: float = 20.0) -> torch.Tensor:
+    """The most probable labelling of the chain whose residuals are those of the label."""
+    masks = one_hot(case.label, num_classes=case.segmentation.shape[1])[:, 1:].float()
+    return best_labelling(case.segmentation, certainty * (2 * residual_mask(masks) - 1))
+
+
+def look_inside(network: ConResNet, cases: Dataset, patch: tuple) -> dict[str, float]:
+    """Gates, Dice and residual masks of a trained network on validation cases, means over the cases."""
+    values: dict[str, list[float]] = {name: [] for name in list(COLUMNS)[6:]}
+    scans = list(predict(network, cases, patch))
+    with mean_gates(network):
+        constant = list(predict(network, cases, patch))
+    for case, other in zip(scans, constant, strict=True):
+        classes = case.segmentation.shape[1]
+        gate = finest_gate(network, case.image)
+        label, predicted = (
+            one_hot(x, num_classes=classes)[:, 1:].float() for x in (case.label, case.predicted.to(case.label.dtype))
+        )
+        change, derived = residual_mask(label), residual_mask(predicted)
+        values["gate_voxels"].append(gate.flatten(1).std(1).mean().item())
+        values["gate_channels"].append(gate.flatten(1).mean(1).std().item())
+        values["gate_auroc"].append(auroc(gate.mean(0), change.amax((0, 1))))
+        values["dice"].append(np.nanmean(dice(case.predicted, case.label, classes)))
+        values["dice_mean_gates"].append(np.nanmean(dice(other.predicted, case.label, classes)))
+        values["dice_true_residuals"].append(np.nanmean(dice(with_true_residuals(case), case.label, classes)))
+        # w_1 of Eq. 8 is the odds that the loss puts on a change, so its logarithm is the threshold
+        weight = (change[0, 0].numel() / change.sum((0, 2, 3, 4)).clamp(min=1)).log().view(1, -1, 1, 1, 1)
+        for name, mask in (("predicted", (case.residual > weight.log()).float()), ("derived", derived)):
+            values[f"residual_{name}"].append(DiceMetric(ignore_empty=True)(mask, change).nanmean().item())
+    return {name: float(np.mean(numbers)) for name, numbers in values.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", help="names of the experiments of completion.py")
+    parser.add_argument("--data", type=Path, help="folder with dataset.json, of one experiment")
+    parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
+    parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for why.md")
+    options = parser.parse_args()
+    if options.data is not None:
+        measure(Experiment(options.names[0], options.folder), options.data)
+    rows = []
+    for name in options.names:
+        with table_file(options.folder, name).open(newline="") as file:
+            networks = list(csv.DictReader(file))
+        means = {text: f"{np.mean([float(row[key]) for row in networks]):.3f}" for key, text in COLUMNS.items()}
+        rows.append({"data": title(name), "networks": str(len(networks)), **means})
+    print(write_table(options.out, "why", rows))
+
+
+def table_file(folder: Path, name: str) -> Path:
+    return folder / "results" / f"{name}_why.csv"
+
+
+def measure(experiment: Experiment, folder: Path) -> None:
+    """Write the rows of all networks of an experiment that do not have one yet."""
+    settings = experiment.settings()
+    if settings is None:
+        raise ValueError(f"expected runs of completion.py in {experiment.runs}, got none.")
+    data = read_decathlon(folder)
+    prepare, patch, strides = plan(data, settings)
+    file = table_file(experiment.folder, experiment.name)
+    rows: list[dict[str, Any]] = []
+    if file.exists():
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    known = {(int(row["fold"]), int(row["seed"])) for row in rows}
+    for weights in sorted(experiment.runs.glob("conres_fold*.pt")):
+        found = re.fullmatch(r"conres_fold(\d+)_seed(\d+)", weights.stem)
+        if found is None or (key := (int(found[1]), int(found[2]))) in known:
+            continue
+        fold, seed = key
+        training, validation = data.split(fold)
+        patches = CacheDataset(
+            training[:PATCHES], Compose(prepare + augmentation(patch, len(data.classes))), progress=False
+        )
+        seed_everything(seed)
+        network = build(ARMS["conres"], data.channels, len(data.classes), SIZES[settings["size"]], strides)
+        row: dict[str, Any] = {"fold": fold, "seed": seed}
+        for when, states in (("start", None), ("half", weights.with_suffix(".half.pt")), ("end", weights)):
+            if states is not None:
+                network.load_state_dict(torch.load(states)["network"])
+            cosine, ratio = gradients(network, patches, seed)
+            row |= {f"cosine_{when}": cosine, f"ratio_{when}": ratio}
+        row |= look_inside(network, Dataset(validation[:CASES], Compose(prepare)), patch)
+        rows.append({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()})
+        write_csv(file, rows)
+        print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # the data or an argument: the message names the remedy
+        sys.exit(f"error: {error}")
