@@ -144,6 +144,7 @@ def complete_scan(
     slices: Sequence[int] | None = None,
     settings: ChainSettings | None = None,
     propose: int = 3,
+    ignore_index: int | None = None,
     progress: bool = False,
 ) -> CompletedScan:
     """Complete the label map of a scan file from a few slices of it that are drawn.
@@ -160,6 +161,7 @@ def complete_scan(
             not count.
         settings: weights of the chain; ``None`` takes those that were saved with the network, or the defaults.
         propose: how many slices to propose for drawing next.
+        ignore_index: value of all voxels in slices that are not drawn. Drawn slices may then be empty.
         progress: True shows a progress bar of the windows.
 
     Returns:
@@ -170,7 +172,7 @@ def complete_scan(
             outside the scan, a drawn value is none of the network's, or the network resamples along the slice axis.
     """
     scan = ScanCompletion(trained, image, settings=settings)
-    planes, left_out = scan.read_drawn(drawn, slices)
+    planes, left_out = scan.read_drawn(drawn, slices, ignore_index)
     if not planes:
         raise ValueError(
             f"expected a drawn slice in {drawn}, got none; draw a slice, or name one that is drawn empty in slices."
@@ -236,17 +238,22 @@ class ScanCompletion:
         self._chain: SliceChain | None = None
 
     def read_drawn(
-        self, file: str | os.PathLike, slices: Sequence[int] | None = None
+        self, file: str | os.PathLike, slices: Sequence[int] | None = None, ignore_index: int | None = None
     ) -> tuple[dict[int, torch.Tensor], list[int]]:
         """The drawn slices of a label map, as :meth:`draw` takes them, and other slices with labels.
 
         Raises:
-            ValueError: when the file does not lie on the voxels of the scan, a slice is outside the scan, or a value is
-                none of the network's.
+            ValueError: when the file does not lie on the voxels of the scan, a slice is outside the scan or drawn in
+                part, or a value is none of the network's.
         """
         check_same_grid([*self.files, file])
-        known, left_out, values = _drawn_slices(file, slices, self.spatial_axis, self.scans)
+        known, left_out, values = _drawn_slices(file, slices, self.spatial_axis, self.scans, ignore_index)
         planes = values[0].movedim(self.spatial_axis, 0)
+        if ignore_index is not None and (partly := [n for n in known if (planes[n] == ignore_index).any()]):
+            raise ValueError(
+                f"expected whole slices to be drawn in {file}, got {ignore_index} in some voxels of {partly}; draw the "
+                "rest, or name the slices that are drawn."
+            )
         return {number: planes[number] for number in known}, left_out
 
     @torch.no_grad()
@@ -354,7 +361,11 @@ class ScanCompletion:
 
 
 def fit_completion(
-    trained: TrainedNetwork, cases: Iterable[Mapping[str, Any]], *, drawn: Sequence[int] = (1, 2, 3)
+    trained: TrainedNetwork,
+    cases: Iterable[Mapping[str, Any]],
+    *,
+    drawn: Sequence[int] = (1, 2, 3),
+    ignore_index: int | None = None,
 ) -> ChainSettings:
     """Fit the weights of the chain for a trained network, as :func:`~monai_conres.chain_training.fit_chain` does.
 
@@ -363,6 +374,7 @@ def fit_completion(
         cases: training cases of the network: ``image``, a NIfTI file or one for each channel, and ``label``, the label
             map. The function holds one case at a time.
         drawn: numbers of drawn slices, fitted together.
+        ignore_index: value of voxels without a label, where only some slices of the training cases are drawn.
 
     Returns:
         Settings for :func:`~monai_conres.files.save_chain`.
@@ -370,11 +382,12 @@ def fit_completion(
     Raises:
         ValueError: for files that :func:`complete_scan` refuses, and when no case has a label.
     """
-    return fit_chain((_chain_case(trained, case) for case in cases), drawn=drawn)
+    samples = (_chain_case(trained, case, ignore_index) for case in cases)
+    return fit_chain(samples, drawn=drawn, ignore_index=ignore_index)
 
 
 @torch.no_grad()
-def _chain_case(trained: TrainedNetwork, case: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _chain_case(trained: TrainedNetwork, case: Mapping[str, Any], ignore_index: int | None) -> dict[str, torch.Tensor]:
     """What :func:`~monai_conres.chain_training.fit_chain` takes of a case, with the slices last."""
     scans, axis = trained.scans, _slice_axis(trained.network)
     trained.network.eval()
@@ -382,9 +395,13 @@ def _chain_case(trained: TrainedNetwork, case: Mapping[str, Any]) -> dict[str, t
     check_same_grid([*files, case["label"]])
     scan = _load_scan(scans, files)
     file_axis, _ = _file_axis(scans, scan, axis)
-    *_, values = _drawn_slices(case["label"], range(scan.meta["spatial_shape"][file_axis]), file_axis, scans)
+    every_slice = range(scan.meta["spatial_shape"][file_axis])
+    *_, values = _drawn_slices(case["label"], every_slice, file_axis, scans, ignore_index)
+    label = _to_classes(values, scans)
+    if ignore_index is not None:
+        label = label.masked_fill(values == ignore_index, ignore_index)
     segmentation, residual, seen = _predict_scan(trained, scan, axis, progress=False)
-    volumes = {"segmentation": segmentation, "image": seen, "label": _to_classes(values, scans)}
+    volumes = {"segmentation": segmentation, "image": seen, "label": label}
     volumes |= {} if residual is None else {"residual": residual}
     return {name: volume.movedim(file_axis + 1, -1)[None] for name, volume in volumes.items()}
 
@@ -542,16 +559,24 @@ def _file_axis(scans: ScanSettings, scan: MetaTensor, axis: int) -> tuple[int, b
 
 
 def _drawn_slices(
-    file: str | os.PathLike, slices: Sequence[int] | None, axis: int, scans: ScanSettings
+    file: str | os.PathLike,
+    slices: Sequence[int] | None,
+    axis: int,
+    scans: ScanSettings,
+    ignore_index: int | None = None,
 ) -> tuple[list[int], list[int], torch.Tensor]:
     """The drawn slices, others with labels, and the label map ``(1, *spatial)`` in uint8 of the drawn ones."""
+    allowed = [0, *sorted(label_values(scans.classes))]
+    if ignore_index in allowed or not 0 <= (ignore_index or 0) <= 255:
+        raise ValueError(f"expected ignore_index up to 255 that is none of {allowed}, got {ignore_index}.")
     label = convert_to_tensor(load_volume(file), track_meta=False)
     if len(label) != 1:
         raise ValueError(
             f"expected one label map in {file}, got {len(label)} channels; write one value for each class."
         )
     by_slice = label.movedim(axis + 1, 0)
-    labelled = set((by_slice != 0).flatten(1).any(1).nonzero()[:, 0].tolist())
+    nothing = 0 if ignore_index is None else ignore_index  # what slices hold that are not drawn
+    labelled = set((by_slice != nothing).flatten(1).any(1).nonzero()[:, 0].tolist())
     known = sorted({operator.index(number) for number in slices} if slices is not None else labelled)
     if known and (known[0] < 0 or known[-1] >= len(by_slice)):
         raise ValueError(
@@ -559,9 +584,8 @@ def _drawn_slices(
             f"{('first', 'second', 'third')[axis]} axis of the file."
         )
     values = torch.zeros_like(label, dtype=torch.uint8)
-    allowed = [0, *sorted(label_values(scans.classes))]
     drawn = by_slice[known]
-    wrong = drawn[~torch.isin(drawn, torch.tensor(allowed, dtype=drawn.dtype))]
+    wrong = drawn[~torch.isin(drawn, torch.tensor([*allowed, nothing], dtype=drawn.dtype))]
     if len(wrong):
         found = ", ".join(sorted({f"{value:.9g}" for value in wrong[:10000].tolist()}, key=float)[:5])
         raise ValueError(

@@ -14,9 +14,11 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from monai_conres import ConResOutput
+from monai_conres import ConResNet, ConResOutput, complete_scan
+from monai_conres.__main__ import main
 from monai_conres.bundle import CaseReport, labelled_slices
-from monai_conres.files import load_network
+from monai_conres.completion import fit_completion
+from monai_conres.files import ScanSettings, load_network, save_network
 from monai_conres.phantom import write_phantom_brats, write_phantom_dataset
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -186,3 +188,33 @@ def test_quickstart_scores_labelled_voxels_only(run, tmp_path):
     label = voxels(data / "labelsTr" / f"{row['case']}.nii.gz")
     one, other = ((part == 1)[label != 255] for part in (predicted, label))
     assert float(row["Dice edema"]) == pytest.approx(2 * (one & other).sum() / (one.sum() + other.sum()), abs=2e-3)
+
+
+def test_completion_reads_labels_with_ignored_slices(tmp_path):
+    """A drawn slice may be empty, and slices with 255 are not drawn."""
+    data = tmp_path / "data"
+    write_phantom_dataset(data, cases=1, size=(16, 20, 14))
+    image, drawn = (next((data / folder).glob("*.nii.gz")) for folder in ("imagesTr", "labelsTr"))
+    whole = voxels(drawn).copy()
+    keep_slices(data, 0, 6)
+    assert not whole[..., 0].any()  # above the tumor
+    network = ConResNet(4, 4, include_background=False, channels=(8, 8), strides=(2,), blocks=(1, 1, 1))
+    classes = {"edema": [1], "necrosis": [2], "enhancing tumor": [3]}
+    scans = ScanSettings(channels=list("abcd"), patch_size=(16, 16, 8), classes=classes, activation="softmax")
+    save_network(tmp_path / "run", network, scans)
+    files = ["--network", tmp_path / "run", "--image", image, "--drawn", drawn, "--out", tmp_path / "out.nii.gz"]
+    main(["complete", *map(str, files), "--ignore", "255", "--device", "cpu"])
+    completed = voxels(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(completed[..., [0, 6]], whole[..., [0, 6]])
+    trained = load_network(tmp_path / "run")
+    assert complete_scan(trained, image, drawn, ignore_index=255).slices == [0, 6]
+    settings = fit_completion(trained, [{"image": image, "label": drawn}], ignore_index=255)
+    assert np.isfinite([settings.tau, *settings.offset]).all()
+    with pytest.raises(ValueError, match="expected ignore_index up to 255 that is none of"):
+        complete_scan(trained, image, drawn, ignore_index=2)
+    half = nib.load(drawn)
+    values = np.asarray(half.dataobj).copy()
+    values[:8, :, 6] = 255
+    nib.save(nib.Nifti1Image(values, half.affine), tmp_path / "half.nii.gz")
+    with pytest.raises(ValueError, match=r"got 255 in some voxels of \[6\]"):
+        complete_scan(trained, image, tmp_path / "half.nii.gz", ignore_index=255)

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drawn", required=True, type=Path, help="label map with the drawn slices")
     parser.add_argument("--out", required=True, type=Path, help="file for the completed label map, .nii or .nii.gz")
     parser.add_argument("--slices", type=int, nargs="+", help="all drawn slices (default: those with any label)")
+    parser.add_argument("--ignore", type=int, metavar="VALUE", help="value of slices that are not drawn (default: 0)")
     parser.add_argument("--next", type=int, default=3, metavar="N", help="how many slices to propose (default: 3)")
     parser.add_argument("--preview", type=Path, help="file for a picture of the result, .png")
 
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         slices=options.slices,
         propose=options.next,
+        ignore=options.ignore,
         backbone=options.backbone,
         preview=options.preview,
         device=options.device,
@@ -60,6 +62,7 @@ def complete_files(
     *,
     slices: Sequence[int] | None = None,
     propose: int = 3,
+    ignore: int | None = None,
     backbone: str | None = None,
     preview: str | os.PathLike | None = None,
     device: Any = None,
@@ -74,6 +77,7 @@ def complete_files(
         out: the file for the completed label map.
         slices: all drawn slices; ``None``: those with any label.
         propose: how many slices to propose for drawing next.
+        ignore: value of slices that are not drawn; ``None``: 0.
         backbone: ``file.py:function`` that builds the backbone, if ``network.json`` does not have it.
         preview: the file for a picture of the result.
         device: where the network computes; ``None``: on a GPU if there is one.
@@ -91,7 +95,9 @@ def complete_files(
     trained = load_on_device(network, backbone, device)
     for file in filter(None, (out, preview)):
         check_writable(file.absolute().parent)
-    completed = complete_scan(trained, images, drawn, slices=slices, propose=propose, progress=progress)
+    completed = complete_scan(
+        trained, images, drawn, slices=slices, propose=propose, ignore_index=ignore, progress=progress
+    )
     size = completed.label.shape[1 + completed.spatial_axis]
     print(
         f"Slices count from 0 to {size - 1} along the {ORDINALS[completed.spatial_axis]} axis of the file, from "

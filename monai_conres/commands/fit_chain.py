@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser)
     parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="NIfTI files of the scans")
     parser.add_argument("--labels", required=True, type=Path, metavar="FOLDER", help="their label maps")
+    parser.add_argument("--ignore", type=int, metavar="VALUE", help="value of voxels without a label (default: none)")
     parser.add_argument("--cases", type=int, default=12, metavar="N", help="how many cases to use (default: 12)")
 
 
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
         options.network,
         find_cases(options.images, options.labels),
         number=options.cases,
+        ignore=options.ignore,
         backbone=options.backbone,
         device=options.device,
     )
@@ -41,6 +43,7 @@ def fit_run(
     cases: Mapping[str, Mapping[str, Any]],
     *,
     number: int = 12,
+    ignore: int | None = None,
     backbone: str | None = None,
     device: Any = None,
 ) -> None:
@@ -51,6 +54,7 @@ def fit_run(
         cases: files of each case, ``image`` and ``label``, by its name, with or without the ending of a file. Only
             those count that ``network.json`` names as training cases; all, if it names none.
         number: how many of them to use, evenly spread.
+        ignore: value of voxels without a label, where only some slices are drawn.
         backbone: ``file.py:function`` that builds the backbone, if ``network.json`` does not have it.
         device: where the network computes; ``None``: on a GPU if there is one.
 
@@ -75,7 +79,8 @@ def fit_run(
     if names is None:
         print("network.json does not name its training cases, so all cases count. Do not score with these cases.")
     number = min(number, len(chosen))
-    settings = fit_completion(trained, _announce([chosen[i * len(chosen) // number] for i in range(number)]))
+    used = _announce([chosen[i * len(chosen) // number] for i in range(number)])
+    settings = fit_completion(trained, used, ignore_index=ignore)
     save_chain(network, settings)
     print("\n".join(f"{name}: {value}" for name, value in asdict(settings).items()))
     print(f"Written to {Path(network, 'network.json')}")
