@@ -13,7 +13,7 @@ import torch.nn as nn
 from monai.networks.nets import BasicUNetPlusPlus
 
 from monai_conres.decoder import ConResDecoder, ConResOutput
-from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, resize_features
+from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, resize_features, without_metadata
 from monai_conres.renamed import OldAttribute, refuse_old_arguments
 from monai_conres.stages import decoder_stages
 
@@ -177,6 +177,7 @@ class ConResWrapper(nn.Module):
         setattr(backbone, _MARK, True)
         self.training = backbone.training  # not train(), because parts of the backbone may be frozen in eval mode
 
+    @without_metadata
     def forward(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Segment ``image``; other arguments go to the backbone. :func:`attach_conres` says what is returned."""
         if self.training:
@@ -185,11 +186,13 @@ class ConResWrapper(nn.Module):
             return self.backbone(image, *args, **kwargs)
         return self._run(image, *args, **kwargs)[0]
 
+    @without_metadata
     def heads(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> ConResOutput:
         """All outputs in either mode: the backbone's, and logits of the residual masks, fine to coarse."""
         segmentation, residuals = self._run(image, *args, **kwargs)
         return ConResOutput(segmentation, self.decoder.predict(residuals))
 
+    @without_metadata
     def with_residual(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the segmentation and of its residual mask at the resolution of the image, in either mode.
 

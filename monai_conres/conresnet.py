@@ -17,7 +17,9 @@ from monai_conres.layers import (
     NormActConv,
     PreActivationBlock,
     WeightStandardizedConv3d,
+    add_into,
     resize_features,
+    without_metadata,
 )
 from monai_conres.renamed import OldAttribute, refuse_old_arguments
 from monai_conres.residual import slice_dim
@@ -178,6 +180,7 @@ class ConResNet(nn.Module):
         setting: dict[str, Any] = {"fan_in_scaling": False, "inner_norm": False, "align_corners": True}
         return cls(in_channels, out_channels, spatial_axis=spatial_axis, **setting, **kwargs)
 
+    @without_metadata
     def forward(self, image: torch.Tensor) -> ConResOutput | torch.Tensor:
         """Segment ``image``; see the class for what is returned in which mode."""
         if self.training:
@@ -186,6 +189,7 @@ class ConResNet(nn.Module):
         features, _ = self._decode(image, self.residual_decoder if self.context == "attention" else None)
         return self.head(features)
 
+    @without_metadata
     def with_residual(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the segmentation and of the finest residual masks, in either mode.
 
@@ -216,6 +220,7 @@ class ConResNet(nn.Module):
             )
         return segmentation, residuals[0]
 
+    @without_metadata
     def heads(self, image: torch.Tensor) -> ConResOutput:
         """All outputs in either mode: logits of the segmentation, and of the residual masks, fine to coarse."""
         features, residuals = self._decode(image, self.residual_decoder)
@@ -239,7 +244,7 @@ class ConResNet(nn.Module):
             features = self._run(self._merge, unit, features, skips.pop())
             if residual_decoder is not None:
                 previous = residuals[-1] if residuals else image
-                features, residual = self._run(residual_decoder.step, stage, features, previous)
+                features, residual = residual_decoder.step(stage, features, previous, run=self._run)
                 residuals.append(residual)
         return features, residuals
 
@@ -251,7 +256,7 @@ class ConResNet(nn.Module):
 
     def _merge(self, unit: nn.Module, features: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """Features of one scale of the segmentation decoder."""
-        return unit(resize_features(features, skip.shape[2:], align_corners=self.align_corners) + skip)
+        return unit(add_into(resize_features(features, skip.shape[2:], align_corners=self.align_corners), skip))
 
     def _check_image(self, image: torch.Tensor) -> None:
         if torch.jit.is_tracing():  # a traced size is a tensor, and comparing it would fix it

@@ -7,7 +7,7 @@ The decoder knows the channels of a segmentation decoder's features, never the n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,11 @@ from monai_conres.layers import (
     DEFAULT_NORM,
     NormActConv,
     WeightStandardizedConv3d,
+    add_into,
+    gate_features,
     norm_layer,
     resize_features,
+    sigmoid_change,
 )
 from monai_conres.renamed import refuse_old_arguments
 from monai_conres.residual import inter_slice_residual, slice_dim
@@ -44,6 +47,10 @@ class ConResOutput(NamedTuple):
 
     segmentation: Any
     residuals: tuple[torch.Tensor, ...]
+
+
+def _run(part: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.Tensor:
+    return part(*arguments)
 
 
 class ContextResidualModule(nn.Module):
@@ -128,20 +135,39 @@ class ContextResidualModule(nn.Module):
         if zero_init:
             self.strength = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, features: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the gated features ``O_seg`` and the context residual features ``O_res``."""
+    def forward(
+        self, features: torch.Tensor, residual: torch.Tensor, *, run: Callable[..., torch.Tensor] = _run
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gated features ``O_seg`` and the context residual features ``O_res``.
+
+        ``run(part, *arguments)`` computes Eq. 4 and 5: a network with ``use_checkpoint`` gives its own.
+        """
         if self.context == "none":
             return features, residual
-        change = inter_slice_residual(features.sigmoid(), spatial_axis=self.spatial_axis)  # Eq. 4
-        residual = self.outer(self.inner_norm(self.inner(change)) + self._incoming(features, residual))  # Eq. 5
-        if self.context == "mapping":
-            return features, residual
-        return torch.addcmul(features, features, self.gate(residual)), residual  # Eq. 6: F + F * gate
+        residual = run(self.map_context, features, residual)
+        return self.attend(features, residual), residual
+
+    def map_context(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Context residual mapping: ``O_res`` from the features and the incoming context residual."""
+        change = sigmoid_change(features, spatial_axis=self.spatial_axis)  # Eq. 4
+        return self.outer(add_into(self._incoming(features, residual), self.inner_norm(self.inner(change))))  # Eq. 5
+
+    def attend(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Context attention mapping: ``O_seg`` from the features and ``O_res``."""
+        if self.context != "attention":
+            return features
+        if self.strength is not None:
+            return torch.addcmul(features, features, self.gate(residual))  # F + F * gate
+        return gate_features(features, self._gate_logits(residual))  # Eq. 6
 
     def gate(self, residual: torch.Tensor) -> torch.Tensor:
         """``sigmoid(O_res)`` of Eq. 6, ``(b, channels, d, h, w)``, from the context residual features ``O_res``."""
-        gate = (residual if self.expand is None else self.expand(residual)).sigmoid()
+        gate = self._gate_logits(residual).sigmoid()
         return gate if self.strength is None else self.strength.view(-1, 1, 1, 1).to(gate.dtype) * gate
+
+    def _gate_logits(self, residual: torch.Tensor) -> torch.Tensor:
+        """``O_res`` of Eq. 6 with the channels of the features."""
+        return residual if self.expand is None else self.expand(residual)
 
     def _incoming(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """``I_res`` of Eq. 5 with the spatial size of the features and ``width`` channels."""
@@ -242,13 +268,21 @@ class ConResDecoder(nn.Module):
         )
         self.heads = nn.ModuleList(nn.Conv3d(w, out_channels, kernel_size=1) for w in widths)
 
-    def step(self, stage: int, features: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self,
+        stage: int,
+        features: torch.Tensor,
+        previous: torch.Tensor,
+        *,
+        run: Callable[..., torch.Tensor] = _run,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pass one scale.
 
         Args:
             stage: number of the scale, 0 for the coarsest.
             features: features of the segmentation decoder at this scale, ``(b, channels[stage], d, h, w)``.
             previous: context residual features of the scale before; the image for the coarsest.
+            run: see :meth:`ContextResidualModule.forward`.
 
         Returns:
             The features that the segmentation decoder goes on with (``O_seg`` of Eq. 6), and the context residual
@@ -256,7 +290,7 @@ class ConResDecoder(nn.Module):
         """
         if stage == 0:
             previous = inter_slice_residual(previous, spatial_axis=self.spatial_axis)
-        return self.stages[stage](features, previous)
+        return self.stages[stage](features, previous, run=run)
 
     def predict(self, residuals: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Logits of the residual masks, fine to coarse, from the features of all scales, coarse to fine."""

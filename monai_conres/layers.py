@@ -6,15 +6,21 @@ What the package does for speed is in this file; ``docs/performance.md`` has the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.data import MetaTensor, get_track_meta
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
-from torch.autograd.function import once_differentiable
+from monai.utils import convert_to_dst_type
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from monai_conres.residual import inter_slice_residual, slice_dim
 
 __all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "resize_features"]
 
@@ -92,9 +98,30 @@ class WeightStandardizedConv3d(nn.Conv3d):
         filters = F.layer_norm(self.weight, self.weight.shape[1:], eps=self.eps * unbiased)
         return filters * (self.gain * unbiased**0.5)
 
+    def filters(self) -> torch.Tensor:
+        """The same in the layout and precision of the convolution; without gradients computed once in ``eval()``.
+
+        The filters are computed again when the weights change, and after each call of ``train()`` or ``eval()``. torch
+        does not see a change through ``weight.data``: call ``eval()`` after it.
+        """
+        if self.training or torch.is_grad_enabled() or not holds_values(self.weight) or not is_plain_eager(self.weight):
+            return fast_layout(self.standardized_weight())
+        dtype = torch.get_autocast_dtype(self.weight.device.type) if autocasts(self.weight) else self.weight.dtype
+        weight = self.weight.detach()  # keeps the memory, so that its address belongs to no other tensor
+        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, dtype)
+        kept = _FILTERS.get(self)
+        if kept is None or kept[0] != state:
+            kept = _FILTERS[self] = (state, weight, fast_layout(self.standardized_weight()).to(dtype))
+        return kept[2]
+
+    def train(self, mode: bool = True) -> WeightStandardizedConv3d:
+        """Set the mode, and forget the filters of :meth:`filters`."""
+        _FILTERS.pop(self, None)
+        return super().train(mode)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve ``input`` with the standardized filters."""
-        weight = fast_layout(self.standardized_weight())
+        weight = self.filters()
         padding = self.dilation[0] * (self.kernel_size[0] // 2)
         if torch_convolves_slowly(input):
             try:
@@ -102,6 +129,10 @@ class WeightStandardizedConv3d(nn.Conv3d):
             except NotImplementedError:  # in forward-mode differentiation
                 pass
         return F.conv3d(input, weight, None, self.stride, padding, self.dilation)
+
+
+# of each convolution: the state of the weights, the weights, and the filters that belong to them
+_FILTERS: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
 
 
 def torch_convolves_slowly(input: torch.Tensor) -> bool:
@@ -116,8 +147,19 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and type(input).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # the tensor holds values
+        and holds_values(input)
     )
+
+
+def autocasts(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on where ``tensor`` is."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def holds_values(tensor: torch.Tensor) -> bool:
+    """Whether torch computes ``tensor`` itself. False for tensors of tools, which only record shapes."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 @register_flop_formula(torch.ops.aten.mkldnn_convolution)
@@ -185,7 +227,7 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(b, channels, d, h, w)`` to the same shape."""
-        return x + self.unit2(self.unit1(x))
+        return add_into(self.unit2(self.unit1(x)), x)
 
 
 def fast_layout(weight: torch.Tensor) -> torch.Tensor:
@@ -199,10 +241,9 @@ class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` that uses all of an accelerator for a batch of one volume.
 
     torch's CUDA kernel starts one block of threads for each group of each volume. This class computes the same function
-    with the same parameters from statistics of each channel, which torch reduces with all blocks. Under autocast the
-    output has the precision of the input, and the statistics are in float32. On a CPU, and while a graph is traced or
-    compiled, this class is torch's own group normalization. On an accelerator there are only first derivatives in
-    reverse mode: no forward-mode differentiation and no second derivatives.
+    with the same parameters from sums that torch computes with all blocks. Under autocast the output has the precision
+    of the input, and the statistics are in float32. On a CPU, under ``torch.func``, in forward-mode differentiation,
+    and while a graph is traced or compiled, this class is torch's own group normalization.
 
     Raises:
         ValueError: when a batch of one has only one value in each group.
@@ -215,13 +256,13 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(b, c, *spatial)`` to the same shape."""
-        if x.device.type == "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return super().forward(x)
-        if x.numel() == self.num_groups:
+        if not torch.jit.is_tracing() and x.numel() == self.num_groups:
             raise ValueError(
                 f"expected more than one value in each of {self.num_groups} groups, got shape {tuple(x.shape)}; give a "
                 "larger image or fewer groups."
             )
+        if not on_accelerator(x) or not is_plain_eager(x, self.weight, self.bias):
+            return super().forward(x)
         return NormalizeGroups.apply(x, self.weight, self.bias, self.num_groups, self.eps)[0]
 
 
@@ -229,65 +270,148 @@ class NormalizeGroups(torch.autograd.Function):
     """Group normalization ``y = (x - mean) / deviation * weight + bias``; keeps ``x`` and two numbers for each group.
 
     Called with ``(x, weight, bias, number of groups, eps)``. Returns ``y``, mean and reciprocal deviation.
-    """
 
-    generate_vmap_rule = True
+    ``x`` in half precision is read as it is, never copied to float32. Its variance is then the mean of the squares less
+    the square of the mean, in float32. Relative to the variance that is exact to ``1e-7 * (mean / deviation) ** 2``.
+    """
 
     @staticmethod
     def forward(
         x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
-        variances, means = torch.var_mean(x.to(wide), dim=list(range(2, x.ndim)), correction=0)
-        variances, means = (part.unflatten(1, (groups, -1)) for part in (variances, means))
-        mean = means.mean(2)
-        # variance in a group: the mean of the channels' variances plus the variance of their means
-        reciprocal = (variances.mean(2) + means.var(2, correction=0) + eps).rsqrt()
-        scale = _of_channels(reciprocal, x) * (1 if weight is None else _of_channels(weight, x))
-        shift = (0 if bias is None else _of_channels(bias, x)) - _of_channels(mean, x) * scale
-        return torch.addcmul(shift, x, scale).to(x.dtype), mean, reciprocal
+        parts = x.unflatten(1, (groups, -1))
+        voxels = list(range(2, parts.ndim))
+        if x.dtype == wide:
+            variance, mean = torch.var_mean(parts, voxels, correction=0)
+        else:
+            mean = parts.mean(voxels, dtype=wide)
+            square = torch.linalg.vector_norm(parts, 2, voxels, dtype=wide).square_() / math.prod(parts.shape[2:])
+            variance = square.addcmul_(mean, mean, value=-1).clamp_(min=0)
+        mean, reciprocal = mean[..., None], variance.add_(eps).rsqrt_()[..., None]  # (b, groups, 1)
+        scale = _scale(reciprocal, weight, x)
+        shift = -mean * scale if bias is None else torch.addcmul(bias.unflatten(0, (groups, -1)), mean, scale, value=-1)
+        y = torch.addcmul(_of_channels(shift, x), x, _of_channels(scale, x), out=torch.empty_like(x))
+        return y, mean, reciprocal
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, _, _ = inputs
+        x, weight, bias, _, ctx.eps = inputs
         _, mean, reciprocal = output
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, mean, reciprocal)
+        ctx.save_for_backward(x, weight, bias, mean, reciprocal)
         ctx.mark_non_differentiable(mean, reciprocal)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, reciprocal = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, mean, reciprocal = ctx.saved_tensors
         wide, groups = mean.dtype, mean.shape[1]
+        if grad is None:
+            return (None,) * 5
+        if torch.is_grad_enabled():
+            return (
+                *differentiable(
+                    lambda x, w, b: F.group_norm(x.to(wide), groups, w, b, ctx.eps).to(x.dtype), (x, weight, bias), grad
+                ),
+                None,
+                None,
+            )
         voxels = list(range(2, x.ndim))
-        of_bias = grad.sum(voxels, dtype=wide)
-        of_weight = (x.to(wide) * grad).sum(voxels)
-        of_weight = _repeat(reciprocal, x) * (of_weight - _repeat(mean, x) * of_bias)
-        # means over a group of the gradient of (x - mean) / deviation, and of its product with that
+        # half precision: one operation multiplies in float32
+        product = x * grad if x.dtype == wide else torch.addcmul(mean.new_zeros((1,) * x.ndim), x, grad)
+        of_bias = grad.sum(voxels, dtype=wide).unflatten(1, (groups, -1))  # (b, groups, channels of a group)
+        of_weight = product.sum(voxels).unflatten(1, (groups, -1)).addcmul_(mean, of_bias, value=-1).mul_(reciprocal)
+        # the gradient of (x - mean) / deviation has no mean, and none of its product with that
+        size = math.prod(x.shape[1:]) // groups
         first, second = (
-            (part if weight is None else weight * part).unflatten(1, (groups, -1)).sum(2) * groups / x.shape[1:].numel()
+            (part if weight is None else part * weight.unflatten(0, (groups, -1))).sum(2, keepdim=True).mul_(reciprocal)
             for part in (of_bias, of_weight)
         )
-        of_x = torch.addcmul(
-            _of_channels(reciprocal * (reciprocal * second * mean - first), x),
-            x,
-            _of_channels(-(reciprocal**2) * second, x),
+        second = second.mul_(reciprocal).div_(-size)
+        offset = torch.addcmul(first.div_(-size), second, mean, value=-1)
+        offset, slope = (_of_channels(part.expand_as(of_bias), x) for part in (offset, second))
+        of_x = torch.addcmul(offset, x, slope, out=torch.empty_like(x))
+        of_x.addcmul_(grad, _of_channels(_scale(reciprocal, weight, x), x))
+        return (
+            of_x,
+            None if weight is None else of_weight.sum(0).flatten(),
+            None if bias is None else of_bias.sum(0).flatten(),
+            None,
+            None,
         )
-        scale = _of_channels(reciprocal, x) * (1 if weight is None else _of_channels(weight, x))
-        of_x = torch.addcmul(of_x, grad, scale).to(x.dtype)
-        return of_x, None if weight is None else of_weight.sum(0), of_bias.sum(0) if ctx.has_bias else None, None, None
 
 
-def _repeat(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Values of groups ``(b, groups)`` for each channel of ``x``, ``(b, c)``."""
-    return values.repeat_interleave(x.shape[1] // values.shape[1], dim=1)
+def _scale(reciprocal: torch.Tensor, weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """What multiplies ``x``, ``(b, groups, channels of a group)``."""
+    groups = reciprocal.shape[1]
+    if weight is None:
+        return reciprocal.expand(-1, -1, x.shape[1] // groups)
+    return reciprocal * weight.unflatten(0, (groups, -1))
 
 
 def _of_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Values of channels ``(c)`` or of groups ``(b, groups)``, to be multiplied with ``x``: ``(b or 1, c, 1, ...)``."""
-    values = values[None] if values.ndim == 1 else _repeat(values, x)
-    return values.reshape(*values.shape, *(1,) * (x.ndim - 2))
+    """Values ``(b, groups, channels of a group)``, to be multiplied with ``x``: ``(b, c, 1, ...)``."""
+    return values.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
+
+
+def on_accelerator(x: torch.Tensor) -> bool:
+    """Whether ``x`` is not on a CPU."""
+    return x.device.type != "cpu"
+
+
+def is_plain_eager(*tensors: torch.Tensor | None) -> bool:
+    """Whether torch computes ``tensors`` one operation after another, with reverse-mode gradients at most.
+
+    False while a graph is traced, exported or compiled, under ``torch.func``, in forward-mode differentiation, and for
+    MONAI's ``MetaTensor``, whose results are views. These need operations that torch knows.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return all(
+        x is None
+        or (
+            not isinstance(x, MetaTensor)
+            and torch.func.debug_unwrap(x) is x
+            and forward_ad.unpack_dual(x).tangent is None
+        )
+        for x in tensors
+    )
+
+
+def without_metadata(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of ``(network, image, ...)`` that gives the results of a ``MetaTensor`` its metadata only at the end.
+
+    MONAI copies the metadata in each operation, which takes longer than the operation on a small image.
+    """
+
+    @wraps(method)
+    def run(network: nn.Module, image: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(image, MetaTensor):
+            return method(network, image, *args, **kwargs)
+        return _with_metadata(method(network, image.as_tensor(), *args, **kwargs), image)
+
+    return run
+
+
+def _with_metadata(output: Any, image: MetaTensor) -> Any:
+    """The tensors in ``output`` with the metadata of ``image``."""
+    if isinstance(output, torch.Tensor):
+        return convert_to_dst_type(output, image)[0] if get_track_meta() else output
+    if isinstance(output, Mapping):
+        return {key: _with_metadata(part, image) for key, part in output.items()}
+    if isinstance(output, (list, tuple)):
+        parts = [_with_metadata(part, image) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return output
+
+
+def differentiable(
+    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor | None], grad: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of ``function(*inputs)`` that can be differentiated again, for the backward pass of a function."""
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
 
 
 def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:
@@ -317,8 +441,107 @@ def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:
 def resize_features(features: torch.Tensor, size: Sequence[int], *, align_corners: bool = False) -> torch.Tensor:
     """Trilinear resampling of ``(b, c, d, h, w)`` to the spatial size ``size``, whatever the factor along each axis.
 
+    The result has the precision of ``features``, also under autocast, which resamples in float32.
+
     Example:
         >>> resize_features(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5)).shape
         torch.Size([1, 2, 6, 7, 5])
     """
-    return F.interpolate(features, size=tuple(size), mode="trilinear", align_corners=align_corners)
+    resample = partial(F.interpolate, size=tuple(size), mode="trilinear", align_corners=align_corners)
+    if torch.is_grad_enabled() or not autocasts(features):
+        return resample(features).to(features.dtype)  # the backward pass adds up in float32
+    with torch.autocast(features.device.type, enabled=False):
+        return resample(features)
+
+
+def add_into(fresh: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``fresh + other``; without gradients in the memory of ``fresh``, which nobody else may need.
+
+    New memory costs a CPU as much time as the sum.
+    """
+    if torch.is_grad_enabled() or fresh.dtype != other.dtype or not is_plain_eager(fresh, other):
+        return fresh + other
+    return fresh.add_(other)
+
+
+def sigmoid_change(features: torch.Tensor, *, spatial_axis: int = -1) -> torch.Tensor:
+    """``inter_slice_residual(features.sigmoid())``, Eq. 4 of the paper; autograd keeps only the features.
+
+    Example:
+        >>> sigmoid_change(torch.tensor([[[0.0, 100.0, -100.0]]]))
+        tensor([[[0.0000, 0.5000, 1.0000]]])
+    """
+    if not is_plain_eager(features):
+        return inter_slice_residual(features.sigmoid(), spatial_axis=spatial_axis)
+    return SigmoidChange.apply(features, slice_dim(features.ndim, spatial_axis))
+
+
+def gate_features(features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """``features * (1 + sigmoid(logits))``, Eq. 6 of the paper; autograd keeps only the two arguments.
+
+    Example:
+        >>> gate_features(torch.tensor([2.0, 2.0]), torch.tensor([0.0, 100.0]))
+        tensor([3., 4.])
+    """
+    if features.dtype != logits.dtype or not is_plain_eager(features, logits):
+        return torch.addcmul(features, features, logits.sigmoid())
+    return GateFeatures.apply(features, logits)
+
+
+class SigmoidChange(torch.autograd.Function):
+    """:func:`sigmoid_change`, called with the features and the tensor dimension of the slice axis."""
+
+    @staticmethod
+    def forward(features: torch.Tensor, dim: int) -> torch.Tensor:
+        active = features.sigmoid()
+        change = torch.empty_like(active)
+        change.narrow(dim, 0, 1).zero_()
+        torch.sub(*_neighbors(active, dim), out=change.narrow(dim, 1, change.shape[dim] - 1)).abs_()
+        return change
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        features, ctx.dim = inputs
+        ctx.save_for_backward(features)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (features,), dim = ctx.saved_tensors, ctx.dim
+        if torch.is_grad_enabled():
+            plain = partial(inter_slice_residual, spatial_axis=dim - 2)
+            return *differentiable(lambda f: plain(f.sigmoid()), (features,), grad), None
+        active = features.sigmoid()
+        later, earlier = _neighbors(active, dim)
+        of_later = (later - earlier).sgn_().mul_(_neighbors(grad, dim)[0])
+        of_active = torch.empty_like(active)
+        of_active.narrow(dim, 0, 1).zero_()
+        _neighbors(of_active, dim)[0].copy_(of_later)
+        _neighbors(of_active, dim)[1].sub_(of_later)
+        return torch.ops.aten.sigmoid_backward(of_active, active, grad_input=of_active), None
+
+
+class GateFeatures(torch.autograd.Function):
+    """:func:`gate_features`."""
+
+    @staticmethod
+    def forward(features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(features, features, logits.sigmoid())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        features, logits = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable(lambda f, x: f * (1 + x.sigmoid()), (features, logits), grad)
+        gate, of_gate = logits.sigmoid(), grad * features
+        of_logits = torch.ops.aten.sigmoid_backward(of_gate, gate, grad_input=of_gate)
+        return torch.addcmul(grad, grad, gate, out=gate), of_logits
+
+
+def _neighbors(volume: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All slices but the first, and the slice before each of them."""
+    count = volume.shape[dim] - 1
+    return volume.narrow(dim, 1, count), volume.narrow(dim, 0, count)

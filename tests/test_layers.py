@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
+from monai.networks.nets import SegResNet
 from torch.utils.flop_counter import FlopCounterMode
 
+from monai_conres import ConResNet, attach_conres, inter_slice_residual, layers
 from monai_conres.layers import (
     GroupNorm,
     NormActConv,
@@ -18,6 +22,10 @@ from monai_conres.layers import (
     resize_features,
     torch_convolves_slowly,
 )
+
+
+def attached():
+    return attach_conres(SegResNet(init_filters=8, in_channels=1, out_channels=3), in_channels=1)
 
 
 def standardize_naive(weight: np.ndarray, fan_in_scaling: bool) -> np.ndarray:
@@ -229,27 +237,81 @@ def test_normalize_groups_gradients_match_finite_differences():
     assert torch.autograd.gradcheck(lambda x: normalize(x, None, None, 2), (x,))
 
 
-def test_normalize_groups_in_half_precision_has_wide_statistics():
-    x = 3e4 + 1e3 * torch.randn(1, 8, 9, 10, 11)  # its squares are infinite in float16
-    got = normalize(x.half(), torch.ones(8), torch.zeros(8), 4)
-    assert got.dtype == torch.float16
-    torch.testing.assert_close(got.float(), F.group_norm(x.half().float(), 4), rtol=1e-2, atol=1e-2)
-
-
-def test_normalize_groups_under_torch_func():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1.0, 50.0), (1e3, 3e4)])  # 3e4 squared is not a float16
+def test_normalize_groups_in_half_precision_rounds_only_once(dtype, scale, offset):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(3, 1, 4, 3, 3, 3), torch.randn(4), torch.randn(4)
+    x = (scale * torch.randn(2, 8, 9, 10, 11) + offset).to(dtype).requires_grad_()
+    weight, bias, gradient = torch.randn(8), torch.randn(8), torch.randn(2, 8, 9, 10, 11).to(dtype)
+    exact = x.detach().double().requires_grad_()
+    got, want = normalize(x, weight, bias, 4), F.group_norm(exact, 4, weight.double(), bias.double())
+    got.backward(gradient)
+    want.backward(gradient.double())
+    assert got.dtype == dtype
+    unit = torch.finfo(dtype).eps
+    for ours, theirs in ((got, want), (x.grad, exact.grad)):
+        assert (ours.double() - theirs).norm() < unit * theirs.norm()
 
-    def loss(x, function):
-        return function(x).pow(3).sum()
 
-    ours = torch.func.vmap(torch.func.grad(lambda x: loss(x, lambda x: normalize(x, weight, bias, 2))))(x)
-    theirs = torch.func.vmap(torch.func.grad(lambda x: loss(x, lambda x: F.group_norm(x, 2, weight, bias))))(x)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    one = x[0].requires_grad_()
-    (gradient,) = torch.autograd.grad(normalize(one, weight, bias, 2).pow(3).sum(), one, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+def on_an_accelerator(monkeypatch):
+    """Let a CPU take the path of an accelerator."""
+    monkeypatch.setattr(layers, "on_accelerator", lambda x: True)
+
+
+def test_group_norm_under_torch_func(monkeypatch):
+    on_an_accelerator(monkeypatch)
+    torch.manual_seed(0)
+    x, tangent = torch.randn(2, 3, 1, 4, 3, 3, 3)
+    ours, theirs = GroupNorm(2, 4), torch.nn.GroupNorm(2, 4)
+    torch.nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    gradients = [
+        torch.func.vmap(torch.func.grad(lambda x, norm=norm: norm(x).pow(3).sum()))(x) for norm in (ours, theirs)
+    ]
+    torch.testing.assert_close(*gradients)
+    for got, want in zip(*(torch.func.jvp(norm, (x[0],), (tangent[0],)) for norm in (ours, theirs)), strict=True):
+        torch.testing.assert_close(got, want)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], tangent[0])
+        got = torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent
+    torch.testing.assert_close(got, torch.func.jvp(theirs, (x[0],), (tangent[0],))[1])
+
+    def loss(weight):  # x itself is not transformed
+        return torch.func.functional_call(ours, {"weight": weight}, (x[0],)).pow(3).sum()
+
+    got = torch.func.grad(loss)(ours.weight.detach())
+    torch.testing.assert_close(got, torch.autograd.grad(theirs(x[0]).pow(3).sum(), theirs.weight)[0])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_normalize_groups_second_derivatives_match_differences(affine):
+    x = torch.randn(2, 4, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    parameters = [torch.randn(4, dtype=torch.float64, requires_grad=True) if affine else None for _ in range(2)]
+    function = partial(normalize, groups=2)
+    if not affine:
+        assert torch.autograd.gradgradcheck(lambda x: function(x, None, None), (x,))
+    else:
+        assert torch.autograd.gradgradcheck(function, (x, *parameters))
+
+
+def test_network_on_an_accelerator_gives_the_same(monkeypatch):
+    torch.manual_seed(0)
+    network = ConResNet(2, 3, channels=(8, 16), strides=(2,), blocks=(1, 1, 1), dropout=None).double()
+    image = torch.randn(2, 2, 6, 8, 7, dtype=torch.float64)
+
+    def run():
+        network.zero_grad()
+        output = network(image)
+        (output.segmentation.square().sum() + output.residuals[0].square().sum()).backward()
+        return [output.segmentation, *output.residuals, *(p.grad.clone() for p in network.parameters())]
+
+    expected = run()
+    on_an_accelerator(monkeypatch)
+    for got, want in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = network.float().eval()(image.float())
+    assert (low - expected[0]).norm() < 0.05 * expected[0].norm()
 
 
 def test_convolution_on_a_cpu_returns_channels_last():
@@ -267,9 +329,31 @@ def test_normalize_groups_of_an_empty_batch():
 def test_group_norm_has_the_parameters_of_torch():
     ours, theirs = GroupNorm(2, 8), torch.nn.GroupNorm(2, 8)
     ours.load_state_dict(theirs.state_dict())
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert isinstance(NormActConv(8, 4).norm, GroupNorm)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_group_norm_refuses_one_value_in_each_group(device):
     with pytest.raises(ValueError, match=r"more than one value in each of 8 groups, got shape \(1, 8, 1, 1, 1\)"):
-        GroupNorm(8, 8).to("meta")(torch.empty(1, 8, 1, 1, 1, device="meta"))
+        GroupNorm(8, 8).to(device)(torch.empty(1, 8, 1, 1, 1, device=device))
+
+
+def test_group_norm_of_one_value_in_each_group_of_two_volumes(monkeypatch):
+    """A value is its own mean, so that only the bias is left."""
+    norm = GroupNorm(8, 8)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, 8, 1, 1, 1)
+    expected = norm.bias.expand(2, 8)
+    torch.testing.assert_close(norm(x).flatten(1), expected, rtol=0, atol=1e-4)
+    on_an_accelerator(monkeypatch)
+    torch.testing.assert_close(norm(x).flatten(1), expected, rtol=0, atol=1e-4)
+
+
+def test_group_norm_of_large_half_precision_values_on_a_cpu():
+    x = 3e4 + 1e3 * torch.randn(1, 8, 9, 10, 11)
+    got = GroupNorm(4, 8)(x.half())
+    torch.testing.assert_close(got.double(), F.group_norm(x.half().double(), 4), rtol=1e-2, atol=1e-2)
 
 
 def test_group_norm_launches_few_operations_on_an_accelerator():
@@ -281,4 +365,149 @@ def test_group_norm_launches_few_operations_on_an_accelerator():
     calls = {event.key: event.count for event in profile.key_averages()}
     assert not [name for name in calls if "group_norm" in name]
     assert calls["aten::var_mean"] == 1
-    assert calls["aten::addcmul"] == 3
+    assert "aten::_to_copy" not in calls
+
+
+def plain_change(features, dim):
+    return inter_slice_residual(features.sigmoid(), spatial_axis=dim - 2)
+
+
+def plain_gate(features, logits):
+    return features * (1 + logits.sigmoid())
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4])
+@pytest.mark.parametrize("slices", [1, 2, 5])
+def test_sigmoid_change_is_equation_4(dim, slices):
+    torch.manual_seed(0)
+    size = [3, 4, 6]
+    size[dim - 2] = slices
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    x.select(dim, -1).copy_(x.select(dim, 0))  # equal slices, where the gradient of the absolute value is zero
+    x.requires_grad_()
+    got, want = layers.sigmoid_change(x, spatial_axis=dim - 2), plain_change(x, dim)
+    torch.testing.assert_close(got, want)
+    gradient = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(got, x, gradient), torch.autograd.grad(want, x, gradient))
+
+
+def test_equations_4_and_6_have_second_derivatives():
+    features, logits = torch.randn(2, 1, 2, 3, 2, 3, dtype=torch.float64).unbind()
+    inputs = features.requires_grad_(), logits.requires_grad_()
+    assert torch.autograd.gradcheck(layers.gate_features, inputs)
+    assert torch.autograd.gradgradcheck(layers.gate_features, inputs)
+    assert torch.autograd.gradgradcheck(layers.sigmoid_change, inputs[:1])
+
+
+def kept_bytes(function, *inputs):
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(*inputs)
+    return sum(kept.values()), output
+
+
+def test_equations_4_and_6_keep_only_their_arguments():
+    features, logits = (torch.randn(1, 8, 6, 7, 8, requires_grad=True) for _ in range(2))
+    size = features.nbytes
+    assert kept_bytes(layers.sigmoid_change, features)[0] == size
+    assert kept_bytes(partial(plain_change, dim=4), features)[0] >= 2 * size - size // 8
+    assert kept_bytes(layers.gate_features, features, logits)[0] == 2 * size
+    # the logits are alive anyway; torch's own operations keep the gate, too
+    assert kept_bytes(plain_gate, features, logits)[0] >= 2 * size
+
+
+def standardizations(network, image):
+    """How often the network standardizes a filter in a forward pass."""
+    calls = []
+    original = WeightStandardizedConv3d.standardized_weight
+    with mock.patch.object(
+        WeightStandardizedConv3d, "standardized_weight", lambda self: calls.append(self) or original(self)
+    ):
+        network(image)
+    return len(calls)
+
+
+@torch.no_grad()
+def test_filters_are_standardized_once_until_the_weights_change():
+    network = torch.nn.Sequential(WeightStandardizedConv3d(2, 4), WeightStandardizedConv3d(4, 3)).eval()
+    image = torch.randn(2, 2, 5, 6, 7)
+
+    def expected():
+        with torch.enable_grad():
+            return network(image).detach()
+
+    def check(count):
+        assert standardizations(network, image) == count
+        torch.testing.assert_close(network(image), expected(), rtol=0, atol=0)
+
+    check(2)
+    check(0)
+    network[1].weight.uniform_(-1, 1)
+    check(1)
+    network.load_state_dict({name: torch.randn_like(value) for name, value in network.state_dict().items()})
+    check(2)
+    network[0].weight.data = torch.randn_like(network[0].weight)
+    check(1)
+    network[0].weight.data.normal_()  # torch does not see it
+    network.eval()
+    check(2)
+    twin = copy.deepcopy(network)
+    twin[0].weight.normal_()
+    assert standardizations(twin, image) == 2
+    check(0)
+    network, image = network.double(), image.double()
+    check(2)
+    network.train()
+    check(2)
+    check(2)
+
+
+def test_filters_follow_autocast_and_gradients():
+    convolution, image = WeightStandardizedConv3d(2, 4).eval(), torch.randn(2, 2, 5, 6, 7)
+    with torch.no_grad():
+        exact = convolution(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert convolution(image).dtype == torch.bfloat16
+        assert torch.equal(convolution(image), exact)
+    convolution(image).sum().backward()
+    assert convolution.weight.grad is not None
+    with torch.inference_mode():
+        assert torch.equal(convolution(image), exact)
+    assert torch.equal(convolution(image), exact)
+
+
+@pytest.mark.parametrize("wrap", [lambda: ConResNet(1, 3, channels=(8, 16), strides=(2,), blocks=(1, 1, 1)), attached])
+@pytest.mark.parametrize("mode", [True, False])
+def test_network_gives_the_metadata_of_its_image_to_its_results(wrap, mode):
+    torch.manual_seed(0)
+    network = wrap().train(mode)
+    image = MetaTensor(torch.randn(1, 1, 8, 16, 8), affine=torch.diag(torch.tensor([2.0, 3, 4, 1])), meta={"key": "a"})
+    seen = []
+    for convolution in network.modules():
+        if isinstance(convolution, torch.nn.Conv3d):
+            convolution.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    with torch.no_grad():
+        results = [network(image), network.with_residual(image)]
+    assert set(seen) == {torch.Tensor}
+    tensors = [x for result in results for x in ([result] if isinstance(result, torch.Tensor) else _flat(result))]
+    for tensor in tensors:
+        assert isinstance(tensor, MetaTensor)
+        assert tensor.meta["key"] == "a"
+        assert torch.equal(tensor.affine, image.affine)
+
+
+def _flat(nested):
+    return [x for part in nested for x in ([part] if isinstance(part, torch.Tensor) else part)]
+
+
+def test_block_adds_in_place_only_without_gradients():
+    block, x = PreActivationBlock(8), torch.randn(1, 8, 4, 5, 6)
+    with torch.no_grad():
+        without = block(x)
+    torch.testing.assert_close(without, block(x))
+    assert kept_bytes(block, x)[1].grad_fn is not None
