@@ -18,6 +18,7 @@ import torch
 from monai.networks import one_hot
 
 from monai_conres import ContextResidualLoss, complete_scan
+from monai_conres.__main__ import main
 from monai_conres.files import load_network
 from monai_conres.phantom import tumor_phantom
 
@@ -135,6 +136,12 @@ def trainer(module, folder=None, *, labels=None, regions=False, ignore=None, **c
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     return torch.randn(2, 1, 8, 16, 16), torch.randint(0, 3, (2, 1, 8, 16, 16), dtype=torch.int16)
+
+
+def test_command_prints_the_folder_of_the_trainer(capsys):
+    main(["nnunet-path"])
+    folder = Path(capsys.readouterr().out.strip())
+    assert (folder / "nnUNetTrainerConRes.py").is_file()
 
 
 def test_trainer_adds_the_residual_loss_in_training_only(module):
@@ -328,7 +335,13 @@ def test_nnunet_itself_plans_trains_validates_and_predicts(tmp_path, labels, dra
     (tmp_path / "own" / "ShortConRes.py").write_text(SHORT)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet")}
     environment |= {f"nnUNet_{name}": str(tmp_path / name) for name in ("raw", "preprocessed", "results")}
-    environment |= {"PYTHONPATH": str(ROOT), "nnUNet_compile": "f", "nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "nnUNet_compile": "f",
+        "nnUNet_n_proc_DA": "1",
+        "nnUNet_def_n_proc": "1",
+    }
 
     def run(*command: str | Path) -> str:
         done = subprocess.run(

@@ -55,6 +55,9 @@ def test_wheel_works_without_clone_and_extras(tmp_path):
         python, "-m", "monai_conres", "stages", "monai.networks.nets:SegResNet", "--in-channels", "1", cwd=tmp_path
     )
     assert "up_layers.2" in table
+    trainers = Path(run(python, "-m", "monai_conres", "nnunet-path", cwd=tmp_path).strip())
+    assert (trainers / "nnUNetTrainerConRes.py").is_file()
+    assert trainers.is_relative_to(tmp_path / "env")
 
     run(*install, f"{wheel}[io]", cwd=tmp_path)
     phantoms = (
