@@ -21,18 +21,18 @@ import numpy as np
 import pytest
 import torch
 from monai.apps import DecathlonDataset
-from monai.bundle import ConfigWorkflow, ckpt_export, onnx_export, verify_net_in_out
+from monai.bundle import ConfigWorkflow, ckpt_export, init_bundle, onnx_export, verify_metadata, verify_net_in_out
+from monai.bundle.properties import InferProperties, MetaProperties
 
 from monai_conres import ConResNet
 from monai_conres.bundle import MeanProbability
 from monai_conres.completion import complete_scan
 from monai_conres.files import load_network, load_volume
 from monai_conres.phantom import write_phantom_brats, write_phantom_dataset
+from tests.bundles import BUNDLES, NAMES, write_bundle
 from tests.nih import write_pancreas_ct
 
-BUNDLES = Path(__file__).parent.parent / "examples" / "bundles"
 GENERATOR = runpy.run_path(str(BUNDLES / "generate.py"))
-NAMES = ("brats_conresnet", "pancreas_ct_conresnet", "hippocampus_conresnet")
 CHANNELS = {"brats_conresnet": (4, 3), "pancreas_ct_conresnet": (1, 1), "hippocampus_conresnet": (1, 3)}
 NETWORK = {"network_def#channels": [8, 16], "network_def#strides": [2], "network_def#blocks": [1, 1, 1]}
 QUICK = {"num_workers": 0, "progress": False, "device": "$torch.device('cpu')"}
@@ -134,19 +134,58 @@ def test_generator_leaves_no_block_unused():
         assert unused == [], file.name
 
 
+# The specification of bundles lists these as mandatory. MONAI's schema file is one for downloading.
+TEXTS = ["version", "monai_version", "pytorch_version", "numpy_version", "task", "description", "authors", "copyright"]
+SCHEMA = {
+    "type": "object",
+    "required": [*TEXTS, "changelog", "required_packages_version", "network_data_format"],
+    "properties": {
+        **{name: {"type": "string", "minLength": 1} for name in TEXTS},
+        "changelog": {"type": "object", "additionalProperties": {"type": "string"}},
+        "required_packages_version": {"type": "object", "additionalProperties": {"type": "string"}},
+        "network_data_format": {
+            "type": "object",
+            "required": ["inputs", "outputs"],
+            "additionalProperties": {
+                "type": "object",
+                "additionalProperties": {
+                    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
+                    "properties": {"num_channels": {"type": "integer"}, "is_patch_data": {"type": "boolean"}},
+                },
+            },
+        },
+    },
+}
+
+
 @pytest.mark.parametrize("bundle", NAMES)
-def test_bundle_has_what_the_model_zoo_asks_for(bundle):
-    expected = ["LICENSE", "docs/README.md", "docs/data_license.txt", "configs/metadata.json", "configs/logging.conf"]
-    assert [name for name in expected if not (BUNDLES / bundle / name).is_file()] == []
-    assert (BUNDLES / bundle / "models").is_dir()
-    metadata = json.loads((BUNDLES / bundle / "configs" / "metadata.json").read_text())
-    required = "changelog monai_version pytorch_version numpy_version required_packages_version task description"
-    required += " authors copyright network_data_format"
-    assert set(required.split()) <= set(metadata)
+def test_bundle_passes_the_checks_of_the_model_zoo(bundle, tmp_path):
+    """With its own files and those that a training writes: files, versions, metadata, properties, network."""
+    root = write_bundle(bundle, tmp_path)
+    init_bundle(tmp_path / "empty")
+    template = {path.relative_to(tmp_path / "empty") for path in (tmp_path / "empty").rglob("*")}
+    assert {path.with_suffix(".yaml") if path.stem == "inference" else path for path in template} <= {
+        path.relative_to(root) for path in root.rglob("*")
+    }
+    meta_file, config_file = str(root / "configs" / "metadata.json"), str(root / "configs" / "inference.yaml")
+    metadata = json.loads(Path(meta_file).read_text())
     assert metadata["version"] in metadata["changelog"]
-    inputs, outputs = CHANNELS[bundle]
-    for side, name, channels in (("inputs", "image", inputs), ("outputs", "pred", outputs)):
-        assert len(metadata["network_data_format"][side][name]["channel_def"]) == channels
+    (root / "eval").mkdir()
+    (root / "eval" / "schema.json").write_text(json.dumps(SCHEMA))  # a file that is there is not downloaded
+    verify_metadata(meta_file=meta_file, filepath=str(root / "eval" / "schema.json"))
+    for side, channels in zip(("inputs", "outputs"), CHANNELS[bundle], strict=True):
+        (entry,) = metadata["network_data_format"][side].values()
+        assert len(entry["channel_def"]) == entry["num_channels"] == channels
+    write, _ = DATA[bundle]
+    write(tmp_path / "data")
+    logging_file = str(root / "configs" / "logging.conf")
+    scans = tmp_path / "data" / ("imagesTr" if bundle == "hippocampus_conresnet" else "")
+    options = {**QUICK, "bundle_root": str(root), "dataset_dir": str(scans), "output_dir": str(tmp_path / "out")}
+    made = ConfigWorkflow(config_file, meta_file, logging_file, workflow_type="inference", **options)
+    made.initialize()
+    made.properties = {**MetaProperties, **InferProperties}
+    assert made.check_properties() == []
+    verify_net_in_out("network_def", meta_file, config_file, "cpu", bundle_root=str(root))
 
 
 @pytest.mark.parametrize("bundle", NAMES)
@@ -368,6 +407,7 @@ def run_onnx(path: str, image: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0])
 
 
+@pytest.mark.parametrize("bundle", NAMES)
 @pytest.mark.parametrize(
     ("export", "name", "run_exported"),
     [
@@ -375,14 +415,15 @@ def run_onnx(path: str, image: torch.Tensor) -> torch.Tensor:
         pytest.param(onnx_export, "network.onnx", run_onnx, marks=pytest.mark.slow),
     ],
 )
-def test_export_command_of_monai_gives_the_logits(trained, tmp_path, export, name, run_exported):
-    image, folder, path = torch.randn(1, 4, 16, 24, 16), trained["run_dir"], str(tmp_path / name)
-    configs = BUNDLES / "brats_conresnet" / "configs"
-    files = {"meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.yaml")}
-    options = {"run_dir": folder, "key_in_ckpt": "", "use_trace": True, "input_shape": list(image.shape)}
-    export("network_def", filepath=path, ckpt_file=f"{folder}/model.pt", **files, **options)
+def test_export_command_of_monai_gives_the_logits(bundle, tmp_path, export, name, run_exported):
+    """With the bundle's own files, and those that a training writes."""
+    root, image = write_bundle(bundle, tmp_path), torch.randn(1, CHANNELS[bundle][0], 16, 24, 16)
+    files = {"ckpt_file": str(root / "models" / "model.pt"), "meta_file": str(root / "configs" / "metadata.json")}
+    files |= {"config_file": str(root / "configs" / "inference.yaml"), "bundle_root": str(root)}
+    path = str(tmp_path / name)
+    export("network_def", filepath=path, **files, key_in_ckpt="", use_trace=True, input_shape=list(image.shape))
     with torch.no_grad():
-        expected = load_network(folder).network(image)
+        expected = load_network(root / "models").network(image)
     torch.testing.assert_close(run_exported(path, image), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,11 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.transforms import LoadImaged
 
-from monai_conres import ConResNet
 from monai_conres.completion import complete_scan
-from monai_conres.files import load_network, save_network
+from monai_conres.files import load_network
+from tests.bundles import NAMES, ROOT, write_bundle
 
-ROOT = Path(__file__).parent.parent
-NAMES = ("brats_conresnet", "hippocampus_conresnet", "pancreas_ct_conresnet")
-SMALL: dict[str, Any] = {"channels": (8, 16), "strides": (2,), "blocks": (1, 1, 1)}
 SIZE = (22, 26, 20)
-
-
-def write_bundle(name: str, folder: Path) -> Path:
-    """A copy of a bundle with a small trained network; the path of a scan for it is the folder's ``scan.nii.gz``."""
-    shutil.copytree(ROOT / "examples" / "bundles" / name, folder / name)
-    parser = ConfigParser()
-    parser.read_config(folder / name / "configs" / "inference.yaml")
-    scans = replace(parser.get_parsed_content("scans"), patch_size=(16, 16, 16))
-    torch.manual_seed(0)
-    include_background = scans.activation == "sigmoid"
-    network = ConResNet(len(scans.channels), scans.out_channels, include_background=include_background, **SMALL)
-    save_network(folder / name / "models", network, scans)
-    return folder / name
 
 
 def write_scan(name: str, path: Path, codes: str = "LPS") -> Path:
