@@ -13,12 +13,13 @@ import torch
 import torch.nn as nn
 from monai.data import MetaTensor
 from monai.inferers import PatchInferer, SimpleInferer, SlidingWindowInferer, SlidingWindowSplitter
-from monai.networks.nets import SegResNet
+from monai.networks.nets import SegResNet, UNet
 
 from monai_conres import ConResNet, attach_conres
 from monai_conres.__main__ import main
 from monai_conres.bundle import MeanProbability
 from monai_conres.chain import ChainSettings, SliceChain, complete_mask, next_slice
+from monai_conres.chain_training import fit_chain
 from monai_conres.commands.complete import plot_preview
 from monai_conres.completion import _predict, _propose, complete_scan, predict_with_residual
 from monai_conres.files import TrainedNetwork, load_network, save_chain, save_network
@@ -132,6 +133,49 @@ def test_slice_axis_is_that_of_the_residual_decoder():
         predict_with_residual(torch.randn(1, 1, 8, 12, 16), network, inferer, spatial_axis=2)
     with pytest.raises(ValueError, match="predicts residual masks"):
         predict_with_residual(torch.randn(1, 1, 8, 8, 8), ConResNet(1, 2, context="none", **SMALL), inferer)
+
+
+def test_residual_head_at_half_resolution_is_resized_in_place():
+    """Its target is the label in every second slice. Resized linearly, a change lies between the two slices."""
+    unet = UNet(3, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2))
+    network = attach_conres(unet, in_channels=1, include_background=False).eval()
+    image = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        (head,) = network.heads(image).residuals[:1]
+        _, residual = network.with_residual(image)
+    assert head.shape[2:] == (8, 8, 8)
+    expected = nn.functional.interpolate(head, size=(16, 16, 16), mode="trilinear", align_corners=False)
+    torch.testing.assert_close(residual, expected)
+
+    def resized(label: torch.Tensor) -> torch.Tensor:
+        """True residual logits, from the label at half the resolution, as the residual loss makes it."""
+        size = [edge // 2 for edge in label.shape[2:]]
+        target = residual_mask(nn.functional.interpolate(label, size=size, mode="nearest-exact"))
+        return nn.functional.interpolate(8 * target - 4.0, size=label.shape[2:], mode="trilinear")
+
+    label = torch.zeros(1, 1, 4, 4, 12)
+    label[..., 6:] = 1  # slices 5 and 7 of the label differ
+    assert resized(label)[0, 0, 0, 0].tolist() == [-4, -4, -4, -4, -4, -2, 2, 2, -2, -4, -4, -4]
+
+    def case(seed: int) -> dict[str, torch.Tensor]:
+        label = torch.zeros(1, 1, 16, 16, 20)
+        for number in range(2, 18):
+            label[..., (number - 2) // 2 : 8 + (number - 2) // 2, 4:12, number] = 1
+        noise = torch.randn(label.shape, generator=torch.Generator().manual_seed(seed))
+        return {"segmentation": 2 * label - 1 + 2 * noise, "residual": resized(label), "label": label}
+
+    def dice(weight: float) -> float:
+        """Of the slices that are not drawn."""
+        training, new = ({**each, "residual": weight * each["residual"]} for each in (case(0), case(1)))
+        settings = fit_chain([training], max_iterations=10)
+        drawn = torch.zeros_like(new["label"], dtype=torch.uint8)
+        drawn[..., 10] = new["label"][..., 10]
+        mask = complete_mask(new["segmentation"], new["residual"], drawn, slices=[10], settings=settings)
+        others = [number for number in range(20) if number != 10]
+        found, label = mask[..., others].float(), new["label"][..., others]
+        return float(2 * (found * label).sum() / (found.sum() + label.sum()))
+
+    assert dice(1.0) > dice(0.0) + 0.05
 
 
 # scan files
