@@ -67,7 +67,7 @@ def imports(file: Path) -> set[str]:
         ("bundle", {"commands"}),
         ("draw", {"commands"}),
         ("commands", {"__main__.py"}),
-        ("nnunet", set()),
+        ("nnunet", {"commands"}),
         ("visualize", {"bundle", "commands"}),
     ],
 )
