@@ -35,7 +35,11 @@ const bytes = async (path) => new Uint8Array(await (await call(path)).arrayBuffe
 
 function send(number) {
   unsent.add(number);
-  return (sending ??= sendAll().finally(() => (sending = null)));
+  document.body.dataset.sent = "";
+  return (sending ??= sendAll().then((sent) => {
+    sending = null;
+    if (sent) document.body.dataset.sent = "yes";
+  }));
 }
 
 async function sendAll() {
@@ -52,7 +56,7 @@ async function sendAll() {
       $("saved").textContent = "Strokes are kept";
     } catch (error) {
       unsent.add(number);
-      if (trouble(error, "Your last stroke is only in this page.")) return false;
+      if (trouble(error)) return false;
       await new Promise((wake) => setTimeout(wake, 2000));
     }
   }
@@ -60,15 +64,16 @@ async function sendAll() {
 }
 
 // Says what happened. True: trying again by itself is of no use.
-function trouble(error, lost) {
+function trouble(error) {
   offline = error.status === undefined;
+  const kept = unsent.size ? "Your last stroke is only in this page." : "Your strokes are kept.";
   if (error.status === 409) {
     unsent.clear();
     if (!$("elsewhere").open) $("elsewhere").showModal();
     return true;
   }
-  if (offline) tell(`The program does not answer. ${lost} Start it again with the same command, and use its new address.`);
-  else tell(`Not saved: ${error.message}. ${lost}`);
+  if (offline) tell(`The program does not answer. ${kept} Start it again with the same command, and use its new address.`);
+  else tell(`Not saved: ${error.message}. ${kept}`);
   return !offline;
 }
 
@@ -113,7 +118,7 @@ async function poll() {
     if (offline && !unsent.size) tell(null);
     draw();
   } catch (error) {
-    trouble(error, "");
+    trouble(error);
   }
   setTimeout(poll, state.completes || state.problem ? 3000 : 400);
 }
@@ -476,7 +481,7 @@ const actions = {
       hint(`Saved ${files.join(" and ")}`);
     } catch (error) {
       $("saved").textContent = "";
-      trouble(error, "Your strokes are kept.");
+      trouble(error);
     }
   },
   help: () => $("keys").showModal(),
@@ -549,8 +554,8 @@ function readout() {
   const place = view.start + view.index(x, y), image = images[look.channel];
   const value = image && short(image.low + ((image.high - image.low) * image.values[place]) / 65535);
   const name = info.classes.find((entry) => entry.value === labels[place])?.name;
-  const parts = [value, name, doubt[place] && `${Math.round(doubt[place] / 2.55)} % doubt`];
-  $("readout").textContent = parts.filter((part) => part || part === 0).join(" · ");
+  const doubtful = doubt[place] ? `${Math.round(doubt[place] / 2.55)} % doubt` : undefined;
+  $("readout").textContent = [value, name, doubtful].filter((part) => part !== undefined).join(" · ");
 }
 
 // Mouse, pen and keys
@@ -610,10 +615,11 @@ canvas.addEventListener("wheel", (event) => {
   event.preventDefault();
   if (event.ctrlKey) return zoom(Math.exp(-event.deltaY / 400), event);
   if (stroke) return;
-  turned += event.deltaMode ? 40 * event.deltaY : event.deltaY;
-  const steps = Math.trunc(turned / 40);
-  turned -= 40 * steps;
-  if (steps) show(look.axis, look.at[look.axis] + Math.sign(steps) * Math.min(3, Math.abs(steps)));
+  const notch = event.deltaMode || Math.abs(event.deltaY) >= 60; // of a wheel: one slice; small steps of a touchpad add up
+  turned = notch ? 30 * Math.sign(event.deltaY) : turned + event.deltaY;
+  const steps = Math.trunc(turned / 30);
+  turned -= 30 * steps;
+  if (steps) show(look.axis, look.at[look.axis] - steps);
 }, { passive: false });
 
 const scroll = (step) => () => show(look.axis, look.at[look.axis] + step);
@@ -728,4 +734,4 @@ async function start() {
   document.body.dataset.ready = "yes";
 }
 
-start().catch((error) => trouble(error, ""));
+start().catch((error) => trouble(error));
