@@ -48,7 +48,7 @@ MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by NIfTI's code: unknown,
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 DICOM_ENDINGS = (".dcm", ".ima")
 DICOM_TAGS = ["SeriesInstanceUID", "InstanceNumber", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames"]
-DICOM_TAGS += ["PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"]
+DICOM_TAGS += ["PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept"]
 DICOM_TAGS += ["SliceThickness", "SpacingBetweenSlices"]  # of a single slice
 
 
@@ -406,39 +406,46 @@ def _pixels(dataset: Any) -> np.ndarray:
 
 def _read_series(folder: Path, *, pixels: bool = False) -> tuple[Grid, list[Any]]:
     """The checked grid of the series in a folder, and its datasets in the order of the slices."""
-    slices, left_out = {}, {}
+    found, left_out = {}, {}
     for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
         if not _is_dicom(file) and file.suffix.lower() not in DICOM_ENDINGS:
-            left_out[file] = "no DICOM file"
+            left_out[file.name] = "no DICOM file"
             continue
         try:
             tags = None if pixels else DICOM_TAGS
-            slices[file] = pydicom.dcmread(file, stop_before_pixels=not pixels, specific_tags=tags)
+            found[file] = pydicom.dcmread(file, stop_before_pixels=not pixels, specific_tags=tags)
         except Exception as error:
             raise ValueError(f"expected a DICOM file, cannot read {file} ({brief(error)}); fetch it again.") from error
-        if "Rows" not in slices[file]:
-            left_out[file] = "no image"
-            del slices[file]
+    slices = {file: dataset for file, dataset in found.items() if "Rows" in dataset}
     if not slices:
-        below = [str(found) for found in find_series(folder)]
+        below = [str(parent) for parent in find_series(folder) if parent != folder]
         remedy = (
             f"give one of the folders below it: {', '.join(below[:5])}" if below else "check the name of the folder"
         )
         raise ValueError(f"expected a DICOM series in {folder}, found no DICOM image; {remedy}.")
-    if pixels:
-        say_left_out(
-            f"Found {len(slices)} DICOM slices in {folder}", {file.name: why for file, why in left_out.items()}
-        )
     try:
+        kinds = {"", *map(_kind, slices.values())}
+        for file in found.keys() - slices.keys():  # a report, or a slice that is cut or broken
+            if _kind(found[file]) in kinds:
+                raise ValueError(f"{file.name} has no Rows")
+            left_out[file.name] = "no image"
         ordered, affine = _place_slices(slices)
-    except ValueError as error:
+        size = int(slices[ordered[0]].Columns), int(slices[ordered[0]].Rows), len(ordered)
+    except Exception as error:  # pydicom reads an element when it is asked for
+        reason = str(error) if type(error) is ValueError else brief(error)
         raise ValueError(
-            f"expected one DICOM series with evenly spaced slices in {folder}: {error}; complete or separate the "
+            f"expected one DICOM series with evenly spaced slices in {folder}: {reason}; complete or separate the "
             "series, or convert it to NIfTI (dcm2niix) and look at the result."
         ) from error
-    first = slices[ordered[0]]
-    grid = Grid(folder, (int(first.Columns), int(first.Rows), len(ordered)), affine, slices=tuple(ordered))
-    return grid, [slices[file] for file in ordered]
+    if pixels:
+        say_left_out(f"Found {len(slices)} DICOM slices in {folder}", left_out)
+    return Grid(folder, size, affine, slices=tuple(ordered)), [slices[file] for file in ordered]
+
+
+def _kind(dataset: Any) -> str:
+    """The name of a DICOM file's kind, as its first bytes say; nothing for an unknown one."""
+    kind = pydicom.uid.UID(dataset.file_meta.get("MediaStorageSOPClassUID", ""))
+    return "" if kind.name == kind else kind.name
 
 
 def _place_slices(slices: Mapping[Path, Any]) -> tuple[list[Path], np.ndarray]:
@@ -452,6 +459,9 @@ def _place_slices(slices: Mapping[Path, Any]) -> tuple[list[Path], np.ndarray]:
     for tag in ("SeriesInstanceUID", "Rows", "Columns"):
         if len(found := {str(dataset.get(tag)) for dataset in slices.values()}) > 1:
             raise ValueError(f"the {len(files)} files have {len(found)} different values of {tag}")
+    rescaled = [(tag in dataset) for dataset in slices.values() for tag in ("RescaleSlope", "RescaleIntercept")]
+    if any(rescaled) and not all(rescaled):
+        raise ValueError("some of the files lack RescaleSlope or RescaleIntercept")
     positions, orientations, spacings = (
         np.stack([_numbers(file, slices[file], tag, count) for file in files])
         for tag, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2))

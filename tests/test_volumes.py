@@ -424,6 +424,15 @@ BROKEN = {
         "differ in ImageOrientationPatient",
     ),
     "an orientation that is none": (set_tag("ImageOrientationPatient", [1, 0, 0, 1, 0, 0]), "ImageOrientationPatient"),
+    "a slope in some slices": (
+        lambda dataset, number: delattr(dataset, "RescaleSlope") if number == 3 else None,
+        "some of the files lack RescaleSlope or RescaleIntercept",
+    ),
+    "a slope without intercept": (remove("RescaleIntercept"), "lack RescaleSlope or RescaleIntercept"),
+    "a file cut before its image": (
+        lambda dataset, number: delattr(dataset, "Rows") if number == 11 else None,
+        r"has no Rows",
+    ),
     "several frames": (set_tag("NumberOfFrames", 3), r"has several frames \(enhanced DICOM\)"),
     "colors": (set_tag("SamplesPerPixel", 3), "has colors"),
     "a slice twice": (repeat_a_slice, "at the same position"),
@@ -451,7 +460,12 @@ def test_slices_of_a_series_need_no_ending(series):
     np.testing.assert_array_equal(load_volume(folder)[0], hounsfield)
     (folder / "LICENSE").write_text("text")
     (folder / "._IM0").write_bytes(b"of a Mac")
-    with pytest.warns(UserWarning, match=r"Found 12 DICOM slices in .*series; left out LICENSE \(no DICOM file\)"):
+    report = pydicom.dcmread(folder / "IM0")
+    report.file_meta.MediaStorageSOPClassUID = pydicom.uid.BasicTextSRStorage
+    del report.Rows
+    report.save_as(folder / "SR")
+    message = r"Found 12 DICOM slices in .*series; left out LICENSE \(no DICOM file\), SR \(no image\)\."
+    with pytest.warns(UserWarning, match=message):
         load_volume(folder)
     (folder.parent / "scan.nii.gz").touch()
     assert find_series(folder.parent) == [folder]
