@@ -3,6 +3,7 @@
     python examples/benchmarks/speed.py --out docs/tables                                # time
     python examples/benchmarks/speed.py --out docs/tables --memory --size 80 160 160     # peak memory, forward and step
     python examples/benchmarks/speed.py --out docs/tables --volume 155 240 240 --size 80 160 160  # one case, in windows
+    python examples/benchmarks/speed.py --out docs/tables --operations --size 80 160 160  # what a GPU would have to do
 
 Times are medians. The runs of all networks alternate, so that other work on the machine slows all networks alike.
 
@@ -11,7 +12,10 @@ in the fastest way. At 100 % a network would spend no time on anything else.
 
 A name can end in ", bf16" or ", fp16" (autocast), in ", compiled" (torch.compile), or in both in this order. So one run
 compares them. Peak memory is measured in one process for each network: on a CPU the growth of the resident set, on a
-GPU what torch allocated. On a GPU, convolutions and matrix products in float32 use TF32.
+GPU what torch allocated. On a GPU, convolutions and matrix products in float32 use TF32. ``gpu.py`` measures all this
+on a GPU with one command.
+
+"--operations" needs no GPU: operations.py says how it counts. A name without ", bf16" is float32.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import operations
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -36,7 +41,7 @@ from monai.losses import DiceCELoss
 from monai.networks import nets
 
 from monai_conres import ConResLoss, ConResNet, ConResOutput
-from monai_conres.layers import NormActConv, PreActivationBlock, WeightStandardizedConv3d
+from monai_conres.layers import GroupNorm, NormActConv, NormalizeGroups, PreActivationBlock, WeightStandardizedConv3d
 
 CHANNELS, CLASSES = 4, 3
 
@@ -120,12 +125,23 @@ class Without(nn.Module):
             return self.network(image)
 
 
+def norm_of_a_copy(norm: GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    """Group norm of a float32 copy."""
+    return NormalizeGroups.apply(x.float(), norm.weight, norm.bias, norm.num_groups, norm.eps)[0].to(x.dtype)
+
+
+def channels_last(weight: torch.Tensor) -> torch.Tensor:
+    return weight.contiguous(memory_format=torch.channels_last_3d)
+
+
 NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     "released structure": lambda size: ReleasedStructure(),
     "ConResNet": lambda size: ConResNet(CHANNELS, CLASSES),
     "ConResNet, torch's layout": lambda size: Without("fast_layout", lambda weight: weight),
     "ConResNet, torch's convolution": lambda size: Without("torch_convolves_slowly", lambda x: False),
     "ConResNet, torch's group norm": lambda size: Without("GroupNorm.forward", nn.GroupNorm.forward),
+    "ConResNet, channels last": lambda size: Without("fast_layout", channels_last),
+    "ConResNet, float32 norm": lambda size: Without("GroupNorm.forward", norm_of_a_copy),
     "ConResNet, use_checkpoint": lambda size: ConResNet(CHANNELS, CLASSES, use_checkpoint=True),
     "released structure, baseline": lambda size: ReleasedStructure(context="none"),
     "ConResNet, baseline": lambda size: ConResNet(CHANNELS, CLASSES, context="none"),
@@ -155,6 +171,8 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     ),
     "SwinUNETR (48)": lambda size: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
 }
+# what only shows what one trick brings
+TRICKS = ("torch's", "channels last", "float32 norm")
 # endings of a network's name
 AUTOCAST = {", bf16": torch.bfloat16, ", fp16": torch.float16}
 COMPILED = ", compiled"
@@ -185,17 +203,24 @@ class Case:
             self.inferer = SlidingWindowInferer(self.size, options.batch_size, overlap=1 / 3, mode="gaussian")
         self.loss = ConResLoss(DiceCELoss(sigmoid=True), spatial_axis=0)
 
+    def mode(self, training: bool) -> None:
+        """Change the mode only where it differs: a network may keep what it computes once in ``eval()``."""
+        if self.network.training != training:
+            self.network.train(training)
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None)
 
     def forward(self) -> None:
+        self.mode(training=False)
         with torch.no_grad(), self.autocast():
-            self.network.eval()(self.image)
+            self.network(self.image)
 
     def step(self) -> None:
+        self.mode(training=True)
         self.network.zero_grad()
         with self.autocast():
-            output = self.network.train()(self.image)
+            output = self.network(self.image)
             if isinstance(output, ConResOutput | torch.Tensor):
                 loss = self.loss(output, self.label)
             else:  # SegResNetVAE adds its own loss
@@ -204,12 +229,13 @@ class Case:
 
     def volume(self) -> None:
         """Segment one case in windows."""
+        self.mode(training=False)
         with torch.no_grad(), self.autocast():
             self.inferer(self.scan, self.segment)
 
     def segment(self, windows: torch.Tensor) -> torch.Tensor:
         """The segmentation, which is the first output of every network."""
-        output = self.network.eval()(windows)
+        output = self.network(windows)
         return output if isinstance(output, torch.Tensor) else output[0]
 
     def seconds(self, run: str) -> float:
@@ -265,8 +291,8 @@ class Case:
 def interleaved(cases: dict[str, Case], runs: Sequence[str], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of each network and run. Each repeat runs one network after another."""
     seconds = {name: {run: [] for run in runs} for name in cases}
-    for repeat in range(repeats + 1):
-        for run in runs:
+    for run in runs:
+        for repeat in range(repeats + 1):
             for name, case in cases.items():
                 value = case.seconds(run)
                 if repeat:  # the first repeat warms up
@@ -341,6 +367,23 @@ def peak_memory(options: argparse.Namespace) -> list[dict[str, str]]:
     return rows
 
 
+def operation_counts(options: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows of the table of what a GPU would have to do."""
+    rows = []
+    for name in options.networks:
+        autocast = name.endswith(", bf16")
+        row = {"network": name}
+        for run in ("forward", "step"):
+            network = NETWORKS[name.removesuffix(", bf16")](options.size)
+            shape = (options.batch_size, CHANNELS, *options.size)
+            found = operations.count(network, shape, autocast=autocast, step=run == "step")
+            row[f"{run}, operations"] = f"{found.operations}"
+            row[f"{run}, memory traffic (GB)"] = f"{found.moved / 1e9:.1f}"
+        row["kept for the backward pass (GiB)"] = f"{found.kept / 2**30:.2f}"
+        rows.append(row)
+    return rows
+
+
 def child(options: argparse.Namespace) -> None:
     """Print the peak bytes of one run in this process."""
     case = Case(options.networks[0], options)
@@ -361,7 +404,7 @@ def child(options: argparse.Namespace) -> None:
 
 def machine(device: str) -> str:
     """The line under the table that names the GPU. A CPU does not tell how many cores we get."""
-    if device == "cpu":
+    if not device.startswith("cuda"):
         return ""
     cudnn = torch.backends.cudnn.version()
     return f"\n{torch.cuda.get_device_name(device)}, torch {torch.__version__}, cuDNN {cudnn}.\n"
@@ -375,7 +418,7 @@ def main() -> None:
         "--networks",
         nargs="+",
         choices=[name + dtype + way for name in NETWORKS for dtype in ("", *AUTOCAST) for way in ("", COMPILED)],
-        default=[name for name in NETWORKS if "torch's" not in name],
+        default=[name for name in NETWORKS if not any(trick in name for trick in TRICKS)],
         metavar="NAME",
         help=f"{', '.join(NETWORKS)}; with the endings ', bf16' or ', fp16' and ', compiled'",
     )
@@ -386,6 +429,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     kinds.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    kinds.add_argument(
+        "--operations", action="store_true", help="number of operations and their memory traffic on a GPU"
+    )
     parser.add_argument("--child", choices=("forward", "step"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True  # as torch's convolutions do
@@ -394,9 +440,11 @@ def main() -> None:
     kind, measure = "speed", times
     if options.memory:
         kind, measure = "memory", peak_memory
+    elif options.operations:
+        kind, measure, options.device = "operations", operation_counts, "meta"
     elif options.volume:
         kind, measure = "volume", volume_times
-    name = options.name or f"{kind}_{options.device}"
+    name = options.name or (kind if options.operations else f"{kind}_{options.device}")
     print(write_table(options.out, name, measure(options), machine(options.device)))
 
 

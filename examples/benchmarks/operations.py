@@ -1,0 +1,123 @@
+"""What a network asks of an accelerator, counted without one: operations, memory traffic, memory that autograd keeps.
+
+Everything runs on torch's meta device, whose tensors hold no values. Autocast to bfloat16 is imitated, because the meta
+device has none.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+# operations of these networks that CUDA's autocast computes in half precision, in float32, and in the widest precision
+NARROW = {F.conv3d, torch.conv3d, F.conv_transpose3d, torch.conv_transpose3d, F.linear, torch.matmul, torch.einsum}
+WIDE = {F.group_norm, F.layer_norm, F.interpolate, F.softmax, torch.softmax}
+WIDEST = {torch.addcmul}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
+WITHOUT_READING = {"zero_", "fill_", "copy_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full"}
+
+
+class Count(NamedTuple):
+    """What one pass needs: number of operations, bytes read and written, bytes kept for backward, largest bytes alive.
+
+    An operation is what torch launches: views and allocations do not count. Each operation reads its inputs and writes
+    its outputs once.
+    """
+
+    operations: int
+    moved: int
+    kept: int
+    peak: int
+
+
+class Autocast(TorchFunctionMode):
+    """Casts as CUDA's autocast to bfloat16 does."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        dtype = torch.bfloat16 if function in NARROW else torch.float32 if function in WIDE else None
+        if function in WIDEST and "out" not in kwargs and any(x.dtype == torch.float32 for x in args):
+            dtype = torch.float32
+        if dtype is not None:
+            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(dtype), (args, kwargs))
+        return function(*args, **kwargs)
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations, the bytes that they move, and the bytes alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.moved = self.peak = 0
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        results = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
+        for result in results:
+            storage = result.untyped_storage()
+            self.alive[storage.data_ptr() or id(storage)] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        name = function._schema.name.partition("::")[2]
+        if results and not is_view and name not in ALLOCATIONS:
+            given = tree_leaves((args, {key: value for key, value in kwargs.items() if key != "out"}))
+            inputs = [x for x in given if isinstance(x, torch.Tensor)][name in WITHOUT_READING :]
+            self.operations += 1
+            self.moved += sum(map(size_in_memory, inputs)) + sum(map(size_in_memory, results))
+        return output
+
+
+def size_in_memory(x: torch.Tensor) -> int:
+    """Bytes of the values of ``x``; repeated ones count once."""
+    values = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        values *= size if stride else 1
+    return values * x.element_size()
+
+
+def count(network: nn.Module, shape: tuple[int, ...], *, autocast: bool = True, step: bool = False) -> Count:
+    """A forward pass of ``network`` in ``eval()``, or a training step without loss and optimizer.
+
+    Args:
+        network: the network, which is moved to the meta device.
+        shape: shape of the image.
+        autocast: True counts autocast to bfloat16 on CUDA.
+        step: True counts forward and backward pass in ``train()``.
+    """
+    network = network.to("meta").train(step)
+    own = {id(parameter.untyped_storage()) for parameter in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in own:
+            kept[id(storage)] = storage
+        return tensor
+
+    image = torch.empty(shape, device="meta")
+    if not step:
+        with torch.no_grad():
+            network(image)  # a network may keep what it computes once
+    with Counter() as counter:
+        with (
+            Autocast() if autocast else nullcontext(),
+            torch.set_grad_enabled(step),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            outputs = [x for x in tree_leaves(network(image)) if isinstance(x, torch.Tensor) and x.requires_grad]
+        size = sum(storage.nbytes() for storage in kept.values())
+        kept.clear()
+        if step:
+            torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+    return Count(counter.operations, counter.moved, size, counter.peak)
