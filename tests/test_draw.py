@@ -150,6 +150,10 @@ def test_drawing_starts_from_a_label_map(tmp_path):
     assert {number: part.done for number, part in drawing.slices.items()} == {1: True, 4: True}
     np.testing.assert_array_equal(drawing.slices[4].values, label[..., 4])
     assert drawing.file.exists()
+    label[..., [0, 2, 3, 5, 6, 8]] = 255  # slice 7 is drawn empty
+    nib.save(nib.Nifti1Image(label, np.diag([1.0, 1.5, 4.0, 1.0])), file)
+    drawing.file.unlink()
+    assert list(start(tmp_path, drawn=file, ignore_index=255).slices) == [1, 4, 7]
 
 
 def test_full_disk_loses_nothing(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="file for the completed label map (default: SCAN_completed.nii.gz in this folder)"
     )
     parser.add_argument("--drawn", type=Path, help="label map to start from: its slices with any label are done")
+    parser.add_argument("--ignore", type=int, metavar="VALUE", help="value of --drawn in slices that are not drawn")
     parser.add_argument("--port", type=int, default=0, help="port on this machine (default: a free one)")
     parser.add_argument("--no-browser", action="store_true", help="only print the address of the page")
 
@@ -40,7 +41,8 @@ def run(options: argparse.Namespace) -> None:
     out = options.out or Path(f"{name}_completed.nii.gz")
     trained = load_on_device(options.network, options.backbone, options.device)
     check_writable(out.absolute().parent)
-    drawing = Drawing(ScanCompletion(trained, options.image), out.absolute(), drawn=options.drawn)
+    scan = ScanCompletion(trained, options.image)
+    drawing = Drawing(scan, out.absolute(), drawn=options.drawn, ignore_index=options.ignore)
     names = {value: value_name(value, trained.scans.classes) for value in drawing.values}
     server = PageServer(drawing, names, port=options.port)
     threading.Thread(target=drawing.predict, daemon=True).start()

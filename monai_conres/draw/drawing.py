@@ -45,6 +45,7 @@ class Drawing:
         scan: the scan and its network.
         out: the file for the completed label map, ``.nii`` or ``.nii.gz``.
         drawn: a label map whose slices with any label are done at the start.
+        ignore_index: value of the slices of ``drawn`` that are not drawn, if it is not 0.
 
     Attributes:
         out: as above.
@@ -58,7 +59,9 @@ class Drawing:
         ValueError: when a file cannot be used, or would be replaced.
     """
 
-    def __init__(self, scan: ScanCompletion, out: Path, *, drawn: Path | None = None) -> None:
+    def __init__(
+        self, scan: ScanCompletion, out: Path, *, drawn: Path | None = None, ignore_index: int | None = None
+    ) -> None:
         self.scan, self.out = scan, out
         ending = re.search(r"\.nii(\.gz)?$", out.name)
         if ending is None:
@@ -72,9 +75,9 @@ class Drawing:
         self.problem: str | None = None
         self._lock = threading.RLock()
         self._written = self._stamp()
-        self._start(drawn)
+        self._start(drawn, ignore_index)
 
-    def _start(self, drawn: Path | None) -> None:
+    def _start(self, drawn: Path | None, ignore_index: int | None) -> None:
         if self.file.exists():
             if drawn is not None:
                 raise ValueError(
@@ -87,7 +90,7 @@ class Drawing:
                 if file.exists():
                     raise ValueError(f"expected a new name for the result, got {file}, which exists; give --out.")
             if drawn is not None:
-                planes, _ = self.scan.read_drawn(drawn)
+                planes, _ = self.scan.read_drawn(drawn, ignore_index=ignore_index)
                 self.slices = {number: DrawnSlice(plane.numpy().copy(), True) for number, plane in planes.items()}
                 self._write(self.slices)
         self.scan.draw({k: torch.from_numpy(part.values) for k, part in self.slices.items() if part.done})
