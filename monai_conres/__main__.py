@@ -13,8 +13,8 @@ HELP = "Complete label maps of 3D scans from a few drawn slices, and prepare the
 MORE_HELP = """\
 COMMAND --help explains a command with examples: python -m monai_conres complete --help
 
-The usual order is fit-chain once for a trained network, then draw or complete for each scan. stages and nnunet-path help
-to train your own network with a residual decoder.
+The usual order is fit-chain once for a trained network, then draw or complete for each scan. stages and nnunet-path
+help to train your own network with a residual decoder.
 
 A run folder holds a trained network: model.pt, and network.json, which says how the network reads a scan.
 examples/quickstart.py, examples/bundles and monai_conres.files.save_network write one.
