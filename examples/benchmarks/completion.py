@@ -210,7 +210,9 @@ CHAINS = {
 INDEPENDENT = ChainSettings(tau=1.0, residual_scale=0.0, image_contrast=0.0, offset=0.0)  # no slice knows another one
 FULL = ("network", "image", "both")  # methods that are measured in every way
 LARGE = 400_000  # voxels that are too many for the random walker
-UNTIL_CASES = 12  # of a fold, at most: drawing slice by slice takes a completion for each slice
+# drawing slice by slice takes a completion for each slice: only with seed 0
+DRAWN_ARMS = ("baseline", "conres")
+UNTIL_CASES = 12  # of a fold, at most
 
 
 @dataclass(frozen=True)
@@ -392,8 +394,10 @@ def text(values: np.ndarray | float) -> str:
     return " ".join(f"{value:.4f}" for value in np.atleast_1d(values))
 
 
-def evaluate(network: nn.Module, arm: Arm, fit_set: Dataset, cases: Dataset, patch: tuple) -> list[dict]:
-    """One row for each case and method."""
+def evaluate(
+    network: nn.Module, arm: Arm, fit_set: Dataset, cases: Dataset, patch: tuple, *, draw: bool
+) -> list[dict[str, Any]]:
+    """One row for each case and method; ``draw`` also draws slice by slice."""
     training = list(predict(network, fit_set, patch))
     settings = {name: fit(training, CHAINS[name]) if name in CHAINS else None for name in arm.methods}
     rows = []
@@ -401,7 +405,7 @@ def evaluate(network: nn.Module, arm: Arm, fit_set: Dataset, cases: Dataset, pat
         for name, weights in settings.items():
             if name == "random_walker" and (number >= UNTIL_CASES or case.label.numel() > LARGE):
                 continue
-            row = measure(Completion(case, name, weights), case, draw=name in FULL and number < UNTIL_CASES)
+            row = measure(Completion(case, name, weights), case, draw=draw and name in FULL and number < UNTIL_CASES)
             if weights is not None:
                 numbers = [weights.tau, weights.residual_scale, weights.image_contrast, *weights.offset]
                 row["settings"] = " ".join(f"{value:.3f}" for value in numbers)
@@ -526,7 +530,8 @@ def main() -> None:
                 saved = {"network": network.state_dict(), "seconds": seconds}
                 with atomic_path(weights) as temporary:
                     torch.save(saved, temporary)
-            rows = evaluate(network, arm, fit_set, validation_set, patch)
+            draw = seed == 0 and name in DRAWN_ARMS
+            rows = evaluate(network, arm, fit_set, validation_set, patch, draw=draw)
             about = {"arm": name, "fold": fold, "seed": seed, "seconds": saved["seconds"]}
             experiment.write_run((name, fold, seed), settings, [about | row for row in rows])
 
