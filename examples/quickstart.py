@@ -246,6 +246,12 @@ def main(options: argparse.Namespace) -> None:
     print((options.out / "table.md").read_text())
     print(f"Pictures, networks and the table are in {options.out}")
     print("One seed and a short training: this shows that both networks learn, not which one is better.")
+    case = validation[0]
+    print(
+        "Draw slices of a validation case yourself, in the browser:\n"
+        f'  "{sys.executable}" -m monai_conres draw --network "{options.out / "ConResNet"}" "{case["image"]}" '
+        f'--out "{options.out / "drawn" / case["name"]}.nii.gz"'
+    )
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
