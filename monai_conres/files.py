@@ -8,11 +8,13 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -45,6 +47,7 @@ from monai_conres.volumes import (
     voxel_sizes,
 )
 
+fcntl, _ = optional_import("fcntl")
 fire, _ = optional_import("fire", descriptor="{}; install it with: pip install 'monai-conres[bundles]'")
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
@@ -426,7 +429,8 @@ def _geometry(like: MetaTensor) -> Any:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path for a file or folder, which is renamed to ``path`` when the block ends without an error.
 
-    The new file replaces a file at ``path``. Missing parent folders are made.
+    The new file replaces a file at ``path``. Missing parent folders are made. What a killed writer of ``path`` left
+    behind is removed.
 
     Raises:
         OSError: when ``path`` is a folder with files in it.
@@ -440,13 +444,42 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_overs(path)
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    lock = _lock(work)
     try:
         temporary = work / path.name  # the ending tells many writers the format
         yield temporary
         os.replace(temporary, path)
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(work)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that locks a folder until it is closed or its process ends; None if the folder cannot be locked."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise
+    except OSError:  # held by another process, or a file system or Windows without such locks
+        return None
+    return descriptor
+
+
+def _remove_left_overs(path: Path) -> None:
+    """Remove the temporary folders of killed writers of a path. The lock of a killed process is free."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
+    for folder in [each for each in path.parent.iterdir() if name.fullmatch(each.name) and each.is_dir()]:
+        if (lock := _lock(folder)) is not None:
+            with suppress(OSError):
+                if time.time() - folder.stat().st_mtime > 5:  # a new one is locked in a moment
+                    shutil.rmtree(folder)
+            os.close(lock)
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:

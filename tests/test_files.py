@@ -360,3 +360,22 @@ def test_interrupted_writing_leaves_nothing(tmp_path, error):
     with pytest.raises(error):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_left_overs_of_killed_writers_are_removed(tmp_path):
+    """Only theirs: not those of a process that is still writing, nor a folder of somebody else."""
+    for name in (".mask.nii.backup", ".mask.nii.UPPERCAS", ".other.nii.abcdefgh"):
+        (tmp_path / name).mkdir()
+    others = set(tmp_path.iterdir())
+    half = tmp_path / ".mask.nii.ab3d_fgh"  # nobody holds its lock
+    half.mkdir()
+    (half / "mask.nii").write_text("half")
+    with atomic_path(tmp_path / "mask.nii") as writing:
+        assert half.exists()  # a writer that began this moment has no lock yet
+        for folder in (half, writing.parent):
+            os.utime(folder, (0, 0))
+        with atomic_path(tmp_path / "mask.nii") as temporary:
+            temporary.write_text("complete")
+        assert not half.exists()
+        writing.write_text("complete")
+    assert set(tmp_path.iterdir()) == others | {tmp_path / "mask.nii"}
