@@ -450,7 +450,7 @@ def test_preview_shows_and_marks_the_drawn_slices(tmp_path, codes):
     completed = complete_scan(TrainedNetwork(network_for(scans), scans, {}), image, drawn)
     figure = plot_preview(completed, BRATS)
     rows = [figure.axes[row : row + 4] for row in range(0, len(figure.axes), 4)]
-    assert [axes.get_title() for axes in rows[0]] == ["image", "drawn", "network alone", "completed"]
+    assert [axes.get_title() for axes in rows[0]] == ["image", "drawn", "network only", "completed"]
     numbers = [int(row[0].get_ylabel().split()[1].rstrip(",")) for row in rows]
     assert set(numbers) >= {*slices, completed.proposed[0]}
     for number, row in zip(numbers, rows, strict=True):

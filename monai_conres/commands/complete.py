@@ -172,7 +172,7 @@ def plot_preview(completed: CompletedScan, classes: Structures) -> Figure:
         upright(completed.image),
         {
             "drawn": indices(completed.drawn),
-            "network alone": indices(completed.predicted),
+            "network only": indices(completed.predicted),
             "completed": indices(completed.label),
         },
         slices=flipped,
