@@ -87,10 +87,11 @@ def complete_files(
         ValueError: for wrong files, names and numbers, before anything is written.
     """
     from monai_conres.completion import complete_scan
-    from monai_conres.files import check_writable, write_label_map
+    from monai_conres.files import check_writable, path_text, write_label_map
 
-    images = [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
-    drawn, out, preview = Path(drawn), Path(out), Path(preview) if preview else None
+    images = [Path(path_text(file)) for file in (image if isinstance(image, (list, tuple)) else [image])]
+    network, drawn, out = path_text(network), Path(path_text(drawn)), Path(path_text(out))
+    preview = None if preview is None else Path(path_text(preview))
     check_outputs([drawn, *images], out, preview)
     trained = load_on_device(network, backbone, device)
     for file in filter(None, (out, preview)):
