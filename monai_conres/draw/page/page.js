@@ -199,7 +199,7 @@ function render() {
         const color = doubtful ? DOUBT : colors.get(value);
         if (!color || !(doubtful || opacity)) return (pixels[to + 3] = 0);
         pixels.set(color, to);
-        pixels[to + 3] = doubtful ? 60 + doubtful * 1.5 : opacity;
+        pixels[to + 3] = doubtful ? 40 + doubtful * 0.9 : opacity;
       }));
     context.imageSmoothingEnabled = false;
     context.drawImage(overlay, ...rectangle);
@@ -461,7 +461,9 @@ const actions = {
     if (done && !state.completes) hint("The volume is completed when the network has run.");
   },
   next() {
-    if (state.ranking[0]) show(0, state.ranking[0][0]);
+    if (!state.ranking[0]) return;
+    if (look.axis === 0 && look.at[0] === state.ranking[0][0]) hint("This is the slice to draw next.");
+    show(0, state.ranking[0][0]);
   },
   clear() {
     if (ready()) change((number) => (slice(labels, number).fill(0), drawn.set(number, false)));
