@@ -40,7 +40,7 @@ def test_wheel_works_without_clone_and_extras(tmp_path):
     run(sys.executable, "-m", "build", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "monai_conres/py.typed" in names
+    assert {"monai_conres/py.typed", "monai_conres/draw/page/page.js"} <= set(names)
     assert not [name for name in names if not name.startswith("monai_conres")]
     with tarfile.open(source) as archive:
         assert any(name.endswith("/setup.cfg") for name in archive.getnames())
