@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
-from monai_conres import ChainLoss, ConResLoss, ConResNet, complete_mask, predict_with_residual
+from monai_conres import ConResLoss, ConResNet, complete_mask, predict_with_residual
 from monai_conres.bundle import check_voxels, describe_labelled, read_decathlon, seed_everything, training_plan
 from monai_conres.files import ScanSettings, load_volume, save_network, write_label_map
 from monai_conres.phantom import write_phantom_dataset
@@ -47,7 +47,7 @@ def keep_few_slices(folder: Path, whole: Path, ignore: int) -> None:
     for file in sorted((folder / "labelsTr").glob("*.nii.gz")):
         label = load_volume(file)
         size = label.shape[-1]
-        drawn = [number for middle in (2 * size // 5, 3 * size // 5) for number in (middle - 1, middle)]
+        drawn = [number for middle in (size // 4, 3 * size // 4) for number in (middle - 1, middle)]
         sparse = torch.full_like(label, ignore)
         sparse[..., drawn] = label[..., drawn]
         write_label_map(file, sparse, label)
@@ -69,16 +69,13 @@ def train(network: ConResNet, cases: Sequence[dict], patch: tuple[int, ...], opt
     classes = network.arguments["out_channels"]
     dataset = CacheDataset(cases, Compose(augmentations(patch, classes, options.ignore)), progress=False)
     draws = RandomSampler(dataset, replacement=True, num_samples=options.iterations * options.batch_size)
-    joint_loss = ConResLoss(softmax=True, ignore_index=options.ignore)
-    # the residual loss needs neighbors that are both drawn; the chain also learns from single slices
-    chain_loss = ChainLoss(joint_loss.segmentation_loss, ignore_index=options.ignore)
+    loss_function = ConResLoss(softmax=True, ignore_index=options.ignore)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
     schedule = PolynomialLR(optimizer, total_iters=options.iterations, power=0.9)
     network.train()
     for batch in tqdm(DataLoader(dataset, batch_size=options.batch_size, sampler=draws), desc="train"):
         image, label = (batch[key].as_tensor().to(options.device) for key in KEYS)
-        output = network(image)
-        loss = joint_loss(output, label) + chain_loss(output, label)
+        loss = loss_function(network(image), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
