@@ -21,7 +21,7 @@ const past = [], future = []; // {number, before, after}; each is {values, done}
 // Talking to the server. Changed slices wait in `unsent` until the server has written them to its file.
 
 const unsent = new Set();
-let tab = null, sending = null, offline = false;
+let tab = null, sending = null, offline = false, loaded = false;
 
 async function call(path, { body, method = body === undefined ? "GET" : "POST" } = {}) {
   const headers = tab === null ? {} : { "X-Tab": String(tab) };
@@ -102,19 +102,23 @@ async function refresh(low, high) {
   completed.set(new_labels, low * plane);
   doubt.set(new_doubt, low * plane);
   for (let number = low; number < high; number++)
-    if (!drawn.has(number)) slice(labels, number).set(slice(completed, number));
+    if (!drawn.has(number) && number !== stroke?.number) slice(labels, number).set(slice(completed, number));
   draw();
+}
+
+// All volumes, once the network has run
+async function load() {
+  if (loaded || !state.completes) return;
+  loaded = true;
+  predicted.set(await bytes("predicted"));
+  await refresh(0, sizes[0]);
 }
 
 async function poll() {
   try {
-    const before = state.completes;
     const answer = await (await call("state")).json();
     if (!sending) apply(answer);
-    if (!before && state.completes) {
-      predicted.set(await bytes("predicted"));
-      await refresh(0, sizes[0]);
-    }
+    await load();
     if (offline && !unsent.size) tell(null);
     draw();
   } catch (error) {
@@ -651,7 +655,7 @@ addEventListener("keydown", (event) => {
   const found = control ? withControl[key] : keys[key] ?? (key >= "1" && key <= "9" ? () => choose(Number(key) - 1) : null);
   if (!found) return;
   event.preventDefault();
-  found();
+  if (!event.repeat || /^(Arrow|Page|[-+=[\]])/.test(key)) found();
 });
 addEventListener("keyup", (event) => {
   if (event.key.toLowerCase() === "h") (hidden = false), draw();
@@ -725,10 +729,7 @@ async function start() {
   const last = [...drawn.keys()].pop();
   if (last !== undefined) look.at[0] = last;
   apply(state);
-  if (state.completes) {
-    predicted.set(await bytes("predicted"));
-    await refresh(0, sizes[0]);
-  }
+  await load();
   draw();
   poll();
   await showChannel(0);
