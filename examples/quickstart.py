@@ -44,6 +44,7 @@ from monai_conres.files import ScanSettings, TrainedNetwork, atomic_path, load_n
 from monai_conres.phantom import write_phantom_dataset
 from monai_conres.residual import known_residuals
 from monai_conres.visualize import plot_slices, save_figure
+from monai_conres.volumes import read_grid, voxel_sizes
 
 CONTEXTS = {"baseline": "none", "ConResNet": "attention"}
 KEYS = ("image", "label")
@@ -131,7 +132,7 @@ def evaluate(trained: TrainedNetwork, dataset: CacheDataset, title: str, device:
         reference = masks[1] if ignore is None else masks[1].masked_fill(~labelled, ignore)
         for name, value in zip(names, compute_dice(*masks, ignore_empty=False)[0], strict=True):
             row[f"Dice {name}"] = value.item()
-        spacing = case["image"].pixdim.tolist()
+        spacing = voxel_sizes(case["image"])
         for name, value in zip(names, distance(masks[0], reference, spacing=spacing)[0], strict=True):
             row[f"HD95 {name} (mm)"] = value.item()
         # how well the changes from slice to slice are known, from the segmentation and from the residual decoder
@@ -179,6 +180,8 @@ def main(options: argparse.Namespace) -> None:
     found = {}
     for case in tqdm(training + validation, desc="check files"):
         found[case["name"]] = check_voxels(case, range(len(data.classes)), ignore_index=options.ignore)
+    for case in validation:  # distances of a sheared scan are an error, which comes before the training here
+        voxel_sizes(read_grid(case["image"]))
     if options.ignore is not None:
         print(*describe_labelled(found), sep="\n")
     patch, strides = training_plan(

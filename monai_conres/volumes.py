@@ -187,7 +187,7 @@ def voxel_sizes(volume: MetaTensor | Grid) -> list[float]:
         >>> voxel_sizes(MetaTensor(torch.zeros(1, 4, 5, 6), affine=torch.diag(torch.tensor([2.0, 2.0, 3.0, 1.0]))))
         [2.0, 2.0, 3.0]
     """
-    affine = np.asarray(volume.affine, dtype=float)
+    affine = torch.as_tensor(volume.affine).cpu().double().numpy()
     if sheared(affine):
         name = volume.file if isinstance(volume, Grid) else volume.meta.get("filename_or_obj", "the volume")
         raise ValueError(

@@ -214,6 +214,22 @@ def test_inference_writes_to_the_folder_that_was_typed(folder, monkeypatch, name
             np.testing.assert_array_equal(nib.load(mask).header[field], scan.header[field])
 
 
+def test_bundle_predicts_more_classes_than_its_own(folder):
+    """The run folder says how many classes there are, not the defaults of the bundle."""
+    scans = ScanSettings(
+        channels=["MR"],
+        patch_size=[16, 16, 16],
+        classes={name: [k] for k, name in enumerate("abcdefghij", 1)},
+        activation="softmax",
+    )
+    torch.manual_seed(0)
+    save_network(folder / "run", ConResNet(1, 11, include_background=False, **SMALL), scans)
+    bundle("inference")(folder)
+    masks = sorted((folder / "out").glob("*.nii.gz"))
+    assert len(masks) == len(list((folder / "out").glob("*.png"))) == 4
+    assert len({value for mask in masks for value in np.unique(nib.load(mask).dataobj)}) > 3
+
+
 def test_predictions_do_not_replace_the_labels_of_other_cases(folder):
     """The reader of new scans does not know the labels."""
     labels = folder / "data" / "labelsTr"
@@ -227,14 +243,16 @@ def test_predictions_do_not_replace_the_labels_of_other_cases(folder):
     CaseReport(folder / "out", [case], SCANS.classes)  # its own prediction of an earlier run
 
 
-def test_distances_of_sheared_scans_are_refused_before_the_work(folder):
+def test_distances_of_sheared_scans_are_refused_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
     affine = np.diag([*SPACING, 1.0])
     affine[0, 2] = 0.4
-    for key in ("image", "label"):
-        store(folder / "data" / f"{key}sTr" / "case3.nii.gz", lambda values, _: (values, affine))
+    for file in (folder / "data").glob("*Tr/*.nii.gz"):
+        store(file, lambda values, _: (values, affine))
     recipe(folder)  # training takes it
-    with pytest.raises(ValueError, match=r"perpendicular axes for distances in mm.*case3\.nii\.gz"):
-        bundle("evaluate")(folder)
+    for entry in ("quickstart", "evaluate"):
+        with pytest.raises((ValueError, SystemExit), match=r"perpendicular axes for distances in mm.*case\d\.nii\.gz"):
+            ENTRIES[entry](folder)
     assert not (folder / "out").exists()
     files = [folder / "data" / f"{key}sTr" / "case3.nii.gz" for key in ("image", "label")]
     completed = complete_scan(TrainedNetwork(network(), SCANS, {}), files[0], files[1], slices=[9])
