@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ Way = tuple[str, str]  # arm and method
 NAMES: dict[Way, str] = {
     ("baseline", "network"): "network",
     ("baseline", "interpolation"): "interpolation of drawn slices",
-    ("baseline", "random_walker"): "random walker",
+    ("baseline", "random_walker"): "random walker (smaller scans)",
     ("baseline", "constant"): "chain, constant",
     ("baseline", "image"): "chain, image",
     ("baseline", "derived"): "chain, residuals of its segmentation",
@@ -59,6 +60,7 @@ COMPARISONS: list[tuple[Way, Way]] = [
     (("conres", "both"), ("conres", "image")),
     (("conres", "both"), ("baseline", "image")),
     (("conres", "both"), ("plain_head", "both")),
+    (("conres", "both"), ("baseline", "random_walker")),
     (("conres_chain", "both"), ("conres", "both")),
     (("conres_chain", "both"), ("conres_double", "both")),
 ]
@@ -95,17 +97,23 @@ class Results:
         return sorted(seed for seed in every if all((seed, fold) in own for own in found for fold in folds))
 
     def values(self, way: Way, column: str, seeds: Sequence[int], number: int | None = None) -> np.ndarray:
-        """``(seeds, cases)``: the mean over the classes of each case, or one class; cases sorted by fold."""
-        rows = self.rows[way]
-        keys = sorted({(fold, case) for _, fold, case in rows})
-        return np.array([[_value(rows[seed, fold, case][column], number) for fold, case in keys] for seed in seeds])
+        """``(seeds, cases)``: the mean over the classes of each case, or one class. NaN where nothing was measured.
 
-    def folds(self, way: Way) -> np.ndarray:
-        return np.array([fold for fold, _ in sorted({(fold, case) for _, fold, case in self.rows[way]})])
+        The cases are all cases of the experiment, sorted by fold.
+        """
+        rows, keys = self.rows[way], self.cases
+        return np.array(
+            [[_value(rows.get((seed, fold, case), {}), column, number) for fold, case in keys] for seed in seeds]
+        )
+
+    @cached_property
+    def cases(self) -> list[tuple[int, str]]:
+        """Fold and name of each case, sorted."""
+        return sorted({(fold, case) for rows in self.rows.values() for _, fold, case in rows})
 
 
-def _value(cell: str, number: int | None) -> float:
-    values = np.array([float(value) for value in cell.split()] or [np.nan])
+def _value(row: dict[str, str], column: str, number: int | None) -> float:
+    values = np.array([float(value) for value in row.get(column, "").split()] or [np.nan])
     chosen = values if number is None else values[number : number + 1]
     return float(np.nanmean(chosen)) if np.isfinite(chosen).any() else np.nan
 
@@ -126,9 +134,8 @@ def table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def main_table(experiments: Sequence[Results]) -> str:
-    """Dice of the slices that are not drawn, for 0 to 5 drawn slices."""
-    numbers = (0, *NUMBERS)
+def main_table(experiments: Sequence[Results], numbers: Sequence[int]) -> str:
+    """Dice of the slices that are not drawn, for some numbers of drawn slices."""
     header = ["method", *(f"{title(results.name)}: {number}" for results in experiments for number in numbers)]
     return table(
         header,
@@ -147,7 +154,7 @@ def difference(results: Results, way: Way, other: Way, column: str) -> str:
         return "-"
     values = results.values(way, column, seeds) - results.values(other, column, seeds)
     known = np.isfinite(values).all(0)
-    low, high = interval(values[:, known], results.folds(way)[known])
+    low, high = interval(values[:, known], np.array([fold for fold, _ in results.cases])[known])
     return f"{values[:, known].mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -190,6 +197,8 @@ def draw(experiments: Sequence[Results]) -> Figure:
             points = [(number, float(value)) for number, value in points if value != "-"]
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=3.5, linewidth=1.5)
+        if shown := [y for line in axes.lines if line.get_label() != "interpolation" for y in line.get_ydata()]:
+            axes.set_ylim(min(shown) - 0.03, max(shown) + 0.02)  # interpolation can be far below
         axes.set_title(title(results.name), fontsize=10)
         axes.set_xlabel("drawn slices")
         axes.set_xticks((0, *NUMBERS))
@@ -208,9 +217,9 @@ def title(name: str) -> str:
 def report(experiments: Sequence[Results]) -> str:
     """The page: the main table and the differences."""
     parts = [
-        "Dice of the slices that are not drawn, after 0 to 5 evenly spaced drawn slices:",
-        main_table(experiments),
-        "Paired differences after 1 to 3 drawn slices, with 95 % intervals:",
+        "Dice of the slices that are not drawn, after 1, 2 and 3 evenly spaced drawn slices:\n",
+        main_table(experiments, PRIMARY),
+        "Paired differences after 1, 2 and 3 drawn slices, with 95 % intervals:\n",
         difference_table(experiments),
     ]
     return "\n".join(parts)
@@ -218,12 +227,14 @@ def report(experiments: Sequence[Results]) -> str:
 
 def details(experiments: Sequence[Results]) -> str:
     """The long tables behind the page."""
-    parts = []
+    parts = ["Evenly spaced slices:\n", main_table(experiments, (0, *NUMBERS))]
     for results in experiments:
         number = max(len(row["even_1"].split()) for rows in results.rows.values() for row in rows.values())
-        cases = len({case for rows in results.rows.values() for _, _, case in rows})
         name = title(results.name)
-        parts += [f"{name}, {cases} cases, slices by `next_slice` and bad drawings:", detail_table(results)]
+        parts += [
+            f"{name}, {len(results.cases)} cases, slices by `next_slice` and bad drawings:\n",
+            detail_table(results),
+        ]
         if number > 1:
             parts.append(class_table(results, number))
     return "\n".join(parts)
