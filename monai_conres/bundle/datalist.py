@@ -232,7 +232,7 @@ def read_folders(images: str | os.PathLike, labels: str | os.PathLike, structure
 def _scans_in(folder: str | os.PathLike) -> list[Path]:
     """The NIfTI files of a folder. A warning names its other files, except for tables, texts and pictures."""
     folder, found, left_out = Path(path_text(folder)), [], {}
-    series = find_series(folder)
+    series = [parent for parent in find_series(folder) if parent != folder]
     for file in find_files(folder, "*"):
         if file.parent in series:
             continue

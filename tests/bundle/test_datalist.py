@@ -44,10 +44,12 @@ def names(cases) -> list[str]:
 def test_read_scans_says_what_it_leaves_out(tmp_path):
     save(tmp_path / "a.nii.gz")
     save(tmp_path / "sub" / "b.nii.gz")
-    for name in ("c.nrrd", "d.nii.gz.bak", "._a.nii.gz", "notes.txt", "a.json"):
+    for name in ("c.nrrd", "d.nii.gz.bak", "._a.nii.gz", "notes.txt", "a.json", "e.dcm"):
         (tmp_path / name).write_bytes(b"x")
     write_series(tmp_path / "series", np.zeros((4, 5, 3), int))
-    message = r"Found 1 scans in .*; left out c\.nrrd \(no \.nii or \.nii\.gz\), d\.nii\.gz\.bak \(no .*\), "
+    message = (
+        r"Found 1 scans in .*; left out c\.nrrd \(no \.nii or \.nii\.gz\), d\.nii\.gz\.bak \(no .*\), e\.dcm \(.*\), "
+    )
     message += r"sub/b\.nii\.gz \(in a folder below\), series \(DICOM\)\.$"
     with pytest.warns(UserWarning, match=message):
         assert names(read_scans(tmp_path, CORE).cases) == ["a"]

@@ -98,3 +98,44 @@ def test_errors_name_case_and_file(folder, tmp_path):
         read_pancreas_ct(tmp_path / "empty")
     with pytest.raises(ValueError, match="expected NIfTI files"):
         read_pancreas_ct(tmp_path / "empty", labels=False)
+
+
+def store_label(folder, affine, number=10) -> None:
+    file = folder / "TCIA_pancreas_labels" / f"label{number:04d}.nii.gz"
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(file).dataobj), affine), file)
+
+
+def test_slices_need_no_ending_and_other_series_are_named(folder):
+    series = folder / "PANCREAS_0010" / "study" / "series"
+    expected = load_volume(series)
+    for number, file in enumerate(sorted(series.iterdir())):
+        file.rename(series / f"IM{number}")
+    (folder / "PANCREAS_0001").rename(folder / "patient1")
+    with pytest.warns(
+        UserWarning, match=r"Found 3 cases .*left out patient1/study/series \(a series without the name PANC"
+    ):
+        data = read_pancreas_ct(folder)
+    torch.testing.assert_close(load_volume(data.cases[0]["image"]), expected)
+
+
+def test_incomplete_series_is_refused_when_it_is_listed(folder):
+    series = folder / "PANCREAS_0010" / "study" / "series"
+    sorted(series.iterdir())[4].unlink()
+    with pytest.raises(ValueError, match=r"evenly spaced slices in .*PANCREAS_0010.*gaps between the 8 slices"):
+        read_pancreas_ct(folder)
+
+
+def test_header_of_a_label_counts_where_it_can(folder):
+    """Those of the collection lie elsewhere, but along the axes of the series."""
+    affine = load_volume(read_pancreas_ct(folder).cases[1]["image"]).affine.numpy()
+    store_label(folder, affine)
+    check_voxels(read_pancreas_ct(folder).cases[1], {0, 1})
+    mirrored = affine @ np.diag([-1.0, 1, 1, 1])
+    mirrored[:3, 3] += 11 * affine[:3, 0]  # the same places, along the first axis the other way
+    store_label(folder, mirrored)
+    with pytest.raises(ValueError, match=r"label0010\.nii\.gz in the order of the series .*the other way"):
+        read_pancreas_ct(folder)
+    c, s = np.cos(np.pi / 6), np.sin(np.pi / 6)
+    store_label(folder, np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ affine)
+    with pytest.raises(ValueError, match=r"the axes of the series in .*PANCREAS_0010.*, got others in .*label0010"):
+        read_pancreas_ct(folder)
