@@ -39,7 +39,14 @@ from monai_conres import (
     predict_with_residual,
     residual_mask,
 )
-from monai_conres.bundle import check_voxels, describe_labelled, read_decathlon, seed_everything, training_plan
+from monai_conres.bundle import (
+    Computation,
+    check_voxels,
+    describe_labelled,
+    read_decathlon,
+    seed_everything,
+    training_plan,
+)
 from monai_conres.files import ScanSettings, TrainedNetwork, atomic_path, load_network, save_network, write_csv
 from monai_conres.phantom import write_phantom_dataset
 from monai_conres.residual import known_residuals
@@ -74,7 +81,8 @@ def train(network: ConResNet, dataset: CacheDataset, options: argparse.Namespace
     with tqdm(loader, desc=f"train {title}") as progress:
         for batch in progress:
             image, label = (batch[key].to(options.device) for key in KEYS)
-            loss = loss_function(network(image), label)
+            with Computation.on(options.device).autocast():
+                loss = loss_function(network(image), label)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -188,6 +196,7 @@ def main(options: argparse.Namespace) -> None:
         data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(options.channels)
     )
     print(f"{len(training)} training and {len(validation)} validation cases, patch {patch}, strides {strides}")
+    print(f"training {Computation.on(options.device)}")
     scans = ScanSettings(
         channels=data.modalities,
         patch_size=patch,

@@ -19,6 +19,7 @@ from monai_conres.bundle.report import CaseReport, join_reports, summarize
 from monai_conres.bundle.sparse import IgnoredToZerod, ZeroToIgnoredd, describe_labelled, labelled_slices
 from monai_conres.bundle.structures import LabelToTargetd, ProbabilityToLabeld
 from monai_conres.bundle.training import (
+    Computation,
     EpochSeeds,
     LossCurve,
     SeededDataset,
@@ -31,6 +32,7 @@ from monai_conres.bundle.training import (
 
 __all__ = [
     "CaseReport",
+    "Computation",
     "Datalist",
     "DecathlonDatalist",
     "EpochSeeds",

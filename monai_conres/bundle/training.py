@@ -12,6 +12,8 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,47 @@ if TYPE_CHECKING:
 Events, _ = optional_import("ignite.engine", name="Events")
 Average, _ = optional_import("ignite.metrics", name="Average")
 idist, _ = optional_import("ignite.distributed")
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How a device computes: in mixed precision and compiled, where that is faster.
+
+    Attributes:
+        device: the device.
+        dtype: bfloat16 for autocast where a GPU has it, else ``None``: float32.
+        compiles: whether ``torch.compile`` works there. It takes the first step a minute or more, so it pays in a
+            training, not in a trial.
+
+    Example:
+        >>> computation = Computation.on("cpu")
+        >>> str(computation)
+        'on cpu in float32'
+        >>> with computation.autocast():
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.float32
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    compiles: bool
+
+    @classmethod
+    def on(cls, device: str | torch.device) -> Computation:
+        """What is fast on ``device``: float32 on anything but a GPU of NVIDIA or AMD."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return cls(device, None, False)
+        major, _ = torch.cuda.get_device_capability(device)
+        return cls(device, torch.bfloat16 if major >= 8 else None, major >= 7 and find_spec("triton") is not None)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which to compute a network and its loss."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        return f"on {name} in {'float32' if self.dtype is None else 'mixed precision (bfloat16)'}"
 
 
 class SeededDataset(CacheDataset):

@@ -21,6 +21,7 @@ from torch.utils.data import DistributedSampler
 
 from monai_conres import ConResLoss, ConResNet, attach_conres
 from monai_conres.bundle import (
+    Computation,
     EpochSeeds,
     LossCurve,
     SeededDataset,
@@ -295,3 +296,18 @@ def test_finalize_processes_releases_the_group_first(tmp_path):
     finalize_processes(wrapped)
     assert wrapped.reducer is wrapped.logger is None
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "compiles"),
+    [((9, 0), torch.bfloat16, True), ((7, 5), None, True), ((6, 1), None, False)],
+)
+def test_computation_uses_what_a_gpu_has(capability, dtype, compiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("monai_conres.bundle.training.find_spec", lambda name: name)
+    found = Computation.on("cuda:0")
+    assert (found.dtype, found.compiles) == (dtype, compiles)
+    assert str(found) == "on a GPU in " + ("mixed precision (bfloat16)" if dtype else "float32")
+    monkeypatch.setattr("monai_conres.bundle.training.find_spec", lambda name: None)
+    assert not Computation.on("cuda").compiles
