@@ -272,7 +272,7 @@ class NormalizeGroups(torch.autograd.Function):
     Called with ``(x, weight, bias, number of groups, eps)``. Returns ``y``, mean and reciprocal deviation.
 
     ``x`` in half precision is read as it is, never copied to float32. Its variance is then the mean of the squares less
-    the square of the mean, in float32. Relative to the variance that is exact to ``1e-7 * (mean / deviation) ** 2``.
+    the square of the mean, in float32. Relative to the variance that is exact to ``1e-6 * (mean / deviation) ** 2``.
     """
 
     @staticmethod

@@ -1,0 +1,165 @@
+"""What only a GPU can show. ``examples/benchmarks/gpu.py`` runs these tests, and those of ``test_deploy.py``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedTrainer
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+
+from monai_conres import ConResLoss, ConResNet, layers
+from monai_conres.bundle import Computation
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+BF16 = torch.bfloat16
+
+
+def small_network(**kwargs) -> ConResNet:
+    torch.manual_seed(0)
+    return ConResNet(2, 3, channels=(8, 16, 32), strides=2 * (2,), blocks=(1,) * 4, dropout=None, **kwargs).to(DEVICE)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1.0, 30.0), (1e3, 3e4)])
+def test_group_norm_is_close_to_float64(dtype, layout, scale, offset):
+    torch.manual_seed(0)
+    norm = layers.GroupNorm(8, 32).to(DEVICE)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (scale * torch.randn(1, 32, 24, 40, 36, device=DEVICE) + offset).to(dtype).contiguous(memory_format=layout)
+    exact, twin = x.double().requires_grad_(), torch.nn.GroupNorm(8, 32).to(DEVICE).double()
+    twin.load_state_dict(norm.state_dict())
+    got, want = norm(x.requires_grad_()), twin(exact)
+    assert got.dtype == dtype
+    assert got.is_contiguous(memory_format=layout)
+    gradient = torch.randn_like(x)
+    got.backward(gradient)
+    want.backward(gradient.double())
+    bound = 1e-4 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps + 2e-6 * (offset / scale) ** 2
+    assert relative_error(got, want) < bound
+    assert relative_error(x.grad, exact.grad) < bound
+    for parameter, reference in zip(norm.parameters(), twin.parameters(), strict=True):
+        assert relative_error(parameter.grad, reference.grad) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equations_4_and_6_equal_their_definitions(dtype):
+    torch.manual_seed(0)
+    features, logits = torch.randn(2, 1, 8, 9, 10, 11, device=DEVICE).to(dtype)
+    inputs = features.requires_grad_(), logits.requires_grad_()
+    pairs = (
+        (lambda f, x: layers.sigmoid_change(f) + x, lambda f, x: layers.inter_slice_residual(f.sigmoid()) + x),
+        (layers.gate_features, lambda f, x: f * (1 + x.sigmoid())),
+    )
+    for ours, definition in pairs:
+        got, want = ours(*inputs), definition(*inputs)
+        assert relative_error(got, want) < 4 * torch.finfo(dtype).eps
+        gradient = torch.randn_like(want)
+        for a, b in zip(
+            torch.autograd.grad(got, inputs, gradient), torch.autograd.grad(want, inputs, gradient), strict=True
+        ):
+            assert relative_error(a, b) < 8 * torch.finfo(dtype).eps
+
+
+def test_use_checkpoint_under_autocast_gives_the_same_gradients():
+    image = torch.randn(1, 2, 20, 24, 16, device=DEVICE)
+    gradients = []
+    for use_checkpoint in (False, True):
+        network = small_network(use_checkpoint=use_checkpoint)
+        with torch.autocast(DEVICE, BF16):
+            output = network(image)
+        (output.segmentation.float().square().sum() + output.residuals[0].float().square().sum()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert relative_error(*gradients) < 0.01
+
+
+def test_filters_kept_in_eval_are_those_of_autocast():
+    network, image = small_network().eval(), torch.randn(2, 2, 16, 16, 16, device=DEVICE)
+    with torch.no_grad():
+        exact = network(image)
+        with torch.autocast(DEVICE, BF16):
+            low = [network(image) for _ in range(2)]
+            inferer = SlidingWindowInferer((16, 16, 16), 2, overlap=0.5)
+            stitched = inferer(torch.randn(1, 2, 24, 24, 24, device=DEVICE), network)
+        again = network(image)
+    assert low[0].dtype == BF16
+    assert relative_error(low[1], low[0]) < 0.01
+    assert relative_error(low[0], exact) < 0.05
+    assert relative_error(again, exact) < 5e-3
+    assert stitched.shape == (1, 3, 24, 24, 24)
+
+
+def test_monai_trains_in_mixed_precision_on_images_with_metadata():
+    computation = Computation.on(DEVICE)
+    image = torch.randn(2, 16, 16, 16)
+    data = Dataset(
+        [{"image": MetaTensor(image), "label": MetaTensor((image[:1] > 0).float().expand(3, -1, -1, -1))}] * 2
+    )
+    network = small_network()
+    losses = []
+    trainer = SupervisedTrainer(
+        device=torch.device(DEVICE),
+        max_epochs=12,
+        train_data_loader=DataLoader(data, batch_size=2),
+        network=network,
+        optimizer=torch.optim.Adam(network.parameters(), 1e-2),
+        loss_function=ConResLoss(sigmoid=True),
+        inferer=SimpleInferer(),
+        amp=computation.dtype is not None,
+        amp_kwargs={"dtype": computation.dtype},
+        decollate=False,
+    )
+    trainer.add_event_handler("ITERATION_COMPLETED", lambda engine: losses.append(float(engine.state.output["loss"])))
+    trainer.run()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.slow
+def test_compiled_network_gives_the_same_in_training_and_in_windows():
+    network = small_network()
+    twin = torch.compile(copy.deepcopy(network))
+    image = torch.randn(1, 2, 16, 24, 16, device=DEVICE)
+    for one, other in zip(network(image).residuals, twin(image).residuals, strict=True):
+        assert relative_error(other, one) < 5e-3
+    inferer = SlidingWindowInferer((16, 16, 16), 4, overlap=0.5)
+    scan = torch.randn(1, 2, 40, 24, 24, device=DEVICE)
+    with torch.no_grad():
+        assert relative_error(inferer(scan, twin.eval()), inferer(scan, network.eval())) < 5e-3
+
+
+def test_training_step_needs_no_more_memory_than_torchs_own_norm(monkeypatch):
+    image = torch.randn(1, 2, 48, 64, 64, device=DEVICE)
+
+    def peak() -> int:
+        network = small_network()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast(DEVICE, BF16):
+            output = network(image)
+        (output.segmentation.float().sum() + output.residuals[0].float().sum()).backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    peak()  # the workspace of cuDNN
+    ours = peak()
+    monkeypatch.setattr(layers, "on_accelerator", lambda x: False)
+    assert ours <= peak()
+
+
+def test_float32_group_norm_of_torch_is_the_reference():
+    """The error of torch's own kernel against float64 bounds that of this package."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 32, 40, 64, 64, device=DEVICE) + 3
+    exact = F.group_norm(x.double(), 8)
+    ours = layers.GroupNorm(8, 32).to(DEVICE)(x)
+    assert relative_error(ours, exact) < 3 * relative_error(F.group_norm(x, 8), exact) + 1e-7
