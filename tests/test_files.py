@@ -364,7 +364,7 @@ def test_interrupted_writing_leaves_nothing(tmp_path, error):
 
 def test_left_overs_of_killed_writers_are_removed(tmp_path):
     """Only theirs: not those of a process that is still writing, nor a folder of somebody else."""
-    for name in (".mask.nii.backup", ".mask.nii.UPPERCAS", ".other.nii.abcdefgh"):
+    for name in (".mask.nii.backup", ".mask.nii.BACKUP42", ".other.nii.abcdefgh"):
         (tmp_path / name).mkdir()
     others = set(tmp_path.iterdir())
     half = tmp_path / ".mask.nii.ab3d_fgh"  # nobody holds its lock
