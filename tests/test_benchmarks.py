@@ -241,7 +241,8 @@ def test_full_size_trains_on_resident_patches(command, tmp_path):
     assert content["rows"][0]["multiply_adds"] == common.multiply_adds(network, (1, 4, *patch))
 
 
-ABLATIONS = [file.with_suffix(".csv") for file in sorted(Experiment.folder.glob("results/*_*.md"))]
+RESULTS = sorted(Experiment.folder.glob("results/*.csv"))
+ABLATIONS = [file for file in RESULTS if all(file.with_suffix(end).exists() for end in (".json", ".md"))]
 
 
 @pytest.mark.parametrize("file", ABLATIONS, ids=lambda file: file.stem)

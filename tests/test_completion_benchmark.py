@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_report_compares_ways_by_case_fold_and_seed(tmp_path):
     text = report.report([results])
     assert "| ConResNet: chain, both | 0.725 | 0.725 | 0.725 |" in text
     assert "| ConResNet: chain, both | 0.725 | 0.725 | 0.725 | 0.725 | 0.725 |" in report.details([results])
-    assert "Toy: ConResNet: chain, both, less ConResNet: network | 1 | +0.125" in text
+    assert "| ConResNet: chain, both, less ConResNet: network | +0.125 [+0.125, +0.125] | +0.125" in text
     report.draw([results])
 
 
@@ -195,3 +196,15 @@ def test_true_residuals_give_the_label_where_one_slice_is_certain():
     case = case_of(label, certainty=0.0)
     case.segmentation[..., 4] = 3 * (2 * completion.one_hot(label, num_classes=2)[..., 4].float() - 1)
     np.testing.assert_array_equal(why.with_true_residuals(case), label)
+
+
+@pytest.mark.slow
+def test_tables_of_completion_are_the_report_of_the_results(tmp_path):
+    shutil.copytree(completion.Experiment.folder / "results", tmp_path / "results")
+    names = ("hippocampus_completion", "chaos_completion", "sts_completion")
+    experiments = [report.Results.read(name, tmp_path) for name in names]
+    for name in names:
+        tracked = completion.Experiment.folder / "results" / f"{name}.csv"
+        assert (tmp_path / "results" / f"{name}.csv").read_bytes() == tracked.read_bytes()
+    assert report.report(experiments) == (ROOT / "docs/tables/completion.md").read_text()
+    assert report.details(experiments) == (tmp_path / "results/completion.md").read_text()

@@ -1,7 +1,7 @@
 """What a context residual decoder adds to other networks: parameters, multiply-adds and seconds.
 
-    python examples/benchmarks/attach_cost.py --out docs/tables            # counts and times
-    python examples/benchmarks/attach_cost.py --out docs/tables --no-times # only counts, in a minute
+    python examples/benchmarks/attach_cost.py --out examples/benchmarks/results            # counts and times
+    python examples/benchmarks/attach_cost.py --out examples/benchmarks/results --no-times # only counts, in a minute
 
 The networks have their usual configuration. Parameters and multiply-adds belong to one image of 128 x 128 x 128 in
 training; multiply-adds are those of convolutions and matrix products. Seconds belong to one image of 64 x 64 x 64: a

@@ -3,8 +3,7 @@
     python examples/benchmarks/completion_picture.py sts_completion --data STS_MR_CT_PET --fold 0 --out docs/images
 
 It takes the network of the arm ``conres``, and of its validation cases the one with the median gain: the Dice of the
-slices that are not drawn, completed from one slice, less that of the network. It writes ``completion.png``, five slices
-of this case, and ``completion.gif``, all slices.
+slices that are not drawn, completed from one slice, less that of the network. It writes ``completion.png``.
 """
 
 from __future__ import annotations
@@ -19,13 +18,11 @@ import torch
 from ablation import SIZES
 from completion import ARMS, CHAINS, FIT_CASES, Case, Completion, build, dice, evenly_spaced, fit, plan, predict
 from experiment import Experiment
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 from monai.data import Dataset
 from monai.transforms import Compose
 
 from monai_conres.bundle import read_decathlon
-from monai_conres.files import atomic_path
 from monai_conres.visualize import COLORS, save_figure
 
 ROWS = ("drawn slice", "network", "completed", "reference")
@@ -70,27 +67,6 @@ def strip(case: Case, rows: dict[str, np.ndarray], slices: Sequence[int], drawn:
     return figure
 
 
-def animate(case: Case, rows: dict[str, np.ndarray], drawn: int, path: Path) -> None:
-    """All slices of the reference's extent, one after the other."""
-    image = case.image[0, 0].numpy()
-    window = tuple(np.percentile(image, (1, 99.7)))
-    aspect = case.spacing[1] / case.spacing[0]
-    figure = Figure(figsize=(8, 8 / len(rows) * aspect * image.shape[1] / image.shape[0] + 0.35), layout="constrained")
-    grid = figure.subplots(1, len(rows))
-    inside = np.flatnonzero((case.label[0, 0] > 0).flatten(0, 1).any(0))
-    slices = range(max(0, inside[0] - 1), min(case.slices, inside[-1] + 2))
-
-    def frame(number: int) -> None:
-        for axes, (name, label) in zip(grid, rows.items(), strict=True):
-            axes.clear()
-            show(axes, image[..., number], label[..., number], window, aspect)
-            axes.set_title(name, fontsize=9)
-        figure.suptitle(f"slice {number}" + (", drawn" if number == drawn else ""), fontsize=9)
-
-    with atomic_path(path) as temporary:
-        FuncAnimation(figure, frame, frames=slices).save(temporary, writer=PillowWriter(fps=6), dpi=70)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the experiment")
@@ -98,7 +74,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for completion.png and .gif")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for completion.png")
     options = parser.parse_args()
     experiment = Experiment(options.name, options.folder)
     settings = experiment.settings()
@@ -126,7 +102,6 @@ def main() -> None:
     inside = (case.label[0, 0] > 0).flatten(0, 1).any(0).nonzero()[:, 0]
     shown = sorted({*np.linspace(int(inside[0]), int(inside[-1]), 6).round().astype(int).tolist()[1:-1], drawn})
     save_figure(strip(case, rows, shown, drawn), options.out / "completion.png", dpi=110)
-    animate(case, rows, drawn, options.out / "completion.gif")
 
 
 if __name__ == "__main__":

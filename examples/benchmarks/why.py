@@ -4,7 +4,7 @@
     python examples/benchmarks/why.py hippocampus_completion chaos_completion sts_completion    # only the tables
 
 It takes the weights of the arm ``conres`` that completion.py left in ``runs/NAME``, before, in the middle of and after
-the training, and writes one row for each network into ``results/NAME_why.csv`` and a table into ``docs/tables/why.md``.
+the training, and writes one row for each network into ``results/NAME_why.csv`` and a table into ``results/why.md``.
 
 - Gradients at the encoder, means over training patches: the size of the residual loss's gradient over that of the
   segmentation loss's, and their cosine.
@@ -46,20 +46,17 @@ from monai_conres.files import write_csv
 
 PATCHES = 8
 CASES = 8  # of a fold, at most
+# of the table; the rows also have the gradients at the start and in the middle of the training
 COLUMNS = {
-    "cosine_start": "cosine of the gradients: start",
-    "cosine_half": "half",
-    "cosine_end": "end",
-    "ratio_start": "size of the residual gradient: start",
-    "ratio_half": "half",
-    "ratio_end": "end",
-    "gate_voxels": "spread of a gate: over voxels",
-    "gate_channels": "between channels",
-    "gate_auroc": "AUROC for the true residual mask",
+    "cosine_end": "gradients: cosine",
+    "ratio_end": "size",
+    "gate_voxels": "gates: spread over voxels",
+    "gate_channels": "over channels",
+    "gate_auroc": "AUROC",
     "dice": "Dice: network",
     "dice_mean_gates": "mean gates",
     "dice_true_residuals": "true residuals",
-    "residual_predicted": "Dice of residual masks: predicted",
+    "residual_predicted": "residual masks: predicted",
     "residual_derived": "derived",
 }
 
@@ -132,7 +129,7 @@ def with_true_residuals(case: Case, certainty: float = 20.0) -> torch.Tensor:
 
 def look_inside(network: ConResNet, cases: Dataset, patch: tuple) -> dict[str, float]:
     """Gates, Dice and residual masks of a trained network on validation cases, means over the cases."""
-    values: dict[str, list[float]] = {name: [] for name in list(COLUMNS)[6:]}
+    values: dict[str, list[float]] = {name: [] for name in list(COLUMNS)[2:]}
     scans = list(predict(network, cases, patch))
     with mean_gates(network):
         constant = list(predict(network, cases, patch))
@@ -161,7 +158,6 @@ def main() -> None:
     parser.add_argument("names", nargs="+", help="names of the experiments of completion.py")
     parser.add_argument("--data", type=Path, help="folder with dataset.json, of one experiment")
     parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for why.md")
     options = parser.parse_args()
     if options.data is not None:
         measure(Experiment(options.names[0], options.folder), options.data)
@@ -171,7 +167,7 @@ def main() -> None:
             networks = list(csv.DictReader(file))
         means = {text: f"{np.mean([float(row[key]) for row in networks]):.3f}" for key, text in COLUMNS.items()}
         rows.append({"data": title(name), "networks": str(len(networks)), **means})
-    print(write_table(options.out, "why", rows))
+    print(write_table(options.folder / "results", "why", rows))
 
 
 def table_file(folder: Path, name: str) -> Path:
