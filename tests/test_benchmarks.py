@@ -209,7 +209,7 @@ def test_runs_are_merged_into_one_table(command, tmp_path):
 
 def test_experiment_refuses_what_contradicts_it(command, tmp_path):
     experiment = Experiment("small", tmp_path)
-    with pytest.raises(ValueError, match="expected runs of"):
+    with pytest.raises(ValueError, match="expected runs in"):
         command(report)
     settings = {"data": "data", "size": "cpu", "device": "cpu", "iterations": 2, "batch": 2, "cases": 2}
     settings |= {"spacing": None, "max_voxels": 8000, "nnunet_folds": False}

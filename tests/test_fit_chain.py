@@ -136,7 +136,7 @@ def test_command_refuses_what_it_cannot_use_and_leaves_network_json(tmp_path, ca
         (["--labels", str(tmp_path / "wrong")], "expected the values [0, 1, 4]"),
         (["--labels", str(tmp_path / "shifted")], "expected the same affine"),
         (["--labels", str(labels), "--cases", "0"], "expected 1 or more cases to use, got 0"),
-        (["--labels", str(labels), "--images", str(labels / "no")], "cannot read"),
+        (["--labels", str(labels), "--images", str(labels / "no")], "found none"),
         (["--labels", str(labels), "--network", str(tmp_path)], "expected a folder of a trained network"),
     ]:
         with pytest.raises(SystemExit) as stop:
