@@ -232,7 +232,7 @@ class Case:
 
     @cached_property
     def predicted(self) -> torch.Tensor:
-        """The label map of the network alone."""
+        """The label map of the network."""
         return self.segmentation.argmax(1, keepdim=True).to(self.label.dtype)
 
     def residual_for(self, method: Method) -> torch.Tensor:
