@@ -457,14 +457,15 @@ def draw_slices(complete: Completion, case: Case) -> dict[str, str]:
     return row
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(description: str | None, arms: Sequence[str], folds: Sequence[int]) -> argparse.Namespace:
+    """The command line of completion.py and sparse.py, with their arms and default folds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the experiment")
     parser.add_argument("--data", type=Path, required=True, help="folder with dataset.json")
     parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, metavar="ARM", help=", ".join(arms))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--folds", type=int, nargs="+", default=folds)
     settings = parser.add_argument_group("settings of a new experiment")
     settings.add_argument("--size", choices=SIZES, default="cpu", help="of the networks")
     settings.add_argument("--iterations", type=int, help="default: those of the size")
@@ -478,22 +479,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan(data: DecathlonDatalist, settings: Mapping[str, Any]) -> tuple[list, tuple, tuple]:
-    """Transforms that prepare a case, size of a patch, and strides of the networks of an experiment."""
-    pixel, levels = settings["pixel"], len(SIZES[settings["size"]]["channels"])
-    spacing = [pixel or data.spacing[0], pixel or data.spacing[1], data.spacing[2]]
-    shape = [edge * old / new for edge, old, new in zip(data.shape, data.spacing, spacing, strict=True)]
-    prepare = preparation((pixel, pixel, -1) if pixel else None)
-    return prepare, *training_plan(shape, spacing, max_voxels=settings["max_voxels"], levels=levels)
-
-
-def main() -> None:
-    options = parse_arguments()
-    experiment = Experiment(options.name, options.folder, COLUMNS)
+def start(
+    options: argparse.Namespace, columns: Sequence[str]
+) -> tuple[Experiment, dict[str, Any], dict[str, Any], DecathlonDatalist]:
+    """The experiment, its settings, the size of its networks and its data; the settings are those of earlier runs."""
+    experiment = Experiment(options.name, options.folder, columns)
     size = SIZES[options.size].copy()
     size |= {name: value for name in ("iterations", "batch") if (value := getattr(options, name))}
     data = read_decathlon(options.data)
-    classes = len(data.classes)
     settings = {
         "data": options.data.resolve().name,
         "size": options.size,
@@ -505,11 +498,25 @@ def main() -> None:
         "max_voxels": options.max_voxels,
     }
     experiment.check(settings, "the command line")
+    return experiment, settings, size, data
+
+
+def plan(data: DecathlonDatalist, settings: Mapping[str, Any]) -> tuple[list, tuple, tuple]:
+    """Transforms that prepare a case, size of a patch, and strides of the networks of an experiment."""
+    pixel, levels = settings["pixel"], len(SIZES[settings["size"]]["channels"])
+    spacing = [pixel or data.spacing[0], pixel or data.spacing[1], data.spacing[2]]
+    shape = [edge * old / new for edge, old, new in zip(data.shape, data.spacing, spacing, strict=True)]
+    prepare = preparation((pixel, pixel, -1) if pixel else None)
+    return prepare, *training_plan(shape, spacing, max_voxels=settings["max_voxels"], levels=levels)
+
+
+def main() -> None:
+    options = parse_arguments(__doc__, list(ARMS), range(5))
+    experiment, settings, size, data = start(options, COLUMNS)
+    classes = len(data.classes)
     prepare, patch, strides = plan(data, settings)
-    known = experiment.merged_runs()
     for fold in options.folds:
-        runs = [(arm, fold, seed) for seed in options.seeds for arm in options.arms]
-        runs = [run for run in runs if run not in known and not experiment.run_file(run).exists()]
+        runs = experiment.missing_runs(options.arms, fold, options.seeds)
         if not runs:
             continue
         training, validation = (cases[: options.cases] for cases in data.split(fold))

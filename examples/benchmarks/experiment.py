@@ -85,6 +85,12 @@ class Experiment:
                     runs.setdefault((row["arm"], int(row["fold"]), int(row["seed"])), []).append(row)
         return runs
 
+    def missing_runs(self, arms: Sequence[str], fold: int, seeds: Sequence[int]) -> list[Run]:
+        """The runs of one fold that have no result yet, all arms of a seed together."""
+        known = self.merged_runs()
+        runs = [(arm, fold, seed) for seed in seeds for arm in arms]
+        return [run for run in runs if run not in known and not self.run_file(run).exists()]
+
     def write_run(self, run: Run, settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
         """Write one run to its own file. The file is complete or absent."""
         with atomic_path(self.run_file(run)) as temporary:

@@ -24,18 +24,16 @@ An arm is LAYOUT, PERCENT and METHOD, such as pairs10_chain. Definitions, which 
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import SIZES, batches, preparation
-from experiment import Experiment
+from ablation import batches
+from completion import parse_arguments, plan, start
 from monai.data import CacheDataset
 from monai.inferers import SlidingWindowInferer
 from monai.metrics import compute_dice
@@ -61,7 +59,7 @@ from monai_conres import (
     predict_with_residual,
     residual_mask,
 )
-from monai_conres.bundle import read_decathlon, seed_everything, training_plan
+from monai_conres.bundle import seed_everything
 from monai_conres.files import atomic_path
 
 IGNORE = 255
@@ -228,50 +226,11 @@ def shares(arm: Arm, dataset: CacheDataset) -> dict[str, float]:
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the experiment")
-    parser.add_argument("--data", type=Path, required=True, help="folder with dataset.json")
-    parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folds", type=int, nargs="+", default=[0])
-    settings = parser.add_argument_group("settings of a new experiment")
-    settings.add_argument("--size", choices=SIZES, default="cpu", help="of the networks")
-    settings.add_argument("--iterations", type=int, help="default: those of the size")
-    settings.add_argument("--batch", type=int, help="patches in a batch (default: those of the size)")
-    settings.add_argument("--cases", type=int, help="at most this number of cases for training and for validation")
-    settings.add_argument("--pixel", type=float, help="size of a pixel in mm; the slices stay the scan's own")
-    settings.add_argument("--max-voxels", type=int, default=77000, help="of a training patch, about")
-    settings.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    parser.set_defaults(**(Experiment(options.name, options.folder).settings() or {}))
-    return parser.parse_args()
-
-
 def main() -> None:
-    options = parse_arguments()
-    experiment = Experiment(options.name, options.folder, COLUMNS)
-    size = SIZES[options.size].copy()
-    size |= {name: value for name in ("iterations", "batch") if (value := getattr(options, name))}
-    data = read_decathlon(options.data)
+    options = parse_arguments(__doc__, ARMS, [0])
+    experiment, settings, size, data = start(options, COLUMNS)
     classes = len(data.classes)
-    settings = {
-        "data": options.data.resolve().name,
-        "size": options.size,
-        "device": torch.device(options.device).type,
-        "iterations": size["iterations"],
-        "batch": size["batch"],
-        "cases": options.cases,
-        "pixel": options.pixel,
-        "max_voxels": options.max_voxels,
-    }
-    experiment.check(settings, "the command line")
-    spacing = [options.pixel or data.spacing[0], options.pixel or data.spacing[1], data.spacing[2]]
-    prepare = preparation((*spacing[:2], -1) if options.pixel else None)
-    shape = [edge * old / new for edge, old, new in zip(data.shape, data.spacing, spacing, strict=True)]
-    patch, strides = training_plan(shape, spacing, max_voxels=options.max_voxels, levels=len(size["channels"]))
-    known = experiment.merged_runs()
+    prepare, patch, strides = plan(data, settings)
 
     def trained(name: str, fold: int, seed: int, whole: CacheDataset) -> dict[str, Any]:
         """Weights and seconds of a run, from its file or by training; ``whole`` are the training scans."""
@@ -298,8 +257,7 @@ def main() -> None:
         return ConResNet(data.channels, classes, include_background=False, **structure).to(options.device)
 
     for fold in options.folds:
-        runs = [(arm, fold, seed) for seed in options.seeds for arm in options.arms]
-        runs = [run for run in runs if run not in known and not experiment.run_file(run).exists()]
+        runs = experiment.missing_runs(options.arms, fold, options.seeds)
         if not runs:
             continue
         sets = [CacheDataset(cases[: options.cases], Compose(prepare), progress=False) for cases in data.split(fold)]
