@@ -1,6 +1,6 @@
 """From a few drawn slices of each scan to finished volumes.
 
-    python examples/few_slices.py                            # on phantoms, of which it keeps four slices each
+    python examples/few_slices.py                            # on phantoms: it keeps four slices of each
     python examples/few_slices.py --data FOLDER              # Medical Segmentation Decathlon layout
     python examples/few_slices.py --data FOLDER --rounds 2   # train again on the finished volumes
 
@@ -86,7 +86,7 @@ def train(network: ConResNet, cases: Sequence[dict], patch: tuple[int, ...], opt
 def complete(
     network: ConResNet, scans: ScanSettings, case: dict, options: argparse.Namespace
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Label maps ``(1, *spatial)`` of a prepared case: of the network alone, and completed from what is drawn."""
+    """Label maps ``(1, *spatial)`` of a prepared case: of the network, and completed from what is drawn."""
     image, drawn = case["image"].as_tensor()[None], case["label"].as_tensor()[None]
     inferer = scans.inferer(sw_batch_size=2)
     segmentation, residual = predict_with_residual(image.to(options.device), network.eval(), inferer)
@@ -161,7 +161,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def compare(cases: Sequence[dict], results: Sequence, whole: Path, scans: ScanSettings, ignore: int) -> None:
-    """Print the Dice of the voxels that are not drawn, for the network alone and for the completed scans."""
+    """Print the Dice of the voxels that are not drawn, for the network and for the completed scans."""
     prepare, scores = scans.preprocessing(label=True), []
     for case, labels in zip(cases, results, strict=True):
         files = {key: str(whole / f"{key}sTr" / f"{case['name']}.nii.gz") for key in KEYS}

@@ -33,7 +33,7 @@ from monai_conres.volumes import (
 tqdm, _ = optional_import("tqdm", name="tqdm", descriptor="{}; install it with: pip install 'monai-conres[examples]'")
 
 Cases = list[dict[str, Any]]
-# beside scans, these are no scans that somebody forgot
+# these files next to scans are not scans that somebody forgot
 SIDE_FILES = {".json", ".txt", ".csv", ".tsv", ".md", ".png", ".jpg", ".bval", ".bvec", ".xml", ".yaml", ".pdf"}
 
 

@@ -1,4 +1,4 @@
-"""Scans of which only some slices are drawn: how many slices have labels, and transforms that keep the others apart."""
+"""Scans in which only some slices are drawn: how many slices have labels, and transforms that keep the others apart."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def labelled_slices(label: torch.Tensor, ignore_index: int, file: Any = "the lab
 
 
 def describe_labelled(found: Mapping[str, str]) -> Iterable[str]:
-    """One line for all cases of which as many slices have a label.
+    """One line for all cases with the same number of labelled slices.
 
     Args:
         found: what :func:`labelled_slices` returns, by name of the case.
