@@ -21,7 +21,7 @@ from monai.utils import convert_to_tensor, optional_import
 from monai_conres.chain import ChainSettings, SliceChain
 from monai_conres.chain_training import fit_chain
 from monai_conres.decoder import ConResDecoder
-from monai_conres.files import TrainedNetwork, check_same_grid, load_volume
+from monai_conres.files import TrainedNetwork, check_same_grid, load_label
 from monai_conres.residual import slice_dim
 from monai_conres.scans import ScanSettings, label_values, paint_structures, structure_masks
 from monai_conres.volumes import HEADER
@@ -569,11 +569,7 @@ def _drawn_slices(
     allowed = [0, *sorted(label_values(scans.classes))]
     if ignore_index in allowed or not 0 <= (ignore_index or 0) <= 255:
         raise ValueError(f"expected ignore_index up to 255 that is none of {allowed}, got {ignore_index}.")
-    label = convert_to_tensor(load_volume(file), track_meta=False)
-    if len(label) != 1:
-        raise ValueError(
-            f"expected one label map in {file}, got {len(label)} channels; write one value for each class."
-        )
+    label = convert_to_tensor(load_label(file), track_meta=False)
     by_slice = label.movedim(axis + 1, 0)
     nothing = 0 if ignore_index is None else ignore_index  # what slices hold that are not drawn
     labelled = set((by_slice != nothing).flatten(1).any(1).nonzero()[:, 0].tolist())

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -42,10 +43,12 @@ File = str | os.PathLike
 Files = File | Sequence[File]
 
 TOLERANCE = 0.1  # voxels by which two statements about the place of a voxel may differ
+FRACTION = 1e-3  # by which a stored number of a label may differ from a whole one
 LARGEST = 1e9  # no scanner gives larger numbers; voxels without data are often -1e30 or the smallest float32
 HEADER = "nifti_header"  # key of a MetaTensor's meta: the header of the scan's file in hexadecimal digits
 MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by NIfTI's code: unknown, meter, mm, micrometre
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+GZIP = b"\x1f\x8b"  # first bytes of a compressed file
 DICOM_ENDINGS = (".dcm", ".ima")
 DICOM_TAGS = ["SeriesInstanceUID", "InstanceNumber", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames"]
 DICOM_TAGS += ["PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept"]
@@ -158,16 +161,33 @@ def load_volume(file: Files) -> MetaTensor:
     return MetaTensor(voxels, affine=torch.from_numpy(grid.affine.copy()), meta=meta)
 
 
-def load_label(file: File, values: Collection[int]) -> MetaTensor:
-    """Load a label map ``(1, *spatial)`` in float32 that has only some values.
+def load_label(file: File, values: Collection[int] | None = None) -> MetaTensor:
+    """Load a label map ``(1, *spatial)`` of whole numbers in float32.
+
+    Programs that store scaled numbers write 0.99999 for 1. So a number up to 0.001 from a whole one becomes this one.
+
+    Args:
+        file: a NIfTI file or a folder with one DICOM series.
+        values: the values that the label may have; ``None`` accepts all whole numbers.
 
     Raises:
-        ValueError: as :func:`load_volume`, or when there are several channels or other values than ``values``.
+        ValueError: as :func:`load_volume`, or when there are several channels, numbers between the whole ones, or
+            other values than ``values``.
     """
     label = load_volume(file)
     if len(label) != 1:
         raise ValueError(f"expected one channel in {file}, got {len(label)}; store classes as numbers.")
     voxels = label.as_tensor()
+    whole = voxels.round()
+    if ((voxels - whole).abs() > FRACTION).any():
+        found = sorted({f"{value:.6g}" for value in voxels[voxels != whole][:100000].tolist()}, key=float)
+        raise ValueError(
+            f"expected whole numbers in the label {file}, got {', '.join(found[:5])}; was the label resampled? Resample it again "
+            "with the nearest neighbor, or take the case out."
+        )
+    voxels.copy_(whole)
+    if values is None:
+        return label
     others = voxels[~torch.isin(voxels, torch.tensor(sorted(values), dtype=voxels.dtype))]
     if len(others):
         found = sorted(set(others[:100000].tolist()))
@@ -213,19 +233,25 @@ def sheared(affine: np.ndarray) -> bool:
 class LoadScand(MapTransform):
     """Load scans and label maps: :func:`load_volume` for dictionaries, instead of MONAI's ``LoadImaged``.
 
-    The volumes ``(c, *spatial)`` of all keys must lie on the same grid.
+    The volumes ``(c, *spatial)`` of all keys must lie on the same grid. The key ``"label"`` goes to :func:`load_label`.
 
     The arguments are those of MONAI's ``MapTransform``; each key has a file, several files or the folder of a series.
 
     Raises:
-        ValueError: as :func:`load_volume` and :func:`check_same_grid`.
+        ValueError: as :func:`load_volume`, :func:`load_label` and :func:`check_same_grid`.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """``data`` with files replaced by volumes."""
-        volumes = {key: load_volume(data[key]) for key in self.key_iterator(dict(data))}
+        volumes = self.load(data)
         self.check([(ensure_tuple(data[key])[0], volume) for key, volume in volumes.items()])
         return {**data, **volumes}
+
+    def load(self, data: Mapping[Hashable, Any]) -> dict[Hashable, MetaTensor]:
+        """The volumes of the keys."""
+        return {
+            key: (load_label if key == "label" else load_volume)(data[key]) for key in self.key_iterator(dict(data))
+        }
 
     def check(self, loaded: Sequence[tuple[File, MetaTensor]]) -> None:
         """Raise unless all volumes have the grid of the first one."""
@@ -299,10 +325,7 @@ def _read_nifti(file: Path) -> tuple[Grid, Any]:
         shape, affine = tuple(map(int, header.get_data_shape())), header.get_best_affine()
         qform = header.get_qform(coded=True)[0]
     except Exception as error:
-        ending = "" if NIFTI.search(file.name) else ", or convert the scan to .nii.gz"
-        raise ValueError(
-            f"expected a NIfTI file, cannot read {file} ({brief(error)}); fetch it again{ending}."
-        ) from error
+        raise ValueError(f"expected a NIfTI file, cannot read {file} ({brief(error)}); {_remedy(file)}.") from error
     codes = [int(raw["sform_code"]), int(raw["qform_code"])]
     unit, voxel = int(raw["xyzt_units"]) % 8, np.abs(raw["pixdim"][1:4]).astype(float)
     edges = np.linalg.norm(affine[:3, :3], axis=0)
@@ -310,6 +333,8 @@ def _read_nifti(file: Path) -> tuple[Grid, Any]:
         wrong = f"a volume, three axes and at most one for channels, got the shape {shape}"
     elif not 0 <= min(codes) <= max(codes) <= 5:
         wrong = f"codes of sform and qform from 0 to 5, got {codes}"
+    elif np.isinf([raw["scl_slope"], raw["scl_inter"]]).any():
+        wrong = f"a finite scale of the voxels, got {float(raw['scl_slope'])} and {float(raw['scl_inter'])},"
     elif unit not in MILLIMETRES:
         wrong = f"a unit of mm, meters or micrometres, got the code {unit}"
     elif not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges.prod() > 0):
@@ -324,6 +349,18 @@ def _read_nifti(file: Path) -> tuple[Grid, Any]:
     else:
         return dataclasses.replace(stored_grid(header), file=file), image
     raise ValueError(f"expected {wrong} in the header of {file}; repair it, or take the file out.")
+
+
+def _remedy(file: Path) -> str:
+    """What to do about a file that is no NIfTI file."""
+    if not NIFTI.search(file.name):
+        return "fetch it again, or convert the scan to .nii.gz"
+    with suppress(OSError), file.open("rb") as stream:
+        start = stream.read(2)
+        if start and (start == GZIP) != file.name.lower().endswith(".gz"):
+            ending, is_compressed = (".nii.gz", "is") if start == GZIP else (".nii", "is not")
+            return f"it {is_compressed} compressed: if it is a NIfTI file, rename it to {stem(file)}{ending}"
+    return "fetch it again"
 
 
 def stored_grid(header: Any) -> Grid:

@@ -487,7 +487,7 @@ def shifted(affine: np.ndarray) -> np.ndarray:
         (lambda image, drawn, affine: (image, 0.5 * drawn, affine), "got 0.5"),
         (lambda image, drawn, affine: (image, drawn - 1.0, affine), "got -1"),
         (lambda image, drawn, affine: (image, np.nan + drawn, affine), "finite numbers in .*drawn.nii.gz"),
-        (lambda image, drawn, affine: (image, np.stack([drawn] * 2, -1), affine), "got 2 channels"),
+        (lambda image, drawn, affine: (image, np.stack([drawn] * 2, -1), affine), "one channel in .*got 2"),
         (lambda image, drawn, affine: (np.nan + image, drawn, affine), "finite numbers in .*scan.nii.gz"),
         (lambda image, drawn, affine: (np.stack([image] * 2, -1), drawn, affine), "expected 1 channels, T1, got 2"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import shutil
 from pathlib import Path
 
@@ -238,6 +239,46 @@ def test_label_has_one_channel_and_known_values(tmp_path):
         load_label(file, {0, 1})
     with pytest.raises(ValueError, match=r"one channel in .*label\.nii\.gz, got 2"):
         load_label(write(file, size=(*SIZE, 2)), {0})
+
+
+@pytest.mark.parametrize("value", [0.99999, 1.0009, 2.9999])
+def test_label_of_scaled_numbers_is_read_as_whole_ones(tmp_path, value):
+    """A plain conversion to whole numbers makes 0 of 0.99999."""
+    file = write(tmp_path / "label.nii.gz", values=value)
+    assert load_label(file).unique().tolist() == load_label(file, {1, 3}).unique().tolist() == [round(value)]
+    assert LoadScand(["image", "label"])({"image": file, "label": file})["label"].unique().tolist() == [round(value)]
+    assert load_volume(file).unique().tolist() == [np.float32(value)]
+
+
+@pytest.mark.parametrize("value", [0.5, 1.01, 254.9])
+def test_resampled_label_is_refused_wherever_it_is_loaded(tmp_path, value):
+    file = write(tmp_path / "label.nii.gz", values=value)
+    scans = ScanSettings(channels=["T1"], patch_size=[4, 4, 4], classes={"a": [1]}, activation="sigmoid")
+    for load in (
+        lambda: load_label(file),
+        lambda: LoadScand("label")({"label": file}),
+        lambda: scans.preprocessing(label=True)({"image": file, "label": file}),
+    ):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            load()
+        error = str(caught.value.__cause__ if type(caught.value) is RuntimeError else caught.value)
+        assert re.search(rf"whole numbers in the label .*label\.nii\.gz, got {value:g}; .*nearest neighbor", error)
+
+
+@pytest.mark.parametrize(("name", "right"), [("scan.nii", "scan.nii.gz"), ("scan.nii.gz", "scan.nii")])
+def test_wrong_ending_of_a_compressed_file_is_named(tmp_path, name, right):
+    write(tmp_path / right).rename(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"cannot read .*{name} .*; it is .*compressed.*rename it to {right}\.$"):
+        load_volume(tmp_path / name)
+
+
+def test_scale_of_the_voxels_must_be_finite(tmp_path):
+    file = write(tmp_path / "scan.nii")
+    content = bytearray(file.read_bytes())
+    np.frombuffer(content, nib.Nifti1Header.template_dtype, count=1)["scl_slope"][0] = np.inf
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a finite scale of the voxels, got inf and .* in the header of .*scan\.nii"):
+        read_grid(file)
 
 
 def test_channels_of_one_image_may_differ_by_rounding(tmp_path):

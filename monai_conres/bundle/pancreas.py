@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from monai_conres.volumes import (
     LoadScand,
     find_files,
     find_series,
-    load_volume,
     read_grid,
     reoriented,
     say_left_out,
@@ -99,7 +99,7 @@ class LoadPancreasCTd(LoadScand):
         """``data`` with files replaced by volumes ``(1, *spatial)``."""
         if "label" not in data or not Path(data["image"]).is_dir():
             return super().__call__(data)
-        volumes = {key: load_volume(data[key]) for key in self.key_iterator(dict(data))}
+        volumes = self.load(data)
         if "label" in volumes and "image" in volumes:
             volumes["label"].affine = volumes["image"].affine.clone()
         return {**data, **volumes}
@@ -132,6 +132,14 @@ def _case(number: int, series: Path, labels: Mapping[str, Path] | None) -> dict[
         raise ValueError(
             f"expected the voxels of {label} in the order of the series in {series}, got a label that lies on the "
             "series but runs along its axes the other way; store it in the order of the series, or exclude the case."
+        )
+    offset = drawn.affine[:3, 3]
+    if not scan.agrees(drawn) and offset.any() and np.allclose(drawn.affine[:3, :3], scan.affine[:3, :3], atol=1e-3):
+        away = np.linalg.norm(offset - scan.affine[:3, 3])
+        warnings.warn(
+            f"The header of {label} has the axes of the series in {series} but lies {away:.4g} mm away. The label is "
+            "read voxel by voxel all the same: look at its picture, or exclude the case.",
+            stacklevel=2,
         )
     return {**case, "label": str(label), "label_header": False}
 

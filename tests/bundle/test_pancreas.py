@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -128,8 +129,16 @@ def test_incomplete_series_is_refused_when_it_is_listed(folder):
 def test_header_of_a_label_counts_where_it_can(folder):
     """Those of the collection lie elsewhere, but along the axes of the series."""
     affine = load_volume(read_pancreas_ct(folder).cases[1]["image"]).affine.numpy()
-    store_label(folder, affine)
-    check_voxels(read_pancreas_ct(folder).cases[1], {0, 1})
+    without_origin = affine.copy()
+    without_origin[:3, 3] = 0
+    for accepted in (affine, without_origin, affine * [[-1], [1], [1], [1]]):
+        store_label(folder, accepted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_voxels(read_pancreas_ct(folder).cases[1], {0, 1})
+    store_label(folder, affine + 50 * np.eye(4, k=3))
+    with pytest.warns(UserWarning, match=r"label0010\.nii\.gz has the axes of the series .* lies 50 mm away"):
+        read_pancreas_ct(folder)
     mirrored = affine @ np.diag([-1.0, 1, 1, 1])
     mirrored[:3, 3] += 11 * affine[:3, 0]  # the same places, along the first axis the other way
     store_label(folder, mirrored)
