@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks")
 import ablation
 import ablation_report as report
 import common
+import side_by_side
 import speed
 from experiment import Experiment
 
@@ -205,6 +206,31 @@ def test_runs_are_merged_into_one_table(command, tmp_path):
     command(ablation, "--arms", "conres", "baseline", "--seeds", 1)
     assert table.read_bytes() == merged
     assert not (tmp_path / "runs").exists()
+
+
+def test_processes_share_the_runs_of_an_experiment(tmp_path):
+    one, other = Experiment("small", tmp_path), Experiment("small", tmp_path)
+    runs = one.missing_runs(["conres", "baseline"], 0, [0])
+    mine = one.claimed(runs)
+    assert next(mine) == runs[0]
+    assert list(other.claimed(runs)) == runs[1:]
+    one.write_run(runs[0], {}, [])
+    with other.claim(runs[0], wait_for=one.run_file(runs[0])) as is_free:  # does not wait: the file is there
+        assert not is_free
+    other.write_run(runs[1], {}, [])
+    assert list(mine) == []
+    assert list(other.claimed(runs)) == []
+    assert [file for file in one.runs.iterdir() if file.suffix == ".lock"] == []
+
+
+def test_processes_side_by_side_end_in_time(tmp_path, capfd):
+    script = (
+        "import os, sys, time; print(os.environ['OMP_NUM_THREADS']); print('half', file=sys.stderr); time.sleep({})"
+    )
+    assert side_by_side.run([sys.executable, "-c", script.format(60)], 2, 4.0, tmp_path / "logs") == 0
+    assert capfd.readouterr().out.splitlines() == ["1", "1", "process_00 ended: half", "process_01 ended: half"]
+    assert side_by_side.run([sys.executable, "-c", script.format("'no'")], 1, 60.0, tmp_path / "logs") == 1
+    assert "process_00 failed with 1: TypeError" in capfd.readouterr().out
 
 
 def test_experiment_refuses_what_contradicts_it(command, tmp_path):

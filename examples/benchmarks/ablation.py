@@ -61,7 +61,7 @@ from monai_conres import (
     inter_slice_residual,
     residual_mask,
 )
-from monai_conres.bundle import read_decathlon, seed_everything, training_plan
+from monai_conres.bundle import Computation, read_decathlon, seed_everything, training_plan
 
 # "cpu" takes two cores and a minute or two for each run, "full" takes a GPU
 SIZES: dict[str, dict[str, Any]] = {
@@ -338,6 +338,7 @@ def train(
     optimizer = torch.optim.Adam(network.parameters(), lr=size["rate"] * arm.rate)
     schedule = PolynomialLR(optimizer, total_iters=size["iterations"], power=0.9)
     device = next(network.parameters()).device
+    computation = Computation.on(device)
     network.train()
     before = 0
     if device.type == "cuda":
@@ -348,9 +349,8 @@ def train(
     start = time.perf_counter()
     for image, label in tqdm(batches(training, size, seed), total=size["iterations"], desc=title, mininterval=5):
         image, label = image.to(device), label.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-            output = network(image)
-        loss = joint_loss(arm, output, label)
+        with computation.autocast():
+            loss = joint_loss(arm, network(image), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -445,12 +445,12 @@ def main() -> None:
     prepare, spacing = preparation(options.spacing), options.spacing or data.spacing
     shape = [edge * old / new for edge, old, new in zip(data.shape, data.spacing, spacing, strict=True)]
     patch, strides = training_plan(shape, spacing, max_voxels=options.max_voxels, levels=len(size["channels"]))
-    known = experiment.merged_runs()
+    runs = [run for fold in options.folds for run in experiment.missing_runs(options.arms, fold, options.seeds)]
+    print(f"training {Computation.on(options.device)}", flush=True)
     prepared_fold = None  # one fold at a time: the patches of a fold can fill the memory of the device
-    for fold, seed, name in [(f, s, n) for f in options.folds for s in options.seeds for n in options.arms]:
-        run, arm, title = (name, fold, seed), ARMS[name], f"{name}, fold {fold}, seed {seed}"
-        if run in known or experiment.run_file(run).exists():
-            continue
+    for run in experiment.claimed(runs):
+        name, fold, seed = run
+        arm, title = ARMS[name], f"{name}, fold {fold}, seed {seed}"
         if fold != prepared_fold:
             training_set = validation_set = None
             training, validation = (cases[: options.cases] for cases in data.split(fold))

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from ablation import SIZES, augmentation, batches, preparation
+from ablation import KEYS, SIZES, augmentation, batches, preparation
 from experiment import Experiment
 from monai.data import CacheDataset, Dataset
 from monai.inferers import SlidingWindowInferer
@@ -61,7 +61,7 @@ from monai_conres import (
     predict_with_residual,
     slice_marginals,
 )
-from monai_conres.bundle import DecathlonDatalist, read_decathlon, seed_everything, training_plan
+from monai_conres.bundle import Computation, DecathlonDatalist, read_decathlon, seed_everything, training_plan
 from monai_conres.chain import potentials
 from monai_conres.files import atomic_path
 
@@ -166,6 +166,7 @@ def train(
     states = {"network": network, "optimizer": optimizer, "schedule": schedule}
     middle, losses = size["iterations"] // 2, Losses(arm)
     device = next(network.parameters()).device
+    computation = Computation.on(device)
     begin = 0
     if half.exists():
         for name, state in torch.load(half, map_location=device).items():
@@ -181,9 +182,8 @@ def train(
             with atomic_path(half) as temporary:
                 torch.save({name: part.state_dict() for name, part in states.items()}, temporary)
         image, label = image.to(device), label.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-            output = network(image)
-        loss = losses(output, label, iteration >= middle)
+        with computation.autocast():
+            loss = losses(network(image), label, iteration >= middle)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -245,19 +245,17 @@ class Case:
 
 @torch.no_grad()
 def predict(network: nn.Module, dataset: Dataset, patch: tuple) -> Iterator[Case]:
-    """Segmentation and residual of whole scans."""
+    """Segmentation and residual of whole scans, on the device of the network."""
     device = next(network.parameters()).device
     inferer = SlidingWindowInferer(patch, sw_batch_size=4, overlap=0.5, mode="gaussian")
     network.eval()
     for case in dataset:
-        image = case["image"][None].as_tensor()
+        image, label = (case[key][None].as_tensor().to(device) for key in KEYS)
         if getattr(network, "context", "") == "none":
-            segmentation, residual = inferer(image.to(device), network).cpu(), None
+            segmentation, residual = inferer(image, network), None
         else:
-            outputs = predict_with_residual(image.to(device), network, inferer, spatial_axis=-1)
-            segmentation, residual = (output.float().cpu() for output in outputs)
-        label = case["label"][None].as_tensor()
-        yield Case(case["name"], image, label, segmentation.float(), residual, case["image"].pixdim.tolist())
+            segmentation, residual = predict_with_residual(image, network, inferer, spatial_axis=-1)
+        yield Case(case["name"], image, label, segmentation, residual, case["image"].pixdim.tolist())
 
 
 def fit(cases: Sequence[Case], method: Method) -> ChainSettings:
@@ -283,7 +281,7 @@ def dice(result: torch.Tensor, reference: torch.Tensor, classes: int, drawn: Seq
     rest = [number for number in range(reference.shape[-1]) if number not in set(drawn)]
     masks = [one_hot(label[..., rest], num_classes=classes)[0, 1:].flatten(1).double() for label in (result, reference)]
     both, sizes = (masks[0] * masks[1]).sum(1), masks[0].sum(1) + masks[1].sum(1)
-    return torch.where(masks[1].sum(1) > 0, 2 * both / sizes, torch.nan).numpy()
+    return torch.where(masks[1].sum(1) > 0, 2 * both / sizes, torch.nan).cpu().numpy()
 
 
 def paste(result: torch.Tensor, drawn: torch.Tensor, slices: Sequence[int]) -> torch.Tensor:
@@ -298,7 +296,7 @@ def interpolate(case: Case, slices: Sequence[int]) -> torch.Tensor:
     A class that only one of two drawn slices has shrinks to nothing at the other one.
     """
     result, classes = case.predicted, case.segmentation.shape[1]
-    masks = one_hot(case.label, num_classes=classes)[0, 1:].numpy() > 0
+    masks = one_hot(case.label, num_classes=classes)[0, 1:].cpu().numpy() > 0
     for low, high in pairwise(slices):
         distances = []
         for mask in masks:
@@ -309,7 +307,7 @@ def interpolate(case: Case, slices: Sequence[int]) -> torch.Tensor:
             share = (number - low) / (high - low)
             stack = np.stack([(1 - share) * first + share * second for first, second in distances])
             labels = np.where(stack.max(0) > 0, stack.argmax(0) + 1, 0)
-            result[0, 0, ..., number] = torch.as_tensor(labels).to(result.dtype)
+            result[0, 0, ..., number] = torch.as_tensor(labels).to(result)
     return paste(result, case.label, slices)
 
 
@@ -326,19 +324,19 @@ def walk(case: Case, slices: Sequence[int]) -> torch.Tensor:
     from skimage.segmentation import random_walker
 
     seeds = np.zeros(case.label.shape[2:], dtype=np.int32)
-    drawn = case.label[0, 0].numpy()
+    drawn = case.label[0, 0].cpu().numpy()
     seeds[..., slices] = drawn[..., slices] + 1
-    image = np.moveaxis(case.image[0].numpy(), 0, -1).astype(np.float64)
+    image = np.moveaxis(case.image[0].cpu().numpy(), 0, -1).astype(np.float64)
     image = (image - image.min()) / (image.max() - image.min())
     labels = random_walker(image, seeds, mode="cg_j", spacing=case.spacing, channel_axis=-1) - 1
-    return torch.as_tensor(labels)[None, None].to(case.label.dtype)
+    return torch.as_tensor(labels)[None, None].to(case.label)
 
 
 def changed(drawn: torch.Tensor, how: str, classes: int) -> torch.Tensor:
     """Slices that are drawn badly: each class eroded, dilated into the background, or shifted by a voxel in plane."""
     cross = np.zeros((3, 3, 1), dtype=bool)
     cross[1], cross[:, 1] = True, True
-    label = drawn[0, 0].numpy()
+    label = drawn[0, 0].cpu().numpy()
     if how == "shifted":
         result = shift(label, (1, 0, 0), order=0)
     else:
@@ -349,7 +347,7 @@ def changed(drawn: torch.Tensor, how: str, classes: int) -> torch.Tensor:
                 result[binary_erosion(mask, cross)] = number
             else:
                 result[(binary_dilation(mask, cross) & (label == 0)) | mask] = number
-    return torch.as_tensor(result)[None, None]
+    return torch.as_tensor(result)[None, None].to(drawn.device)
 
 
 class Completion:
@@ -395,17 +393,25 @@ def text(values: np.ndarray | float) -> str:
 
 
 def evaluate(
-    network: nn.Module, arm: Arm, fit_set: Dataset, cases: Dataset, patch: tuple, *, draw: bool
+    network: nn.Module,
+    methods: Sequence[str],
+    fit_set: Dataset,
+    cases: Dataset,
+    patch: tuple,
+    *,
+    draw: bool,
+    short: bool,
 ) -> list[dict[str, Any]]:
-    """One row for each case and method; ``draw`` also draws slice by slice."""
+    """One row for each case and method; ``draw`` and ``short`` are those of :func:`measure`."""
     training = list(predict(network, fit_set, patch))
-    settings = {name: fit(training, CHAINS[name]) if name in CHAINS else None for name in arm.methods}
+    settings = {name: fit(training, CHAINS[name]) if name in CHAINS else None for name in methods}
     rows = []
     for number, case in enumerate(predict(network, cases, patch)):
         for name, weights in settings.items():
             if name == "random_walker" and (number >= UNTIL_CASES or case.label.numel() > LARGE):
                 continue
-            row = measure(Completion(case, name, weights), case, draw=draw and name in FULL and number < UNTIL_CASES)
+            draws = draw and name in FULL and number < UNTIL_CASES
+            row = measure(Completion(case, name, weights), case, draw=draws, short=short)
             if weights is not None:
                 numbers = [weights.tau, weights.residual_scale, weights.image_contrast, *weights.offset]
                 row["settings"] = " ".join(f"{value:.3f}" for value in numbers)
@@ -413,8 +419,8 @@ def evaluate(
     return rows
 
 
-def measure(complete: Completion, case: Case, *, draw: bool) -> dict[str, str]:
-    """Everything about one case and method; ``draw`` also draws slice by slice."""
+def measure(complete: Completion, case: Case, *, draw: bool, short: bool = False) -> dict[str, str]:
+    """Everything about one case and method; ``draw`` also draws slice by slice, ``short`` is only the Dice."""
     classes = case.segmentation.shape[1]
     row = {}
     if complete.name in CHAINS or complete.name == "network":
@@ -426,8 +432,10 @@ def measure(complete: Completion, case: Case, *, draw: bool) -> dict[str, str]:
         if number == 1:
             row["completion_seconds"] = f"{time.perf_counter() - start:.3f}"
         row[f"even_{number}"] = text(dice(finished, case.label, classes, slices))
+        if short:
+            continue
         if number in (1, 3) and complete.name in FULL:
-            masks = [one_hot(label, num_classes=classes)[:, 1:] for label in (finished, case.label)]
+            masks = [one_hot(label.cpu(), num_classes=classes)[:, 1:] for label in (finished, case.label)]
             for key, metric in (("hd95", BratsHausdorffDistanceMetric()), ("nsd", BratsSurfaceDiceMetric())):
                 row[f"{key}_{number}"] = text(metric(*masks, spacing=case.spacing)[0].numpy())
         if number == 3 and complete.name in FULL:
@@ -457,7 +465,7 @@ def draw_slices(complete: Completion, case: Case) -> dict[str, str]:
     return row
 
 
-def parse_arguments(description: str | None, arms: Sequence[str], folds: Sequence[int]) -> argparse.Namespace:
+def make_parser(description: str | None, arms: Sequence[str], folds: Sequence[int]) -> argparse.ArgumentParser:
     """The command line of completion.py and sparse.py, with their arms and default folds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the experiment")
@@ -474,15 +482,16 @@ def parse_arguments(description: str | None, arms: Sequence[str], folds: Sequenc
     settings.add_argument("--pixel", type=float, help="size of a pixel in mm; the slices stay the scan's own")
     settings.add_argument("--max-voxels", type=int, default=77000, help="of a training patch, about")
     settings.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    parser.set_defaults(**(Experiment(options.name, options.folder).settings() or {}))
-    return parser.parse_args()
+    return parser
 
 
 def start(
-    options: argparse.Namespace, columns: Sequence[str]
-) -> tuple[Experiment, dict[str, Any], dict[str, Any], DecathlonDatalist]:
-    """The experiment, its settings, the size of its networks and its data; the settings are those of earlier runs."""
+    parser: argparse.ArgumentParser, columns: Sequence[str]
+) -> tuple[argparse.Namespace, Experiment, dict[str, Any], dict[str, Any], DecathlonDatalist]:
+    """Options, the experiment, its settings, the size of its networks and its data; settings of earlier runs stay."""
+    options = parser.parse_args()
+    parser.set_defaults(**(Experiment(options.name, options.folder).settings() or {}))
+    options = parser.parse_args()
     experiment = Experiment(options.name, options.folder, columns)
     size = SIZES[options.size].copy()
     size |= {name: value for name in ("iterations", "batch") if (value := getattr(options, name))}
@@ -497,8 +506,11 @@ def start(
         "pixel": options.pixel,
         "max_voxels": options.max_voxels,
     }
+    if getattr(options, "short", False):
+        settings["short"] = True
     experiment.check(settings, "the command line")
-    return experiment, settings, size, data
+    print(f"training {Computation.on(options.device)}", flush=True)
+    return options, experiment, settings, size, data
 
 
 def plan(data: DecathlonDatalist, settings: Mapping[str, Any]) -> tuple[list, tuple, tuple]:
@@ -511,8 +523,9 @@ def plan(data: DecathlonDatalist, settings: Mapping[str, Any]) -> tuple[list, tu
 
 
 def main() -> None:
-    options = parse_arguments(__doc__, list(ARMS), range(5))
-    experiment, settings, size, data = start(options, COLUMNS)
+    parser = make_parser(__doc__, list(ARMS), range(5))
+    parser.add_argument("--short", action="store_true", help=f"only Dice of evenly spaced slices, of {', '.join(FULL)}")
+    options, experiment, settings, size, data = start(parser, COLUMNS)
     classes = len(data.classes)
     prepare, patch, strides = plan(data, settings)
     for fold in options.folds:
@@ -523,13 +536,13 @@ def main() -> None:
         training_set = CacheDataset(training, Compose(prepare + augmentation(patch, classes)), progress=False)
         fit_cases = training[:: max(1, len(training) // FIT_CASES)][:FIT_CASES]
         fit_set, validation_set = (Dataset(cases, Compose(prepare)) for cases in (fit_cases, validation))
-        for name, _, seed in runs:
+        for name, _, seed in experiment.claimed(runs):
             arm, title = ARMS[name], f"{name}, fold {fold}, seed {seed}"
             seed_everything(seed)
             network = build(arm, data.channels, classes, size, strides).to(options.device)
             weights = experiment.run_file((name, fold, seed)).with_suffix(".pt")
             if weights.exists():
-                saved = torch.load(weights)
+                saved = torch.load(weights, map_location=options.device)
                 network.load_state_dict(saved["network"])
             else:
                 half = experiment.run_file((first_half(arm), fold, seed)).with_suffix(".half.pt")
@@ -537,10 +550,13 @@ def main() -> None:
                 saved = {"network": network.state_dict(), "seconds": seconds}
                 with atomic_path(weights) as temporary:
                     torch.save(saved, temporary)
-            draw = seed == 0 and name in DRAWN_ARMS
-            rows = evaluate(network, arm, fit_set, validation_set, patch, draw=draw)
+            draw = seed == 0 and name in DRAWN_ARMS and not options.short
+            methods = [method for method in arm.methods if method in FULL or not options.short]
+            rows = evaluate(network, methods, fit_set, validation_set, patch, draw=draw, short=options.short)
             about = {"arm": name, "fold": fold, "seed": seed, "seconds": saved["seconds"]}
             experiment.write_run((name, fold, seed), settings, [about | row for row in rows])
+            scores = [float(value) for row in rows if row["method"] == "network" for value in row["even_0"].split()]
+            print(f"{title}: mean Dice {np.nanmean(scores):.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,21 @@ An experiment has a name, one setting and many runs: one run for each arm, fold 
     results/NAME.json        the settings of the experiment; tracked
     runs/NAME/ARM_...json    one run with its settings; not tracked
 
-Each run writes its own file. So runs can go on at the same time, also on several machines.
+Each run writes its own file. So runs can go on at the same time, also on several machines. The processes of one machine
+share the runs: each takes the next one that no other process works on.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from monai_conres.files import atomic_path, write_csv
 
@@ -91,6 +95,30 @@ class Experiment:
         runs = [(arm, fold, seed) for seed in seeds for arm in arms]
         return [run for run in runs if run not in known and not self.run_file(run).exists()]
 
+    @contextmanager
+    def claim(self, run: Run, *, wait_for: Path | None = None) -> Iterator[bool]:
+        """Claim a run for this process until the context, or the process, ends: whether no other process has it.
+
+        With ``wait_for``, a file that the run writes, a claimed run is waited for until the file is there.
+        """
+        lock = self.run_file(run).with_suffix(".lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            while not (is_free := _is_free(file)) and wait_for is not None and not wait_for.exists():
+                time.sleep(0.5)
+            try:
+                yield is_free
+            finally:
+                if is_free:
+                    lock.unlink()
+
+    def claimed(self, runs: Iterable[Run]) -> Iterator[Run]:
+        """Those of ``runs`` that no other process works on, or has a result of by now; each one is claimed."""
+        for run in runs:
+            with self.claim(run) as is_free:
+                if is_free and not self.run_file(run).exists():
+                    yield run
+
     def write_run(self, run: Run, settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
         """Write one run to its own file. The file is complete or absent."""
         with atomic_path(self.run_file(run)) as temporary:
@@ -119,3 +147,12 @@ class Experiment:
                 temporary.write_text(json.dumps(self.settings(), indent=1) + "\n")
         write_csv(self.table, [row for rows in runs.values() for row in rows])
         return runs
+
+
+def _is_free(file: IO[str]) -> bool:
+    """Lock ``file`` unless another process has locked it. The lock ends with the file, or with the process."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from ablation import batches
-from completion import parse_arguments, plan, start
+from completion import make_parser, plan, start
 from monai.data import CacheDataset
 from monai.inferers import SlidingWindowInferer
 from monai.metrics import compute_dice
@@ -59,7 +59,7 @@ from monai_conres import (
     predict_with_residual,
     residual_mask,
 )
-from monai_conres.bundle import seed_everything
+from monai_conres.bundle import Computation, seed_everything
 from monai_conres.files import atomic_path
 
 IGNORE = 255
@@ -132,15 +132,17 @@ def train(
     optimizer = torch.optim.Adam(network.parameters(), lr=size["rate"])
     schedule = PolynomialLR(optimizer, total_iters=size["iterations"], power=0.9)
     device = next(network.parameters()).device
+    computation = Computation.on(device)
     network.train()
     start = time.perf_counter()
     progress = tqdm(batches(training, size, seed), total=size["iterations"], desc=title, mininterval=10)
     for iteration, (image, label) in enumerate(progress):
         image, label = image.to(device), label.to(device)
-        output = network(image)
-        loss = joint(output, label)
-        if method in ("chain", "long") and iteration >= size["iterations"] // 2:
-            loss = loss + through_chain(output, label)
+        with computation.autocast():
+            output = network(image)
+            loss = joint(output, label)
+            if method in ("chain", "long") and iteration >= size["iterations"] // 2:
+                loss = loss + through_chain(output, label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -152,9 +154,13 @@ def train(
 def predict(network: ConResNet, image: torch.Tensor, patch: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """Segmentation and residual ``(1, c, d, h, w)`` of a whole scan."""
     inferer = SlidingWindowInferer(patch, sw_batch_size=4, overlap=0.5, mode="gaussian")
+    return predict_with_residual(image[None], network.eval(), inferer)
+
+
+def tensors(case: Mapping[Hashable, Any], network: ConResNet) -> tuple[torch.Tensor, ...]:
+    """Image and label of a case, on the device of the network."""
     device = next(network.parameters()).device
-    segmentation, residual = predict_with_residual(image[None].to(device), network.eval(), inferer)
-    return segmentation.float().cpu(), residual.float().cpu()
+    return tuple(case[key].as_tensor().to(device) for key in KEYS)
 
 
 def complete(
@@ -187,13 +193,14 @@ def evaluate(
             rows.append(row | {key: round(value[number], 5) for key, value in values.items()})
 
     for case in validation:
-        segmentation, _ = predict(network, case["image"].as_tensor(), patch)
-        add("validation", case["name"], dice=dice(segmentation[0].argmax(0, keepdim=True), case["label"], classes))
+        image, label = tensors(case, network)
+        segmentation, _ = predict(network, image, patch)
+        add("validation", case["name"], dice=dice(segmentation[0].argmax(0, keepdim=True), label, classes))
     if arm.layout == "all":
         return rows
     fitted = fit(network, arm, training, patch)
     for case in list(training)[:TRAINING_CASES]:
-        image, label = (case[key].as_tensor() for key in KEYS)
+        image, label = tensors(case, network)
         slices, outputs = arm.slices(label.shape[-1]), predict(network, image, patch)
         results = {
             "dice": outputs[0][0].argmax(0, keepdim=True),
@@ -208,7 +215,7 @@ def fit(network: ConResNet, arm: Arm, training: CacheDataset, patch: tuple) -> C
     """The weights of the chain, from the drawn slices of some training scans."""
     cases = []
     for case in list(training)[TRAINING_CASES:][:FIT_CASES] or list(training):
-        image, drawn = case["image"].as_tensor(), DrawSlices(arm)(case)["label"].as_tensor()
+        image, drawn = tensors(DrawSlices(arm)(case), network)
         segmentation, residual = predict(network, image, patch)
         cases.append({"segmentation": segmentation, "residual": residual, "image": image[None], "label": drawn[None]})
     return fit_chain(cases, positions=256, ignore_index=IGNORE)
@@ -227,8 +234,7 @@ def shares(arm: Arm, dataset: CacheDataset) -> dict[str, float]:
 
 
 def main() -> None:
-    options = parse_arguments(__doc__, ARMS, [0])
-    experiment, settings, size, data = start(options, COLUMNS)
+    options, experiment, settings, size, data = start(make_parser(__doc__, ARMS, [0]), COLUMNS)
     classes = len(data.classes)
     prepare, patch, strides = plan(data, settings)
 
@@ -236,10 +242,11 @@ def main() -> None:
         """Weights and seconds of a run, from its file or by training; ``whole`` are the training scans."""
         arm, file = Arm.of(name), experiment.run_file((name, fold, seed)).with_suffix(".pt")
         if file.exists():
-            return torch.load(file)
+            return torch.load(file, map_location=options.device)
         if arm.method == "second":
-            first = build(seed)
-            first.load_state_dict(trained(name.replace("second", "chain"), fold, seed, whole)["network"])
+            first, run = build(seed), (name.replace("second", "chain"), fold, seed)
+            with experiment.claim(run, wait_for=experiment.run_file(run).with_suffix(".pt")):
+                first.load_state_dict(trained(*run, whole)["network"])
             drawn = [second_label(first, arm, case, patch) for case in tqdm(whole, desc=f"complete for {name}")]
         else:
             drawn = [DrawSlices(arm)(case) for case in whole]
@@ -261,7 +268,7 @@ def main() -> None:
         if not runs:
             continue
         sets = [CacheDataset(cases[: options.cases], Compose(prepare), progress=False) for cases in data.split(fold)]
-        for name, _, seed in runs:
+        for name, _, seed in experiment.claimed(runs):
             saved, arm = trained(name, fold, seed, sets[0]), Arm.of(name)
             network = build(seed)
             network.load_state_dict(saved["network"])
@@ -274,10 +281,10 @@ def main() -> None:
 
 def second_label(network: ConResNet, arm: Arm, case: Mapping[str, Any], patch: tuple) -> dict[Hashable, Any]:
     """A training scan with the label that the network completes from its drawn slices."""
-    image, label = (case[key].as_tensor() for key in KEYS)
+    image, label = tensors(case, network)
     slices = arm.slices(label.shape[-1])
     finished = complete(predict(network, image, patch), image, label, slices, ChainSettings())
-    return {**case, "label": finished.to(label.dtype)}
+    return {**case, "label": finished.to(label.dtype).cpu()}
 
 
 if __name__ == "__main__":
