@@ -6,8 +6,10 @@ What the package does for speed is in this file; ``docs/performance.md`` has the
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +27,7 @@ from monai_conres.residual import inter_slice_residual, slice_dim
 __all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "resize_features"]
 
 DEFAULT_NORM = "group"
+LONGEST_FILTER = 16384  # weights, for the kernels
 DEFAULT_ACT = ("relu", {"inplace": True})
 
 
@@ -93,10 +96,7 @@ class WeightStandardizedConv3d(nn.Conv3d):
 
     def standardized_weight(self) -> torch.Tensor:
         """The filters that the convolution uses, ``(out_channels, in_channels, k, k, k)``."""
-        # layer_norm, one pass over the weights, divides by the deviation of the population, not of the sample
-        unbiased = 1 - 1 / self.weight[0].numel()
-        filters = F.layer_norm(self.weight, self.weight.shape[1:], eps=self.eps * unbiased)
-        return filters * (self.gain * unbiased**0.5)
+        return standardized(self.weight, self.gain, self.eps)
 
     def filters(self) -> torch.Tensor:
         """The same in the layout and precision of the convolution; without gradients computed once in ``eval()``.
@@ -104,9 +104,13 @@ class WeightStandardizedConv3d(nn.Conv3d):
         The filters are computed again when the weights change, and after each call of ``train()`` or ``eval()``. torch
         does not see a change through ``weight.data``: call ``eval()`` after it.
         """
-        if self.training or torch.is_grad_enabled() or not holds_values(self.weight) or not is_plain_eager(self.weight):
+        if not holds_values(self.weight) or not is_plain_eager(self.weight):
             return fast_layout(self.standardized_weight())
         dtype = torch.get_autocast_dtype(self.weight.device.type) if autocasts(self.weight) else self.weight.dtype
+        if self.training or torch.is_grad_enabled():
+            if triton_kernels(self.weight) is None or self.weight[0].numel() > LONGEST_FILTER:
+                return fast_layout(self.standardized_weight())
+            return StandardizeFilters.apply(self.weight, self.gain, self.eps, dtype)
         weight = self.weight.detach()  # keeps the memory, so that its address belongs to no other tensor
         state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, dtype)
         kept = _FILTERS.get(self)
@@ -129,6 +133,36 @@ class WeightStandardizedConv3d(nn.Conv3d):
             except NotImplementedError:  # in forward-mode differentiation
                 pass
         return F.conv3d(input, weight, None, self.stride, padding, self.dilation)
+
+
+def standardized(weight: torch.Tensor, gain: float, eps: float) -> torch.Tensor:
+    """``gain * (w - mean(w)) / sqrt(var(w) + eps)`` for each filter ``w``."""
+    # layer_norm, one pass over the weights, divides by the deviation of the population, not of the sample
+    unbiased = 1 - 1 / weight[0].numel()
+    filters = F.layer_norm(weight, weight.shape[1:], eps=eps * unbiased)
+    return filters * (gain * unbiased**0.5)
+
+
+class StandardizeFilters(torch.autograd.Function):
+    """:meth:`WeightStandardizedConv3d.standardized_weight` in one launch, in the precision of the convolution."""
+
+    @staticmethod
+    def forward(weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtype) -> torch.Tensor:
+        kernels = triton_kernels(weight)
+        assert kernels is not None
+        return kernels.standardize(weight, gain, eps, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        weight, ctx.gain, ctx.eps, _ = inputs
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weight,), kernels = ctx.saved_tensors, triton_kernels(ctx.saved_tensors[0])
+        if torch.is_grad_enabled() or kernels is None:
+            return *differentiable(lambda w: standardized(w, ctx.gain, ctx.eps), (weight,), grad), None, None, None
+        return kernels.standardize_backward(grad, weight, ctx.gain, ctx.eps), None, None, None
 
 
 # of each convolution: the state of the weights, the weights, and the filters that belong to them
@@ -154,7 +188,7 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
 def autocasts(tensor: torch.Tensor) -> bool:
     """Whether autocast is on where ``tensor`` is."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch.compile knows no is_autocast_available
 
 
 def holds_values(tensor: torch.Tensor) -> bool:
@@ -241,9 +275,10 @@ class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` that uses all of an accelerator for a batch of one volume.
 
     torch's CUDA kernel starts one block of threads for each group of each volume. This class computes the same function
-    with the same parameters from sums that torch computes with all blocks. Under autocast the output has the precision
-    of the input, and the statistics are in float32. On a CPU, under ``torch.func``, in forward-mode differentiation,
-    and while a graph is traced or compiled, this class is torch's own group normalization.
+    with the same parameters in kernels of its own (``kernels.py``), or from sums that torch computes with all blocks
+    where Triton does not run. Under autocast the output has the precision of the input, and the statistics are in
+    float32. On a CPU, under ``torch.func``, in forward-mode differentiation, and while a graph is traced or compiled,
+    this class is torch's own group normalization.
 
     Raises:
         ValueError: when a batch of one has only one value in each group.
@@ -271,14 +306,18 @@ class NormalizeGroups(torch.autograd.Function):
 
     Called with ``(x, weight, bias, number of groups, eps)``. Returns ``y``, mean and reciprocal deviation.
 
-    ``x`` in half precision is read as it is, never copied to float32. Its variance is then the mean of the squares less
-    the square of the mean, in float32. Relative to the variance that is exact to ``1e-6 * (mean / deviation) ** 2``.
+    ``x`` in half precision is read as it is, never copied to float32. Without Triton its variance is then the mean of
+    the squares less the square of the mean. Relative to the variance that is exact to
+    ``1e-6 * (mean / deviation) ** 2``.
     """
 
     @staticmethod
     def forward(
         x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kernels = triton_kernels(x)
+        if kernels is not None:
+            return kernels.group_norm(x, weight, bias, groups, eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         parts = x.unflatten(1, (groups, -1))
         voxels = list(range(2, parts.ndim))
@@ -316,6 +355,10 @@ class NormalizeGroups(torch.autograd.Function):
                 None,
                 None,
             )
+        kernels = triton_kernels(x)
+        if kernels is not None:
+            of_x, of_weight, of_bias = kernels.group_norm_backward(grad, x, weight, mean, reciprocal)
+            return of_x, None if weight is None else of_weight, None if bias is None else of_bias, None, None
         voxels = list(range(2, x.ndim))
         # half precision: one operation multiplies in float32
         product = x * grad if x.dtype == wide else torch.addcmul(mean.new_zeros((1,) * x.ndim), x, grad)
@@ -352,6 +395,32 @@ def _scale(reciprocal: torch.Tensor, weight: torch.Tensor | None, x: torch.Tenso
 def _of_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Values ``(b, groups, channels of a group)``, to be multiplied with ``x``: ``(b, c, 1, ...)``."""
     return values.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
+
+
+def triton_kernels(x: torch.Tensor) -> ModuleType | None:
+    """The module ``kernels``, where Triton runs and the layout and precision of ``x`` are those of its functions."""
+    if not (x.is_cuda and x.is_contiguous() and x.numel() and x.dtype != torch.float64 and holds_values(x)):
+        return None
+    return _tried_kernels(x.device)
+
+
+@lru_cache
+def _tried_kernels(device: torch.device) -> ModuleType | None:
+    """The module ``kernels`` after a trial on ``device``. Triton needs a C compiler, for example."""
+    try:
+        from monai_conres import kernels
+
+        x = torch.ones(1, 2, 4, device=device)
+        kernels.group_norm_backward(x, x, None, *kernels.group_norm(x, None, None, 1, 1e-5)[1:])
+    except Exception as error:
+        if not isinstance(error, ImportError):
+            warnings.warn(
+                f"Triton does not run on {device}, so that group normalization is slower: {type(error).__name__}: "
+                f"{str(error).strip()[:300]}",
+                stacklevel=2,
+            )
+        return None
+    return kernels
 
 
 def on_accelerator(x: torch.Tensor) -> bool:

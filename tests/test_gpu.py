@@ -31,12 +31,17 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1.0, 30.0), (1e3, 3e4)])
-def test_group_norm_is_close_to_float64(dtype, layout, scale, offset):
+@pytest.mark.parametrize("with_triton", [True, False])
+def test_group_norm_is_close_to_float64(dtype, layout, scale, offset, with_triton, monkeypatch):
     torch.manual_seed(0)
+    if not with_triton:
+        monkeypatch.setattr(layers, "triton_kernels", lambda x: None)
+    elif layout == torch.channels_last_3d:
+        pytest.skip("Triton's kernels read contiguous features")
     norm = layers.GroupNorm(8, 32).to(DEVICE)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    x = (scale * torch.randn(1, 32, 24, 40, 36, device=DEVICE) + offset).to(dtype).contiguous(memory_format=layout)
+    x = (scale * torch.randn(2, 32, 23, 40, 37, device=DEVICE) + offset).to(dtype).contiguous(memory_format=layout)
     exact, twin = x.double().requires_grad_(), torch.nn.GroupNorm(8, 32).to(DEVICE).double()
     twin.load_state_dict(norm.state_dict())
     got, want = norm(x.requires_grad_()), twin(exact)
@@ -45,11 +50,32 @@ def test_group_norm_is_close_to_float64(dtype, layout, scale, offset):
     gradient = torch.randn_like(x)
     got.backward(gradient)
     want.backward(gradient.double())
-    bound = 1e-4 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps + 2e-6 * (offset / scale) ** 2
+    bound = 1e-4 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    bound += 0 if with_triton else 2e-6 * (offset / scale) ** 2
     assert relative_error(got, want) < bound
     assert relative_error(x.grad, exact.grad) < bound
     for parameter, reference in zip(norm.parameters(), twin.parameters(), strict=True):
         assert relative_error(parameter.grad, reference.grad) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 80, 160, 161), (3, 6, 1, 2, 1), (1, 512, 4, 4, 4), (2, 24, 100, 33)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_triton_normalizes_every_size(shape, affine):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=DEVICE) + 2
+    assert layers.triton_kernels(x) is not None
+    norm = layers.GroupNorm(2, shape[1], affine=affine).to(DEVICE)
+    exact = x.double().requires_grad_()
+    got, want = norm(x.requires_grad_()), F.group_norm(exact, 2)
+    gradient = torch.randn_like(x)
+    got.backward(gradient)
+    want.backward(gradient.double())
+    assert relative_error(got, want) < 1e-5
+    assert relative_error(x.grad, exact.grad) < 1e-5
+    if affine:
+        assert relative_error(norm.bias.grad, gradient.double().transpose(0, 1).flatten(1).sum(1)) < 1e-5
+        hat = (F.group_norm(exact, 2) * gradient).transpose(0, 1).flatten(1).sum(1)
+        assert relative_error(norm.weight.grad, hat) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

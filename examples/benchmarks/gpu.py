@@ -5,7 +5,7 @@
 The command runs the tests that need a GPU. Then it times each network in bf16, first as it is, later compiled:
 
 - forward pass and training step of one image of 4 x 80 x 160 x 160, with the peak of the memory that torch allocated;
-- a training step of two images of 4 x 40 x 56 x 40, where starting operations takes most of the time;
+- a training step of two images of 4 x 48 x 64 x 48, where starting operations takes most of the time;
 - one case of 4 x 155 x 240 x 240 in twelve windows, four at a time, and its completion from three drawn slices.
 
 Every measurement is one small file in ``--out``. When the minutes are over or the command is interrupted, the next call
@@ -47,7 +47,7 @@ NETWORKS = (
     "ConResNet, use_checkpoint, bf16",
     "ConResNet, channels last, bf16",
     "ConResNet, bf16, compiled",
-    "ConResNet, float32 norm, bf16",
+    "ConResNet, without Triton, bf16",
     "ConResNet, torch's group norm, bf16",
     "AttentionUnet (32-512), bf16",
     "released structure, baseline, bf16",
@@ -161,7 +161,7 @@ def network_values(session: Session, name: str) -> dict:
         values[f"{run} peak (GiB)"] = session.peak(function)
     values["multiply-adds"] = multiply_adds(speed.NETWORKS[case.name](case.size).eval(), case.image.shape)
     if case.compiled:
-        return values
+        return values  # the network was compiled again for each size
     for run in ("forward", "step"):
         if run == "forward" or "use_checkpoint" not in name:  # casts are only imitated in the first computation
             network = speed.NETWORKS[case.name](case.size)
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.5, help="start no measurement that would end later")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NAME", help="names of speed.py")
     parser.add_argument("--size", type=int, nargs=3, default=(80, 160, 160), help="of an image and a window, in voxels")
-    parser.add_argument("--small", type=int, nargs=3, default=(40, 56, 40), help="of an image in the small step")
+    parser.add_argument("--small", type=int, nargs=3, default=(48, 64, 48), help="of an image in the small step")
     parser.add_argument("--volume", type=int, nargs=3, default=(155, 240, 240), help="of a case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-tests", dest="tests", action="store_false")

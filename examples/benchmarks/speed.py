@@ -41,7 +41,7 @@ from monai.losses import DiceCELoss
 from monai.networks import nets
 
 from monai_conres import ConResLoss, ConResNet, ConResOutput
-from monai_conres.layers import GroupNorm, NormActConv, NormalizeGroups, PreActivationBlock, WeightStandardizedConv3d
+from monai_conres.layers import NormActConv, PreActivationBlock, WeightStandardizedConv3d
 
 CHANNELS, CLASSES = 4, 3
 
@@ -125,11 +125,6 @@ class Without(nn.Module):
             return self.network(image)
 
 
-def norm_of_a_copy(norm: GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """Group norm of a float32 copy."""
-    return NormalizeGroups.apply(x.float(), norm.weight, norm.bias, norm.num_groups, norm.eps)[0].to(x.dtype)
-
-
 def channels_last(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous(memory_format=torch.channels_last_3d)
 
@@ -141,7 +136,7 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     "ConResNet, torch's convolution": lambda size: Without("torch_convolves_slowly", lambda x: False),
     "ConResNet, torch's group norm": lambda size: Without("GroupNorm.forward", nn.GroupNorm.forward),
     "ConResNet, channels last": lambda size: Without("fast_layout", channels_last),
-    "ConResNet, float32 norm": lambda size: Without("GroupNorm.forward", norm_of_a_copy),
+    "ConResNet, without Triton": lambda size: Without("triton_kernels", lambda x: None),
     "ConResNet, use_checkpoint": lambda size: ConResNet(CHANNELS, CLASSES, use_checkpoint=True),
     "released structure, baseline": lambda size: ReleasedStructure(context="none"),
     "ConResNet, baseline": lambda size: ConResNet(CHANNELS, CLASSES, context="none"),
@@ -172,12 +167,17 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     "SwinUNETR (48)": lambda size: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
 }
 # what only shows what one trick brings
-TRICKS = ("torch's", "channels last", "float32 norm")
+TRICKS = ("torch's", "channels last", "without Triton")
 # endings of a network's name
 AUTOCAST = {", bf16": torch.bfloat16, ", fp16": torch.float16}
 COMPILED = ", compiled"
 # these networks only take sizes that this number divides
-MULTIPLES = {"SegResNetVAE (32)": 16, "AttentionUnet (32-512)": 16, "SwinUNETR (48)": 32}
+MULTIPLES = {
+    "SegResNetVAE (32)": 16,
+    "DynUNet (nnU-Net, 32-320)": 16,
+    "AttentionUnet (32-512)": 16,
+    "SwinUNETR (48)": 32,
+}
 
 
 class Case:
