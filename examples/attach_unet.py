@@ -25,7 +25,7 @@ from monai.transforms import AsDiscreted, Compose, RandFlipd, RandSpatialCropd, 
 
 from monai_conres import ConResLoss, attach_conres
 from monai_conres.bundle import check_voxels, read_decathlon, seed_everything
-from monai_conres.files import ScanSettings, save_network
+from monai_conres.files import ScanSettings, check_writable, save_network
 from monai_conres.phantom import write_phantom_dataset
 
 KEYS = ("image", "label")
@@ -42,6 +42,7 @@ def main(options: argparse.Namespace) -> None:
     data = read_decathlon(options.data)
     training, validation = (cases[: options.cases] for cases in data.split(seed=options.seed))
     classes = len(data.classes)
+    check_writable(options.out, data.cases)
     for case in training + validation:
         check_voxels(case, range(classes))
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from monai_conres import ConResLoss, ConResNet, complete_mask, predict_with_residual
 from monai_conres.bundle import check_voxels, describe_labelled, read_decathlon, seed_everything, training_plan
-from monai_conres.files import ScanSettings, load_volume, save_network, write_label_map
+from monai_conres.files import ScanSettings, check_writable, load_volume, save_network, write_label_map
 from monai_conres.phantom import write_phantom_dataset
 
 KEYS = ("image", "label")
@@ -120,6 +120,8 @@ def main(options: argparse.Namespace) -> None:
     data = read_decathlon(options.data)
     classes = len(data.classes)
     files = data.cases[: options.cases]
+    for folder in (options.out, options.out / "completed"):
+        check_writable(folder, data.cases)
     found = {}
     for case in tqdm(files, desc="check files"):
         found[case["name"]] = check_voxels(case, range(classes), ignore_index=options.ignore)

@@ -47,7 +47,15 @@ from monai_conres.bundle import (
     seed_everything,
     training_plan,
 )
-from monai_conres.files import ScanSettings, TrainedNetwork, atomic_path, load_network, save_network, write_csv
+from monai_conres.files import (
+    ScanSettings,
+    TrainedNetwork,
+    atomic_path,
+    check_writable,
+    load_network,
+    save_network,
+    write_csv,
+)
 from monai_conres.phantom import write_phantom_dataset
 from monai_conres.residual import known_residuals
 from monai_conres.visualize import plot_slices, save_figure
@@ -185,6 +193,7 @@ def main(options: argparse.Namespace) -> None:
             write_phantom_dataset(options.data)
     data = read_decathlon(options.data)
     training, validation = (cases[: options.cases] for cases in data.split(seed=options.seed))
+    check_writable(options.out, data.cases)
     found = {}
     for case in tqdm(training + validation, desc="check files"):
         found[case["name"]] = check_voxels(case, range(len(data.classes)), ignore_index=options.ignore)

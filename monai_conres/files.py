@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from monai.data import MetaTensor
-from monai.utils import convert_to_tensor, optional_import
+from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
 from monai_conres.attach import ConResWrapper
 from monai_conres.chain import ChainSettings
@@ -518,12 +518,28 @@ def path_text(path: Any) -> str:
     raise ValueError(f"expected a path as text, got {path!r}; put it in quotes, or write ./ in front of it.")
 
 
-def check_writable(folder: str | os.PathLike) -> None:
+def check_writable(folder: str | os.PathLike, cases: Iterable[Mapping[str, Any]] = ()) -> None:
     """Try to write to a folder, or where it would be made, before hours of work end in an error.
 
-    Nothing is left there. Raises ``ValueError``.
+    Nothing is left there.
+
+    Args:
+        folder: folder for results.
+        cases: files of each case, ``image`` and ``label``. Results must not lie among them: a later training would read
+            a prediction as a scan, or a prediction would replace a label.
+
+    Raises:
+        ValueError: when the folder cannot be written to, or has a file of a case in it.
     """
     folder = Path(path_text(folder)).absolute()
+    place = folder.resolve()
+    for case in cases:
+        for file in (Path(file) for key in ("image", "label") for file in ensure_tuple(case.get(key, ()))):
+            if place in (file.resolve(), file.parent.resolve()):
+                raise ValueError(
+                    f"expected a folder for the results only, got {folder}, which has {file.name} of the data; give "
+                    "another folder."
+                )
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()

@@ -59,19 +59,19 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def script(name: str) -> Callable[[Path], None]:
-    def run(folder: Path) -> None:
-        sys.argv = [name, "--data", str(folder / "data"), "--out", str(folder / "out")]
+def script(name: str) -> Callable:
+    def run(folder: Path, out: str = "out") -> None:
+        sys.argv = [name, "--data", str(folder / "data"), "--out", str(folder / out)]
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
     return run
 
 
-def bundle(name: str) -> Callable[[Path], None]:
-    def run(folder: Path) -> None:
+def bundle(name: str) -> Callable:
+    def run(folder: Path, out: str = "out") -> None:
         scans = "imagesTr" if name == "inference" else ""
         options = {"dataset_dir": str(folder / "data" / scans), "run_dir": str(folder / "run"), "num_workers": 0}
-        options |= {"run_dir": str(folder / "out")} if name == "train" else {"output_dir": str(folder / "out")}
+        options |= {"run_dir": str(folder / out)} if name == "train" else {"output_dir": str(folder / out)}
         options |= {"progress": False, "device": "$torch.device('cpu')"}
         if name == "evaluate":
             options["cases"] = "$@data.cases[-1:]"
@@ -93,9 +93,10 @@ def recipe(folder: Path) -> None:
     data.check(channels=1, progress=False)
 
 
-def command(folder: Path) -> None:
+def command(folder: Path, out: str = "out") -> None:
     files = [folder / "data" / f"{kind}sTr" / "case3.nii.gz" for kind in ("image", "label")]
-    options = ["--network", folder / "run", "--image", files[0], "--drawn", files[1], "--out", folder / "out.nii.gz"]
+    out = folder / f"{out}.nii.gz"
+    options = ["--network", folder / "run", "--image", files[0], "--drawn", files[1], "--out", out]
     main(["complete", *map(str, options)])
 
 
@@ -187,6 +188,27 @@ def test_evaluation_refuses_a_label_that_it_cannot_read(folder, tmp_path):
 
 # output folders
 
+
+@pytest.mark.parametrize("place", ["data/labelsTr", "data/imagesTr", "link"])
+@pytest.mark.parametrize("entry", [name for name in ENTRIES if name not in ("recipe", "complete")])
+def test_results_do_not_go_among_the_data(folder, monkeypatch, entry, place):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    (folder / "link").symlink_to(folder / "data" / "labelsTr")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, SystemExit), match=r"a folder for (the results|the predictions) only, got .*case0"):
+        ENTRIES[entry](folder, place)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_completed_volume_does_not_replace_a_file_of_others(folder, capsys):
+    before = {path: path.read_bytes() for path in (folder / "data").rglob("*.nii.gz")}
+    for out in ("data/labelsTr/case0", "data/labelsTr/case3", "data/imagesTr/case3"):
+        with pytest.raises(SystemExit):
+            command(folder, out)
+        assert re.search(r"expected another file for the result, got .*nii\.gz, which", capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in (folder / "data").rglob("*.nii.gz")} == before
+    for _ in range(2):  # its own result of before is replaced
+        command(folder)
 
 @pytest.mark.parametrize("name", ["2024", "[a]"])
 def test_inference_writes_to_the_folder_that_was_typed(folder, monkeypatch, name):

@@ -229,6 +229,16 @@ def test_check_of_a_folder_to_write_to_makes_nothing(tmp_path):
         check_writable(tmp_path / "file" / "below")
 
 
+def test_folder_with_files_of_the_data_is_no_folder_for_results(tmp_path):
+    cases = [{"image": [tmp_path / "images" / "a_0000.nii.gz"], "label": str(tmp_path / "labels" / "a.nii.gz")}]
+    cases += [{"image": tmp_path / "series" / "1"}]  # a DICOM series
+    for folder in ("images", "labels", "series", "series/1", "images/../labels"):
+        with pytest.raises(ValueError, match=rf"a folder for the results only, got .*{folder}, which has (a|1)"):
+            check_writable(tmp_path / folder, cases)
+    for folder in (".", "images/below", "out"):
+        check_writable(tmp_path / folder, cases)
+
+
 @pytest.mark.parametrize(
     ("typed", "read"), [("2024", 2024), ("2024_01", 202401), ("1e3", 1000.0), ("1.10", 1.1), ("a,b", ("a", "b"))]
 )

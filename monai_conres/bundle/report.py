@@ -17,10 +17,10 @@ from monai.metrics import compute_dice
 from monai.transforms import Orientation
 from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
-from monai_conres.files import atomic_path, is_written_here, path_text, write_csv, write_label_map
+from monai_conres.files import atomic_path, check_writable, is_written_here, path_text, write_csv, write_label_map
 from monai_conres.metrics import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.scans import Structures, structure_masks
-from monai_conres.volumes import load_label, load_volume, read_grid, repeated, stem, voxel_sizes
+from monai_conres.volumes import load_label, load_volume, read_grid, repeated, voxel_sizes
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -53,8 +53,9 @@ class CaseReport:
         ignore_index: value of voxels without a label in the label files. They do not count.
 
     Raises:
-        ValueError: when a process has no case, a prediction would replace a file that this package did not write,
-            a label has other values, or distances are not defined: see :func:`~monai_conres.volumes.voxel_sizes`.
+        ValueError: when a process has no case, the folder has a file of a case or a NIfTI file that this package did
+            not write, a label has other values, or distances are not defined: see
+            :func:`~monai_conres.volumes.voxel_sizes`.
     """
 
     def __init__(
@@ -74,21 +75,16 @@ class CaseReport:
         self.full = full
         self.pictures = pictures
         self.rows: list[dict[str, Any]] = []
-        files = [Path(file) for case in cases for file in (*ensure_tuple(case["image"]), case.get("label", "/"))]
-        scans = {(file.parent.resolve(), stem(file).lower()): file for file in files}
-        for name in self.cases if full else ():
-            if (file := scans.get((self.output_dir.resolve(), name.lower()))) is not None:
+        if not full:
+            return
+        check_writable(self.output_dir, cases)
+        for file in sorted(self.output_dir.glob("[!.]*.nii*")):
+            if not is_written_here(file):
                 raise ValueError(
-                    f"expected another folder for the predictions than {self.output_dir}, where the prediction of "
-                    f"{name} would take the name of {file}; give another output_dir."
+                    f"expected a folder for the predictions only, got {self.output_dir}, whose {file.name} is none; "
+                    "give another output_dir."
                 )
-            written = self.output_dir / f"{name}.nii.gz"
-            if written.exists() and not is_written_here(written):
-                raise ValueError(
-                    f"expected a folder for the predictions only, got {self.output_dir}, whose {written.name} is none "
-                    "and would be replaced; give another output_dir."
-                )
-        for case in cases if full else ():
+        for case in cases:
             if "label" in case:
                 voxel_sizes(read_grid(ensure_tuple(case["image"])[0]))
 

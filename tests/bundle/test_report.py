@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -122,15 +123,16 @@ def test_report_of_unusual_scans(tmp_path, shape):
 
 def test_predictions_do_not_replace_scans(tmp_path, cases):
     before = {file: file.read_bytes() for file in tmp_path.glob("*.nii*")}
-    named = [{**case, "name": Path(case["image"]).name.removesuffix(".nii.gz")} for case in cases]
-    with pytest.raises(ValueError, match=r"another folder .* of 0_image would take the name of .*0_image\.nii"):
-        evaluate(tmp_path, named)
     (tmp_path / "link").symlink_to(tmp_path)
-    other = [{"name": "1_LABEL", "image": cases[0]["image"]}, {"name": "c", "image": str(tmp_path / "1_label.nii")}]
-    with pytest.raises(ValueError, match=r"of 1_LABEL would take the name of .*1_label\.nii"):
-        CaseReport(tmp_path / "link", other, STRUCTURES)
+    for folder in (tmp_path, tmp_path / "link", tmp_path / "a" / ".."):
+        with pytest.raises(ValueError, match=r"a folder for the results only, got .*, which has 0_image\.nii"):
+            CaseReport(folder, cases, STRUCTURES)
+    (tmp_path / "others").mkdir()
+    shutil.copy(cases[0]["label"], tmp_path / "others" / "z.nii.gz")
+    with pytest.raises(ValueError, match=r"for the predictions only, got .*others, whose z\.nii\.gz is none"):
+        CaseReport(tmp_path / "others", cases, STRUCTURES)
     assert {file: file.read_bytes() for file in tmp_path.glob("*.nii*")} == before
-    evaluate(tmp_path, named, full=False)  # writes no prediction
+    evaluate(tmp_path, cases, full=False)  # writes no prediction
 
 
 def test_report_leaves_out_pictures_and_distances(tmp_path, cases):
