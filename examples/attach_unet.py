@@ -27,6 +27,7 @@ from monai_conres import ConResLoss, attach_conres
 from monai_conres.bundle import check_voxels, read_decathlon, seed_everything
 from monai_conres.files import ScanSettings, check_writable, save_network
 from monai_conres.phantom import write_phantom_dataset
+from monai_conres.scans import spacing_range
 
 KEYS = ("image", "label")
 PATCH = (32, 48, 32)
@@ -52,6 +53,7 @@ def main(options: argparse.Namespace) -> None:
         classes=data.structures,
         activation="softmax",
         normalization=[{"name": "NormalizeIntensity", "nonzero": True, "channel_wise": True}],
+        seen_spacing=spacing_range(training),  # other scans then give a warning
     )
     prepare = [*scans.preprocessing(label=True).transforms, SpatialPadd(KEYS, spatial_size=PATCH)]
     augment = [RandSpatialCropd(KEYS, roi_size=PATCH, random_size=False), RandFlipd(KEYS, prob=0.5, spatial_axis=0)]

@@ -37,6 +37,7 @@ from monai_conres import ConResLoss, ConResNet, complete_mask, predict_with_resi
 from monai_conres.bundle import check_voxels, describe_labelled, read_decathlon, seed_everything, training_plan
 from monai_conres.files import ScanSettings, check_writable, load_volume, save_network, write_label_map
 from monai_conres.phantom import write_phantom_dataset
+from monai_conres.scans import spacing_range
 
 KEYS = ("image", "label")
 
@@ -136,6 +137,7 @@ def main(options: argparse.Namespace) -> None:
         classes=data.structures,
         activation="softmax",
         normalization=[{"name": "NormalizeIntensity", "nonzero": True, "channel_wise": True}],
+        seen_spacing=spacing_range(files),  # other scans then give a warning
     )
     cases = list(CacheDataset(files, scans.preprocessing(label=True), progress=False))
     labels = [case["label"] for case in cases]  # what the next round learns from

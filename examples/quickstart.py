@@ -58,6 +58,7 @@ from monai_conres.files import (
 )
 from monai_conres.phantom import write_phantom_dataset
 from monai_conres.residual import known_residuals
+from monai_conres.scans import spacing_range
 from monai_conres.visualize import plot_slices, save_figure
 from monai_conres.volumes import read_grid, voxel_sizes
 
@@ -213,6 +214,7 @@ def main(options: argparse.Namespace) -> None:
         activation="softmax",
         orientation="RAS",  # the last axis then counts axial slices: spatial_axis=-1
         normalization=[{"name": "NormalizeIntensity", "nonzero": True, "channel_wise": True}],
+        seen_spacing=spacing_range(training),  # other scans then give a warning
     )
     prepare = scans.preprocessing(label=True)
     augmented = Compose([*prepare.transforms, *augmentations(patch, len(data.classes), options.ignore)])

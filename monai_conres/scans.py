@@ -7,7 +7,8 @@ class may contain another.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from numbers import Integral
@@ -19,15 +20,17 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, EnsureTyped, Orientation, Orientationd, Spacingd, SpatialResample
 from monai.transforms.intensity import dictionary as intensity_transforms
-from monai.utils import convert_to_dst_type, convert_to_tensor, optional_import
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple, optional_import
 
-from monai_conres.volumes import LoadScand
+from monai_conres.volumes import LoadScand, read_grid
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
-__all__ = ["ScanSettings", "label_values", "paint_structures", "structure_masks"]
+__all__ = ["ScanSettings", "label_values", "paint_structures", "spacing_range", "structure_masks"]
 
 Structures = Mapping[str, Sequence[int]]
+FACTOR = 1.5  # by which a voxel may be larger or smaller than those of the training without a warning
+AXES = ("LR", "PA", "IS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,8 @@ class ScanSettings:
         overlap: overlap of neighboring windows, as a fraction of the window.
         flip_axes: sets of spatial axes to flip the image along at test time. :meth:`inferer` does not flip; give them
             to ``monai_conres.bundle.MeanProbability``.
+        seen_spacing: smallest and largest size of a voxel in mm along each axis in the training, as
+            :func:`spacing_range` finds them, for :meth:`check_spacing`; ``None``: they are not known.
 
     Raises:
         ValueError: when a setting has a wrong value. The error names the setting.
@@ -67,11 +72,12 @@ class ScanSettings:
     normalization: tuple[dict[str, Any], ...] = ()
     overlap: float = 0.25
     flip_axes: tuple[tuple[int, ...], ...] = ()
+    seen_spacing: tuple[tuple[float, float], ...] | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _tuples(getattr(self, field.name)))
-        flips, axes = self.flip_axes, set(str(self.orientation))
+        flips, axes, seen = self.flip_axes, set(str(self.orientation)), self.seen_spacing
         values = list(self.classes.values()) if isinstance(self.classes, dict) else []
         checks = {
             "channels": (_are(self.channels, str), "a list of names"),
@@ -81,11 +87,12 @@ class ScanSettings:
                 "lists of whole numbers from 1 to 255 by class (map other values of the labels first: MapLabelValued)",
             ),
             "activation": (self.activation in ("sigmoid", "softmax"), "'sigmoid' or 'softmax'"),
-            "orientation": (len(axes) == 3 and all(axes & set(pair) for pair in ("LR", "PA", "IS")), "such as 'RAS'"),
+            "orientation": (len(axes) == 3 and all(axes & set(pair) for pair in AXES), "such as 'RAS'"),
             "spacing": (self.spacing is None or _are(self.spacing, (int, float), least=1e-6, number=3), "None or 3 mm"),
             "normalization": (_are(self.normalization, dict) or self.normalization == (), "a list of dicts"),
             "overlap": (isinstance(self.overlap, (int, float)) and 0 <= self.overlap < 1, "0 or more, below 1"),
             "flip_axes": (isinstance(flips, tuple) and all(map(_are_axes, flips)), "lists of axes"),
+            "seen_spacing": (seen is None or _are_ranges(seen), "None or 3 times the smallest and the largest mm"),
         }
         for name, (right, expected) in checks.items():
             if not right:
@@ -128,17 +135,41 @@ class ScanSettings:
         """The transforms from ``{"image": FILE_OR_FILES}`` to the network's input, a ``MetaTensor`` ``(c, *spatial)``.
 
         They load, orient, resample and normalize. ``label=True`` also loads, orients and resamples ``"label"``. A file
-        that cannot be read, or lies on another grid, is an error: see :class:`~monai_conres.volumes.LoadScand`.
+        that cannot be read, or lies on another grid, is an error: see :class:`~monai_conres.volumes.LoadScand`. Voxels
+        of other sizes than in the training give a warning: see :meth:`check_spacing`.
         """
         keys = ("image", "label") if label else ("image",)
         steps = [
             LoadScand(keys),
             Orientationd(keys, axcodes=self.orientation, labels=None),
+            self.check_spacing,
         ]
         if self.spacing is not None:
             steps.append(Spacingd(keys, pixdim=self.spacing, mode=("bilinear", "nearest")[: len(keys)]))
         typed = EnsureTyped(keys, dtype=(torch.float32, torch.uint8)[: len(keys)])
         return Compose([*steps, *self.normalize("image").transforms, typed])
+
+    def check_spacing(self, case: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A transform that warns when the voxels of ``"image"``, in :attr:`orientation`, have other sizes than trained.
+
+        A size may be up to 1.5 times as large as the largest one of the training, or as small as the smallest one
+        divided by 1.5. The result on other scans may still be good, so this is no error. Networks whose scans are
+        resampled to :attr:`spacing` see no other sizes.
+        """
+        if self.spacing is None and self.seen_spacing is not None:
+            image = case["image"]
+            sizes = image.pixdim.tolist()
+            pairs = list(zip(sizes, self.seen_spacing, strict=True))
+            if any(not small / FACTOR <= size <= FACTOR * large for size, (small, large) in pairs):
+                seen = " x ".join(f"{s:.3g}" if s == e else f"{s:.3g} to {e:.3g}" for s, e in self.seen_spacing)
+                warnings.warn(
+                    f"{image.meta.get('filename_or_obj', 'A scan')} has voxels of "
+                    f"{' x '.join(f'{size:.3g}' for size in sizes)} mm ({self.orientation}), and the network was "
+                    f"trained with {seen} mm: the result may be poor. Resample the scan to these sizes, or train with "
+                    "such scans or with a fixed spacing.",
+                    stacklevel=2,
+                )
+        return case
 
     def inferer(self, **kwargs: Any) -> SlidingWindowInferer:
         """MONAI's ``SlidingWindowInferer`` with these windows and Gaussian weights. ``kwargs`` go to it, too."""
@@ -173,6 +204,40 @@ class ScanSettings:
         plain = convert_to_tensor(logits, track_meta=False)
         label = paint_structures(plain, self.classes, softmax=self.activation == "softmax", threshold=0.0)
         return convert_to_dst_type(label, logits, dtype=torch.uint8)[0]
+
+
+def spacing_range(cases: Iterable[Mapping[str, Any]], orientation: str = "RAS") -> list[tuple[float, float]]:
+    """Smallest and largest size of a voxel in mm along each axis of ``orientation``, from the headers of scans.
+
+    Args:
+        cases: ``"image"`` of each is a file, or several files of which the first is read.
+        orientation: that of the :class:`ScanSettings` whose ``seen_spacing`` this is.
+
+    Raises:
+        ValueError: when there is no case, or a header cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> files = [f"{tempfile.mkdtemp()}/scan.nii.gz" for _ in range(2)]
+        >>> for file, size in zip(files, (3, 5)):
+        ...     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4)), np.diag([1, -1, size, 1])), file)
+        >>> spacing_range({"image": file} for file in files)
+        [(1.0, 1.0), (1.0, 1.0), (3.0, 5.0)]
+    """
+    sizes = []
+    for case in cases:
+        affine = read_grid(ensure_tuple(case["image"])[0]).affine
+        own = dict(zip(nib.io_orientation(affine)[:, 0].tolist(), nib.affines.voxel_sizes(affine), strict=True))
+        sizes.append([round(float(own[AXES.index(pair)]), 4) for pair in _pairs(orientation)])
+    if not sizes:
+        raise ValueError("expected scans of the training, got none; give its cases.")
+    return [(min(column), max(column)) for column in zip(*sizes, strict=True)]
+
+
+def _pairs(orientation: str) -> list[str]:
+    """The axis of each letter, such as ``"LR"`` of R."""
+    return [next(pair for pair in AXES if letter in pair) for letter in orientation]
 
 
 def label_values(structures: Structures) -> list[int]:
@@ -244,6 +309,13 @@ def paint_structures(
         seen.update(values)
         label[(label == 0) & (score >= threshold)] = own[0]
     return label
+
+
+def _are_ranges(values: Any) -> bool:
+    """Whether values are three pairs of positive numbers, the smaller one first."""
+    return _are(values, tuple, number=3) and all(
+        _are(pair, (int, float), least=1e-6, number=2) and pair[0] <= pair[1] for pair in values
+    )
 
 
 def _are_axes(values: Any) -> bool:

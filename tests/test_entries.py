@@ -8,6 +8,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from monai.bundle import ConfigWorkflow
 from monai_conres import ConResNet
 from monai_conres.__main__ import main
 from monai_conres.bundle import CaseReport, read_folders
+from monai_conres.commands.fit_chain import fit_run
 from monai_conres.completion import complete_scan
-from monai_conres.files import TrainedNetwork, save_network, write_label_map
+from monai_conres.files import TrainedNetwork, load_network, read_network, save_network, write_label_map
 from monai_conres.phantom import tumor_phantom
-from monai_conres.scans import ScanSettings
+from monai_conres.scans import ScanSettings, spacing_range
 from monai_conres.volumes import load_volume
 
 ROOT = Path(__file__).parent.parent
@@ -59,22 +61,21 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def script(name: str) -> Callable:
+def script(name: str, *more: str) -> Callable:
     def run(folder: Path, out: str = "out") -> None:
-        sys.argv = [name, "--data", str(folder / "data"), "--out", str(folder / out)]
+        sys.argv = [name, "--data", str(folder / "data"), "--out", str(folder / out), *more]
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
     return run
 
 
-def bundle(name: str) -> Callable:
+def bundle(name: str, **more: Any) -> Callable:
     def run(folder: Path, out: str = "out") -> None:
         scans = "imagesTr" if name == "inference" else ""
         options = {"dataset_dir": str(folder / "data" / scans), "run_dir": str(folder / "run"), "num_workers": 0}
         options |= {"run_dir": str(folder / out)} if name == "train" else {"output_dir": str(folder / out)}
         options |= {"progress": False, "device": "$torch.device('cpu')"}
-        if name == "evaluate":
-            options["cases"] = "$@data.cases[-1:]"
+        options |= {"cases": "$@data.cases[-1:]"} if name == "evaluate" else more
         file = str(ROOT / "examples" / "bundles" / "hippocampus_conresnet" / "configs" / f"{name}.yaml")
         workflow = ConfigWorkflow(
             file, workflow_type="train" if name == "train" else "infer", logging_file=False, **options
@@ -186,6 +187,63 @@ def test_evaluation_refuses_a_label_that_it_cannot_read(folder, tmp_path):
         report._add(Engine)
 
 
+# voxels of other sizes than in the training
+
+
+@pytest.mark.parametrize("entry", ["complete", "inference", "evaluate", "predict", "fit_chain"])
+@pytest.mark.parametrize("size", [2.9, 3.1, *(pytest.param(size, marks=pytest.mark.slow) for size in (1.3, 2.0))])
+def test_other_spacing_than_in_the_training_gives_a_warning(folder, monkeypatch, entry, size):
+    """The training saw 1 x 1.5 mm in plane and 2 mm between the slices. 3.1 and 1.3 differ by more than half of it."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    seen = spacing_range(read_folders(folder / "data" / "imagesTr", folder / "data" / "labelsTr", {}).cases)
+    assert seen == [(1.0, 1.0), (1.5, 1.5), (2.0, 2.0)]
+    scans = replace(SCANS, seen_spacing=seen)
+    cases = {"cases": ["case0", "case1", "case2"], "validation": ["case3"]}
+    save_network(folder / "run", network(), scans, training=cases)
+    for number in range(4):  # stored along other axes
+        for key in ("image", "label"):
+            file = folder / "data" / f"{key}sTr" / f"case{number}.nii.gz"
+            scan = nib.Nifti1Image(np.asarray(nib.load(file).dataobj), np.diag([1, 1.5, size, 1]))
+            nib.save(scan.as_reoriented(nib.orientations.axcodes2ornt("SPR")), file)
+    image = folder / "data" / "imagesTr" / "case3.nii.gz"
+
+    def predict(folder: Path) -> None:
+        load_network(folder / "run").scans.preprocessing()({"image": image})
+
+    def fit(folder: Path) -> None:
+        cases = read_folders(folder / "data" / "imagesTr", folder / "data" / "labelsTr", {}).cases
+        fit_run(folder / "run", {case["name"]: case for case in cases}, number=1)
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        {**ENTRIES, "predict": predict, "fit_chain": fit}[entry](folder)
+    texts = [str(warning.message) for warning in found if "the network was trained with" in str(warning.message)]
+    assert bool(texts) == (size in (3.1, 1.3))
+    sizes = rf"voxels of 1 x 1\.5 x {size:g} mm \(RAS\), and the network was trained with 1 x 1\.5 x 2 mm"
+    assert all(re.search(rf"case\d\.nii\.gz has {sizes}: the result may be poor\. Resample", text) for text in texts)
+
+
+@pytest.mark.parametrize("entry", ["quickstart", "attach_unet", "train"])
+def test_training_stores_the_spacings_that_it_saw(folder, monkeypatch, entry):
+    """Those of its training cases, as the headers say."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    sizes = {f"case{number}": 2 + number / 10 for number in range(4)}
+    for name, size in sizes.items():
+        for key in ("image", "label"):
+            store(folder / "data" / f"{key}sTr" / f"{name}.nii.gz", lambda v, a, s=size: (v, np.diag([1, 1.5, s, 1])))
+    small = {"network_def#channels": [8, 8], "network_def#strides": [2], "network_def#blocks": [1, 1, 1]}
+    run = {
+        "quickstart": script("quickstart.py", "--iterations", "1", "--channels", "8", "8"),
+        "attach_unet": script("attach_unet.py", "--epochs", "1"),
+        "train": bundle("train", **small, iterations=1, batch_size=1, patch_size=[16, 16, 16]),
+    }[entry]
+    run(folder)
+    stored = read_network(folder / "out" / ("ConResNet" if entry == "quickstart" else ""))
+    seen = [sizes[name] for name in stored["training"]["cases"]]
+    assert len(seen) == 3
+    assert stored["scans"].seen_spacing == ((1.0, 1.0), (1.5, 1.5), (min(seen), max(seen)))
+
+
 # output folders
 
 
@@ -209,6 +267,7 @@ def test_completed_volume_does_not_replace_a_file_of_others(folder, capsys):
     assert {path: path.read_bytes() for path in (folder / "data").rglob("*.nii.gz")} == before
     for _ in range(2):  # its own result of before is replaced
         command(folder)
+
 
 @pytest.mark.parametrize("name", ["2024", "[a]"])
 def test_inference_writes_to_the_folder_that_was_typed(folder, monkeypatch, name):

@@ -131,7 +131,7 @@ def test_command_refuses_what_it_cannot_use_and_leaves_network_json(tmp_path, ca
     (tmp_path / "shifted").mkdir()
     nib.save(nib.Nifti1Image(np.zeros(SIZE, np.uint8), np.eye(4)), tmp_path / "shifted" / "case0.nii.gz")
     for options, message in [
-        (["--labels", "no folder"], "expected label maps, NAME.nii.gz, in no folder"),
+        (["--labels", "no folder"], "expected NIfTI files (*.nii.gz) in no folder, found none"),
         (["--labels", str(tmp_path / "others")], "such as ['case0', 'case1'], got 1 others"),
         (["--labels", str(tmp_path / "wrong")], "expected the values [0, 1, 4]"),
         (["--labels", str(tmp_path / "shifted")], "expected the same affine"),

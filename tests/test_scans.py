@@ -112,6 +112,8 @@ def test_logits_become_the_values_of_the_file():
         ({"flip_axes": (0, 1)}, "flip_axes of the scans"),
         ({"flip_axes": ((3,),)}, "flip_axes of the scans"),
         ({"flip_axes": ((0, -3),)}, "flip_axes of the scans"),
+        ({"seen_spacing": (1, 1, 2)}, "seen_spacing of the scans to be None or 3 times the smallest and the largest"),
+        ({"seen_spacing": ((1, 1), (1, 1), (2, 1))}, "seen_spacing of the scans"),
         ({"normalization": [{"name": "Lambda"}]}, "intensity transforms of MONAI"),
         ({"normalization": [{"nonzero": True}]}, "intensity transforms of MONAI"),
         ({"normalization": [{"name": "NormalizeIntensity", "zero": True}]}, "unexpected keyword argument 'zero'"),

@@ -9,7 +9,6 @@ with one file for each channel. network.json names the training cases. Then comp
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -28,9 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from monai_conres.bundle import read_folders
+
     fit_run(
         options.network,
-        find_cases(options.images, options.labels),
+        {case["name"]: case for case in read_folders(options.images, options.labels, {}).cases},
         number=options.cases,
         ignore=options.ignore,
         backbone=options.backbone,
@@ -84,25 +85,6 @@ def fit_run(
     save_chain(network, settings)
     print("\n".join(f"{name}: {value}" for name, value in asdict(settings).items()))
     print(f"Written to {Path(network, 'network.json')}")
-
-
-def find_cases(images: Path, labels: Path) -> dict[str, dict[str, Any]]:
-    """The files of each label in ``labels``, by its name.
-
-    Raises:
-        ValueError: when there is no label.
-    """
-    from monai_conres.files import stem
-
-    cases = {}
-    for label in sorted(file for file in labels.glob("*.nii*") if not file.name.startswith(".")):
-        name = stem(label)
-        files = [file for ending in (".nii.gz", ".nii") if (file := images / f"{name}{ending}").is_file()][:1]
-        files = files or sorted(images.glob(f"{glob.escape(name)}_[0-9][0-9][0-9][0-9].nii*"))
-        cases[name] = {"image": files or [images / label.name], "label": label}
-    if not cases:
-        raise ValueError(f"expected label maps, NAME.nii.gz, in {labels}, found none; check the folder.")
-    return cases
 
 
 def _announce(cases: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
