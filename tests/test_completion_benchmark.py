@@ -142,11 +142,19 @@ def test_report_compares_ways_by_case_fold_and_seed(tmp_path):
     assert results.seeds(("conres", "both"), ("conres", "network")) == [0]
     assert report.mean(results, ("conres", "network"), "even_1") == "0.600"
     assert report.difference(results, ("conres", "both"), ("conres", "network"), "even_1") == "+0.125 [+0.125, +0.125]"
+    assert report.Results.read("toy_completion", tmp_path, folds=[0]).seeds(("conres", "both")) == [0, 1]
     text = report.report([results])
     assert "| ConResNet: chain, both | 0.725 | 0.725 | 0.725 |" in text
     assert "| ConResNet: chain, both | 0.725 | 0.725 | 0.725 | 0.725 | 0.725 |" in report.details([results])
     assert "| ConResNet: chain, both, less ConResNet: network | +0.125 [+0.125, +0.125] | +0.125" in text
     report.draw([results])
+
+
+def test_short_measurement_is_only_the_dice_of_evenly_spaced_slices():
+    case = case_of(cone())
+    row = completion.measure(completion.Completion(case, "both", None), case, draw=False, short=True)
+    assert {name for name in row if name != "completion_seconds"} == {f"even_{number}" for number in (0, 1, 2, 3, 5)}
+    assert report.title("hippocampus_full_completion") == "Hippocampus, full width"
 
 
 @pytest.mark.slow
@@ -184,7 +192,7 @@ def test_mean_gates_change_only_gates_that_vary():
             assert not torch.allclose(network(image), before, atol=1e-3)
         torch.testing.assert_close(network(image), before, rtol=0, atol=0)
         for stage in network.residual_decoder.stages:  # sigmoid(0) is one half everywhere
-            stage.outer.register_forward_hook(lambda module, args, output: output * 0)
+            stage.outer.conv.register_forward_hook(lambda module, args, output: output * 0)
         before = network(image)
         with why.mean_gates(network):
             torch.testing.assert_close(network(image), before)

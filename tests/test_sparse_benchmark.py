@@ -52,7 +52,7 @@ def test_dice_leaves_out_drawn_slices():
 
 def test_report_compares_with_the_partial_loss():
     def rows(arm: str, gain: float, known: float) -> list[dict[str, str]]:
-        about = {"arm": arm, "fold": "0", "seed": "0", "labelled": "0.1", "known": str(known)}
+        about = {"arm": arm, "fold": "0", "seed": "0", "seconds": "30", "labelled": "0.1", "known": str(known)}
         cases = [("validation", f"v{k}", f"{0.8 + 0.01 * k + gain:.3f}", "", "") for k in range(4)]
         cases += [("training", f"t{k}", "0.800", "0.900", "0.950") for k in range(4)]
         columns = ("set", "case", "dice", "completed", "fitted")
@@ -69,4 +69,15 @@ def test_report_compares_with_the_partial_loss():
     lines = sparse_report.report(runs).splitlines()
     assert lines[2] == "| 5 % | pairs | 5 % | 0.915 | - | - | - | - |"
     assert lines[3] == "| 10 % | single | 0 % | 0.815 | - | +0.020 [+0.020, +0.020] | - | - |"
-    assert "| 10 % | single | chain | 0.800 | 0.900 | 0.950 | +0.100 [+0.100, +0.100] |" in lines
+    assert "| 10 % | single | 0.800 | 0.900 | 0.950 | +0.100 [+0.100, +0.100] |" in lines
+    lines = sparse_report.details(runs).splitlines()
+    assert "| 5 % | pairs | partial | 10.0 % | 5.0 % | 1 | 4 | 30 | 0.915 | 0.915 |" in lines
+    assert "| 10 % | single | chain | partial | +0.020 [+0.020, +0.020] |" in lines
+    gains = "+0.100 [+0.100, +0.100] | +0.150 [+0.150, +0.150]"
+    assert f"| 10 % | single | chain | 0.800 | 0.900 | 0.950 | {gains} |" in lines
+
+
+def test_report_pairs_only_what_both_arms_have():
+    one = {(0, 0, "a"): 0.5, (0, 0, "b"): 0.5, (0, 1, "c"): 0.0}  # by seed, fold and case
+    other = {(0, 0, "a"): 0.25, (0, 0, "b"): 0.25, (1, 0, "a"): 0.0}
+    assert sparse_report.difference(one, other) == "+0.250 [+0.250, +0.250]"

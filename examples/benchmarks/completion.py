@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from ablation import KEYS, SIZES, augmentation, batches, preparation
+from ablation import SIZES, augmentation, batches, preparation
 from experiment import Experiment
 from monai.data import CacheDataset, Dataset
 from monai.inferers import SlidingWindowInferer
@@ -245,17 +245,19 @@ class Case:
 
 @torch.no_grad()
 def predict(network: nn.Module, dataset: Dataset, patch: tuple) -> Iterator[Case]:
-    """Segmentation and residual of whole scans, on the device of the network."""
+    """Segmentation and residual of whole scans, on the CPU: the chain of a small scan is many short steps."""
     device = next(network.parameters()).device
     inferer = SlidingWindowInferer(patch, sw_batch_size=4, overlap=0.5, mode="gaussian")
     network.eval()
     for case in dataset:
-        image, label = (case[key][None].as_tensor().to(device) for key in KEYS)
+        image = case["image"][None].as_tensor()
         if getattr(network, "context", "") == "none":
-            segmentation, residual = inferer(image, network), None
+            segmentation, residual = inferer(image.to(device), network).cpu(), None
         else:
-            segmentation, residual = predict_with_residual(image, network, inferer, spatial_axis=-1)
-        yield Case(case["name"], image, label, segmentation, residual, case["image"].pixdim.tolist())
+            outputs = predict_with_residual(image.to(device), network, inferer, spatial_axis=-1)
+            segmentation, residual = (output.float().cpu() for output in outputs)
+        label = case["label"][None].as_tensor()
+        yield Case(case["name"], image, label, segmentation.float(), residual, case["image"].pixdim.tolist())
 
 
 def fit(cases: Sequence[Case], method: Method) -> ChainSettings:
@@ -281,7 +283,7 @@ def dice(result: torch.Tensor, reference: torch.Tensor, classes: int, drawn: Seq
     rest = [number for number in range(reference.shape[-1]) if number not in set(drawn)]
     masks = [one_hot(label[..., rest], num_classes=classes)[0, 1:].flatten(1).double() for label in (result, reference)]
     both, sizes = (masks[0] * masks[1]).sum(1), masks[0].sum(1) + masks[1].sum(1)
-    return torch.where(masks[1].sum(1) > 0, 2 * both / sizes, torch.nan).cpu().numpy()
+    return torch.where(masks[1].sum(1) > 0, 2 * both / sizes, torch.nan).numpy()
 
 
 def paste(result: torch.Tensor, drawn: torch.Tensor, slices: Sequence[int]) -> torch.Tensor:
@@ -296,7 +298,7 @@ def interpolate(case: Case, slices: Sequence[int]) -> torch.Tensor:
     A class that only one of two drawn slices has shrinks to nothing at the other one.
     """
     result, classes = case.predicted, case.segmentation.shape[1]
-    masks = one_hot(case.label, num_classes=classes)[0, 1:].cpu().numpy() > 0
+    masks = one_hot(case.label, num_classes=classes)[0, 1:].numpy() > 0
     for low, high in pairwise(slices):
         distances = []
         for mask in masks:
@@ -307,7 +309,7 @@ def interpolate(case: Case, slices: Sequence[int]) -> torch.Tensor:
             share = (number - low) / (high - low)
             stack = np.stack([(1 - share) * first + share * second for first, second in distances])
             labels = np.where(stack.max(0) > 0, stack.argmax(0) + 1, 0)
-            result[0, 0, ..., number] = torch.as_tensor(labels).to(result)
+            result[0, 0, ..., number] = torch.as_tensor(labels).to(result.dtype)
     return paste(result, case.label, slices)
 
 
@@ -324,19 +326,19 @@ def walk(case: Case, slices: Sequence[int]) -> torch.Tensor:
     from skimage.segmentation import random_walker
 
     seeds = np.zeros(case.label.shape[2:], dtype=np.int32)
-    drawn = case.label[0, 0].cpu().numpy()
+    drawn = case.label[0, 0].numpy()
     seeds[..., slices] = drawn[..., slices] + 1
-    image = np.moveaxis(case.image[0].cpu().numpy(), 0, -1).astype(np.float64)
+    image = np.moveaxis(case.image[0].numpy(), 0, -1).astype(np.float64)
     image = (image - image.min()) / (image.max() - image.min())
     labels = random_walker(image, seeds, mode="cg_j", spacing=case.spacing, channel_axis=-1) - 1
-    return torch.as_tensor(labels)[None, None].to(case.label)
+    return torch.as_tensor(labels)[None, None].to(case.label.dtype)
 
 
 def changed(drawn: torch.Tensor, how: str, classes: int) -> torch.Tensor:
     """Slices that are drawn badly: each class eroded, dilated into the background, or shifted by a voxel in plane."""
     cross = np.zeros((3, 3, 1), dtype=bool)
     cross[1], cross[:, 1] = True, True
-    label = drawn[0, 0].cpu().numpy()
+    label = drawn[0, 0].numpy()
     if how == "shifted":
         result = shift(label, (1, 0, 0), order=0)
     else:
@@ -347,7 +349,7 @@ def changed(drawn: torch.Tensor, how: str, classes: int) -> torch.Tensor:
                 result[binary_erosion(mask, cross)] = number
             else:
                 result[(binary_dilation(mask, cross) & (label == 0)) | mask] = number
-    return torch.as_tensor(result)[None, None].to(drawn.device)
+    return torch.as_tensor(result)[None, None]
 
 
 class Completion:
@@ -435,7 +437,7 @@ def measure(complete: Completion, case: Case, *, draw: bool, short: bool = False
         if short:
             continue
         if number in (1, 3) and complete.name in FULL:
-            masks = [one_hot(label.cpu(), num_classes=classes)[:, 1:] for label in (finished, case.label)]
+            masks = [one_hot(label, num_classes=classes)[:, 1:] for label in (finished, case.label)]
             for key, metric in (("hd95", BratsHausdorffDistanceMetric()), ("nsd", BratsSurfaceDiceMetric())):
                 row[f"{key}_{number}"] = text(metric(*masks, spacing=case.spacing)[0].numpy())
         if number == 3 and complete.name in FULL:

@@ -92,10 +92,11 @@ class Results:
     rows: dict[Way, dict[tuple[int, int, str], dict[str, str]]]
 
     @classmethod
-    def read(cls, name: str, folder: Path) -> Results:
+    def read(cls, name: str, folder: Path, folds: Sequence[int] | None = None) -> Results:
+        """All runs of an experiment, or those of some ``folds``."""
         rows: dict[Way, dict[tuple[int, int, str], dict[str, str]]] = {}
-        for run in Experiment(name, folder, COLUMNS).merge().values():
-            for row in run:
+        for (_, fold, _), run in Experiment(name, folder, COLUMNS).merge().items():
+            for row in run if folds is None or fold in folds else ():
                 key = (int(row["seed"]), int(row["fold"]), row["case"])
                 rows.setdefault((row["arm"], row["method"]), {})[key] = row
         return cls(name, rows)
@@ -221,8 +222,9 @@ def draw(experiments: Sequence[Results]) -> Figure:
 
 
 def title(name: str) -> str:
-    """What the tables call the data of an experiment."""
-    return {"sts": "STS", "chaos": "CHAOS"}.get(data := name.partition("_")[0], data.capitalize())
+    """What the tables call an experiment: its data, and the width of its networks."""
+    data, *rest = name.split("_")
+    return {"sts": "STS", "chaos": "CHAOS"}.get(data, data.capitalize()) + (", full width" if "full" in rest else "")
 
 
 def report(experiments: Sequence[Results]) -> str:
@@ -243,10 +245,9 @@ def details(experiments: Sequence[Results]) -> str:
     for results in experiments:
         number = max(len(row["even_1"].split()) for rows in results.rows.values() for row in rows.values())
         name = title(results.name)
-        parts += [
-            f"{name}, {len(results.cases)} cases, slices by `next_slice` and bad drawings:\n",
-            detail_table(results),
-        ]
+        if any(row.get("next_1") for rows in results.rows.values() for row in rows.values()):  # not of --short
+            parts.append(f"{name}, {len(results.cases)} cases, slices by `next_slice` and bad drawings:\n")
+            parts.append(detail_table(results))
         if number > 1:
             parts.append(class_table(results, number))
     return "\n".join(parts)
@@ -256,16 +257,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", help="names of the experiments")
     parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for completion.md and .png")
+    parser.add_argument("--out", type=Path, default=Path("docs/tables"), help="folder for the page and its figure")
+    parser.add_argument("--file", default="completion", help="name of the written files")
+    parser.add_argument(
+        "--folds", type=int, nargs="+", help="only these folds; a way that lacks one of them has no row"
+    )
     options = parser.parse_args()
-    experiments = [Results.read(name, options.folder) for name in options.names]
-    files = {options.out / "completion.md": report, options.folder / "results" / "completion.md": details}
+    experiments = [Results.read(name, options.folder, options.folds) for name in options.names]
+    for results in experiments:
+        if ways := [f"{arm} {method}" for arm, method in results.rows if not results.seeds((arm, method))]:
+            print(f"{results.name}: without all folds, so left out: {', '.join(ways)}", file=sys.stderr)
+    name = f"{options.file}.md"
+    files = {options.out / name: report, options.folder / "results" / name: details}
     for file, function in files.items():
         text = function(experiments)
         print(text)
         with atomic_path(file) as temporary:
             temporary.write_text(text)
-    save_figure(draw(experiments), options.out / "completion.png")
+    save_figure(draw(experiments), options.out / f"{options.file}.png")
 
 
 if __name__ == "__main__":

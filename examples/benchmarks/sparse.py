@@ -152,15 +152,11 @@ def train(
 
 @torch.no_grad()
 def predict(network: ConResNet, image: torch.Tensor, patch: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """Segmentation and residual ``(1, c, d, h, w)`` of a whole scan."""
+    """Segmentation and residual ``(1, c, d, h, w)`` of a whole scan, on the CPU as in completion.py."""
     inferer = SlidingWindowInferer(patch, sw_batch_size=4, overlap=0.5, mode="gaussian")
-    return predict_with_residual(image[None], network.eval(), inferer)
-
-
-def tensors(case: Mapping[Hashable, Any], network: ConResNet) -> tuple[torch.Tensor, ...]:
-    """Image and label of a case, on the device of the network."""
     device = next(network.parameters()).device
-    return tuple(case[key].as_tensor().to(device) for key in KEYS)
+    segmentation, residual = predict_with_residual(image[None].to(device), network.eval(), inferer)
+    return segmentation.float().cpu(), residual.float().cpu()
 
 
 def complete(
@@ -193,14 +189,13 @@ def evaluate(
             rows.append(row | {key: round(value[number], 5) for key, value in values.items()})
 
     for case in validation:
-        image, label = tensors(case, network)
-        segmentation, _ = predict(network, image, patch)
-        add("validation", case["name"], dice=dice(segmentation[0].argmax(0, keepdim=True), label, classes))
+        segmentation, _ = predict(network, case["image"].as_tensor(), patch)
+        add("validation", case["name"], dice=dice(segmentation[0].argmax(0, keepdim=True), case["label"], classes))
     if arm.layout == "all":
         return rows
     fitted = fit(network, arm, training, patch)
     for case in list(training)[:TRAINING_CASES]:
-        image, label = tensors(case, network)
+        image, label = (case[key].as_tensor() for key in KEYS)
         slices, outputs = arm.slices(label.shape[-1]), predict(network, image, patch)
         results = {
             "dice": outputs[0][0].argmax(0, keepdim=True),
@@ -215,7 +210,7 @@ def fit(network: ConResNet, arm: Arm, training: CacheDataset, patch: tuple) -> C
     """The weights of the chain, from the drawn slices of some training scans."""
     cases = []
     for case in list(training)[TRAINING_CASES:][:FIT_CASES] or list(training):
-        image, drawn = tensors(DrawSlices(arm)(case), network)
+        image, drawn = case["image"].as_tensor(), DrawSlices(arm)(case)["label"].as_tensor()
         segmentation, residual = predict(network, image, patch)
         cases.append({"segmentation": segmentation, "residual": residual, "image": image[None], "label": drawn[None]})
     return fit_chain(cases, positions=256, ignore_index=IGNORE)
@@ -281,10 +276,10 @@ def main() -> None:
 
 def second_label(network: ConResNet, arm: Arm, case: Mapping[str, Any], patch: tuple) -> dict[Hashable, Any]:
     """A training scan with the label that the network completes from its drawn slices."""
-    image, label = tensors(case, network)
+    image, label = (case[key].as_tensor() for key in KEYS)
     slices = arm.slices(label.shape[-1])
     finished = complete(predict(network, image, patch), image, label, slices, ChainSettings())
-    return {**case, "label": finished.to(label.dtype).cpu()}
+    return {**case, "label": finished.to(label.dtype)}
 
 
 if __name__ == "__main__":

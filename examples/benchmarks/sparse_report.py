@@ -1,17 +1,19 @@
-"""Merge the runs of sparse.py into the tracked table, and write docs/tables/NAME.md.
+"""Merge the runs of sparse.py into the tracked table; write docs/tables/NAME.md and, with each arm, results/NAME.md.
 
     python examples/benchmarks/sparse_report.py hippocampus_sparse
 
-The first table is about the plain prediction of validation scans, the second about training scans that are completed
-from their own drawn slices. A difference is paired by case, fold and seed; its 95 % interval is the bootstrap of
-ablation_report.py over seeds, folds and cases. With one seed it says nothing about another training.
+The first table of the page is about the plain prediction of validation scans: the Dice with the partial loss, and what
+the other arms differ from it. The second is about training scans that the network of the arm ``chain`` completes from
+their own drawn slices. Runs may be missing. A difference is paired by case, fold and seed, on what both arms have; its
+95 % interval is the bootstrap of ablation_report.py over seeds, folds and cases. With one seed it says nothing about
+another training.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +25,17 @@ from monai_conres.files import atomic_path
 
 Key = tuple[int, int, str]  # seed, fold, case
 Scores = dict[tuple[str, str, str], dict[Key, float]]  # by arm, set and column: the mean over the classes
+COMPLETIONS = ("dice", "completed", "fitted")  # by the network, by the chain with its default settings or fitted ones
 LAYOUTS = {"even": "single", "pairs": "pairs", "all": "all"}
 
 
-def collect(runs: dict[Run, Rows]) -> Scores:
-    """The scores of each case. A class that is not there does not count."""
+def collect(runs: dict[Run, Rows], number: str | None = None) -> Scores:
+    """The scores of each case, or those of one class. A class that is not there does not count."""
     found: dict[tuple[str, str, str], dict[Key, list[float]]] = {}
     for (arm, fold, seed), rows in runs.items():
         for row in rows:
-            for column in ("dice", "completed", "fitted"):
-                if row[column] not in ("", "nan"):
+            for column in COMPLETIONS:
+                if row[column] not in ("", "nan") and number in (None, row["class"]):
                     cases = found.setdefault((arm, row["set"], column), {})
                     cases.setdefault((seed, fold, row["case"]), []).append(float(row[column]))
     return {name: {key: float(np.mean(values)) for key, values in cases.items()} for name, cases in found.items()}
@@ -50,8 +53,13 @@ def difference(one: dict[Key, float], other: dict[Key, float]) -> str:
     return f"{values.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def table(fields: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [fields, ["---"] * 3 + ["---:"] * (len(fields) - 3), *lines]
+def mean(scores: dict[Key, float]) -> str:
+    return f"{np.mean(list(scores.values())):.3f}" if scores else "-"
+
+
+def table(fields: Sequence[str], lines: Sequence[Sequence[str]], words: int = 2) -> str:
+    """Markdown; the first ``words`` columns have text, the others numbers."""
+    rows = [fields, ["---"] * words + ["---:"] * (len(fields) - words), *lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -60,32 +68,79 @@ def percent(drawing: str) -> int:
     return int(drawing.lstrip("abcdefghijklmnopqrstuvwxyz"))
 
 
+def arms_of(shares: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+    """The arms of each drawing, such as pairs25, from few slices to many."""
+    drawings = sorted({arm.partition("_")[0] for arm in shares}, key=lambda name: (percent(name), name))
+    return {drawing: [arm for m in METHODS if (arm := f"{drawing}_{m}") in shares] for drawing in drawings}
+
+
+def words(drawing: str) -> list[str]:
+    return [f"{percent(drawing)} %", LAYOUTS[drawing.rstrip("0123456789")]]
+
+
 def report(runs: dict[Run, Rows]) -> str:
-    """Both tables in Markdown."""
+    """The page: two short tables in Markdown."""
     scores = collect(runs)
     shares = {arm: rows[0] for (arm, _, _), rows in runs.items()}
-    drawings = sorted({arm.partition("_")[0] for arm in shares}, key=lambda name: (percent(name), name))
     predicted, finished = [], []
-    for drawing in drawings:
-        layout = drawing.rstrip("0123456789")
-        arms = {method: f"{drawing}_{method}" for method in METHODS if f"{drawing}_{method}" in shares}
-        about = shares[next(iter(arms.values()))]
-        name = [f"{percent(drawing)} %", LAYOUTS[layout], f"{100 * float(about['known']):.0f} %"]
-        own = {method: scores[arm, "validation", "dice"] for method, arm in arms.items()}
-        partial = own.get("partial", {})
-        line = [f"{np.mean(list(partial.values())):.3f}" if partial else "-"]
-        line += [difference(own.get(method, {}), partial) for method in METHODS[1:]]
-        predicted.append(name + line)
-        for method in ("partial", "residual", "chain"):
-            if (arms.get(method, ""), "training", "dice") in scores:
-                columns = [scores[arms[method], "training", column] for column in ("dice", "completed", "fitted")]
-                means = [f"{np.mean(list(column.values())):.3f}" for column in columns]
-                finished.append([*name[:2], method, *means, difference(columns[1], columns[0])])
-    head = ["drawn", "slices", "residual known"]
+    for drawing, arms in arms_of(shares).items():
+        own = {method: scores.get((f"{drawing}_{method}", "validation", "dice"), {}) for method in METHODS}
+        known = f"{100 * float(shares[arms[0]]['known']):.0f} %"
+        line = [difference(own[method], own["partial"]) for method in METHODS[1:]]
+        predicted.append([*words(drawing), known, mean(own["partial"]), *line])
+        if (f"{drawing}_chain", "training", "dice") in scores:
+            columns = [scores[f"{drawing}_chain", "training", column] for column in COMPLETIONS]
+            finished.append([*words(drawing), *map(mean, columns), difference(columns[1], columns[0])])
+    head = ["drawn", "slices"]
     return (
-        table([*head, "partial loss", *METHODS[1:]], predicted)
+        table([*head, "residual known", "partial loss", *METHODS[1:]], predicted)
         + "\n"
-        + table(["drawn", "slices", "loss", "network", "completed", "chain fitted", "completed less network"], finished)
+        + table([*head, "network", "completed", "chain fitted", "completed less network"], finished)
+    )
+
+
+def details(runs: dict[Run, Rows]) -> str:
+    """The long tables behind the page: each arm, each comparison, each completion."""
+    scores = collect(runs)
+    shares = {arm: rows[0] for (arm, _, _), rows in runs.items()}
+    numbers = sorted({row["class"] for rows in runs.values() for row in rows})
+    classes = [collect(runs, number) for number in numbers]
+    plain, compared, finished = [], [], []
+    for drawing, arms in arms_of(shares).items():
+        for arm in arms:
+            method, key = arm.partition("_")[2], (arm, "validation", "dice")
+            own = scores[key]
+            seconds = [float(rows[0]["seconds"]) for (name, _, _), rows in runs.items() if name == arm]
+            about = [f"{100 * float(shares[arm][name]):.1f} %" for name in ("labelled", "known")]
+            about += [str(len({key[:2] for key in own})), str(len(own)), f"{np.median(seconds):.0f}"]
+            line = [mean(own), *(mean(found.get(key, {})) for found in classes)]
+            plain.append([*words(drawing), method, *about, *line])
+            for other in METHODS[: METHODS.index(method)]:
+                reference = scores.get((f"{drawing}_{other}", "validation", "dice"), {})
+                if set(own) & set(reference):
+                    compared.append([*words(drawing), method, other, difference(own, reference)])
+            if (arm, "training", "dice") in scores:
+                columns = [scores[arm, "training", column] for column in COMPLETIONS]
+                gains = [difference(column, columns[0]) for column in columns[1:]]
+                finished.append([*words(drawing), method, *map(mean, columns), *gains])
+    head = ["drawn", "slices", "arm"]
+    about = [
+        "labelled",
+        "residual known",
+        "runs",
+        "cases",
+        "seconds",
+        "Dice",
+        *(f"class {number}" for number in numbers),
+    ]
+    gains = ["completed less network", "fitted less network"]
+    return (
+        "Plain prediction of validation scans:\n\n"
+        + table([*head, *about], plain, 3)
+        + "\nPaired differences of the Dice:\n\n"
+        + table([*head, "less", "difference"], compared, 4)
+        + "\nTraining scans, completed from their own drawn slices:\n\n"
+        + table([*head, "network", "completed", "chain fitted", *gains], finished, 3)
     )
 
 
@@ -95,10 +150,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "tables")
     options = parser.parse_args()
-    text = report(Experiment(options.name, options.folder, COLUMNS).merge())
-    with atomic_path(options.out / f"{options.name}.md") as temporary:
-        temporary.write_text(text)
-    print(text)
+    runs = Experiment(options.name, options.folder, COLUMNS).merge()
+    for folder, function in ((options.out, report), (options.folder / "results", details)):
+        with atomic_path(folder / f"{options.name}.md") as temporary:
+            temporary.write_text(text := function(runs))
+        print(text)
 
 
 if __name__ == "__main__":
