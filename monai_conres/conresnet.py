@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -240,8 +241,9 @@ class ConResNet(nn.Module):
         skips.pop()
         features = self._run(self.bottleneck, features)
         residuals: list[torch.Tensor] = []
+        merge = partial(self._run, self._merge) if self.use_checkpoint else self._merge  # which frees the skip
         for stage, unit in enumerate(self.decoder):
-            features = self._run(self._merge, unit, features, skips.pop())
+            features = merge(unit, features, skips.pop())
             if residual_decoder is not None:
                 previous = residuals[-1] if residuals else image
                 features, residual = residual_decoder.step(stage, features, previous, run=self._run)
@@ -256,7 +258,9 @@ class ConResNet(nn.Module):
 
     def _merge(self, unit: nn.Module, features: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """Features of one scale of the segmentation decoder."""
-        return unit(add_into(resize_features(features, skip.shape[2:], align_corners=self.align_corners), skip))
+        features = add_into(resize_features(features, skip.shape[2:], align_corners=self.align_corners), skip)
+        del skip
+        return unit(features)
 
     def _check_image(self, image: torch.Tensor) -> None:
         if torch.jit.is_tracing():  # a traced size is a tensor, and comparing it would fix it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from monai_conres.layers import (
     WeightStandardizedConv3d,
     add_into,
     gate_features,
+    in_turn,
     norm_layer,
     resize_features,
     sigmoid_change,
@@ -149,8 +151,12 @@ class ContextResidualModule(nn.Module):
 
     def map_context(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Context residual mapping: ``O_res`` from the features and the incoming context residual."""
-        change = sigmoid_change(features, spatial_axis=self.spatial_axis)  # Eq. 4
-        return self.outer(add_into(self._incoming(features, residual), self.inner_norm(self.inner(change))))  # Eq. 5
+        eq4 = partial(sigmoid_change, spatial_axis=self.spatial_axis)
+        # Eq. 5, without names for what it adds: they would keep features in memory
+        return in_turn(
+            self.outer,
+            add_into(in_turn((eq4, self.inner, self.inner_norm), features), self._incoming(features, residual)),
+        )
 
     def attend(self, features: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Context attention mapping: ``O_seg`` from the features and ``O_res``."""

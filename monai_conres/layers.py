@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial, wraps
 from types import ModuleType
 from typing import Any
@@ -170,14 +170,18 @@ _FILTERS: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor, torch.Tensor]]
 
 
 def torch_convolves_slowly(input: torch.Tensor) -> bool:
-    """Whether torch does not use oneDNN, which is 1.5 to 10 times as fast: for one small volume on a CPU."""
+    """Whether torch does not use oneDNN, which is 1.5 to 10 times as fast: for one small volume on a CPU.
+
+    With one thread torch also convolves one large volume by a matrix product where the kernel is 1x1x1. That takes more
+    memory, and changes the layout.
+    """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False
     return (
         input.device.type == "cpu"
         and input.dtype == torch.float32
         and input.shape[0] == 1
-        and math.prod(input.shape[:4]) <= 20480
+        and (math.prod(input.shape[:4]) <= 20480 or torch.get_num_threads() == 1)
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
@@ -261,7 +265,14 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(b, channels, d, h, w)`` to the same shape."""
-        return add_into(self.unit2(self.unit1(x)), x)
+        return add_into(in_turn((*self.unit1, *self.unit2), x), x)
+
+
+def in_turn(layers: Iterable[Callable[[torch.Tensor], torch.Tensor]], features: torch.Tensor) -> torch.Tensor:
+    """``features`` after one layer after the other. A module that calls its layers keeps its input in memory."""
+    for layer in layers:
+        features = layer(features)
+    return features
 
 
 def fast_layout(weight: torch.Tensor) -> torch.Tensor:
@@ -594,7 +605,8 @@ class GateFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(features, features, logits.sigmoid())
+        gate = logits.sigmoid()
+        return torch.addcmul(features, features, gate, out=gate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
