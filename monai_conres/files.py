@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -66,6 +65,7 @@ __all__ = [
     "plain_values",
     "read_grid",
     "read_network",
+    "remove_left_overs",
     "save_chain",
     "save_network",
     "stem",
@@ -77,6 +77,7 @@ __all__ = [
 FORMAT = 1  # of network.json
 KEYS = {"format", "network", "scans", "training"}
 WRITTEN = b"monai_conres"  # description in the header of a label map of this package
+MARK = "monai_conres-"  # in the names of temporary folders
 CONRESNET, WRAPPER = "monai_conres.ConResNet", "monai_conres.ConResWrapper"
 Backbone = tuple[str, Mapping[str, Any]]  # import path of a class, and its arguments
 
@@ -429,8 +430,8 @@ def _geometry(like: MetaTensor) -> Any:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path for a file or folder, which is renamed to ``path`` when the block ends without an error.
 
-    The new file replaces a file at ``path``. Missing parent folders are made. What a killed writer of ``path`` left
-    behind is removed.
+    The new file replaces a file at ``path``. Missing parent folders are made. What killed writers left behind in this
+    folder is removed.
 
     Raises:
         OSError: when ``path`` is a folder with files in it.
@@ -444,8 +445,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_overs(path)
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    remove_left_overs(path.parent)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{MARK}"))
     lock = _lock(work)
     try:
         temporary = work / path.name  # the ending tells many writers the format
@@ -458,7 +459,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that locks a folder until it is closed or its process ends; None if the folder cannot be locked."""
+    """A descriptor that locks a folder until it is closed or its process ends; None where folders cannot be locked.
+
+    Raises ``BlockingIOError`` when another writer holds the lock.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -466,20 +470,25 @@ def _lock(folder: Path) -> int | None:
         except OSError:
             os.close(descriptor)
             raise
-    except OSError:  # held by another process, or a file system or Windows without such locks
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system or Windows without such locks
         return None
     return descriptor
 
 
-def _remove_left_overs(path: Path) -> None:
-    """Remove the temporary folders of killed writers of a path. The lock of a killed process is free."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
-    for folder in [each for each in path.parent.iterdir() if name.fullmatch(each.name) and each.is_dir()]:
-        if (lock := _lock(folder)) is not None:
-            with suppress(OSError):
-                if time.time() - folder.stat().st_mtime > 5:  # a new one is locked in a moment
-                    shutil.rmtree(folder)
-            os.close(lock)
+def remove_left_overs(folder: str | os.PathLike) -> None:
+    """Remove what killed writers left in a folder. The lock of a running writer is held, that of a killed one is free.
+
+    Where folders cannot be locked, a writer that began a day ago counts as killed.
+    """
+    for left_over in filter(Path.is_dir, Path(folder).glob(f".*.{MARK}*")):
+        with suppress(OSError):
+            age, lock = time.time() - left_over.stat().st_mtime, _lock(left_over)
+            if age > (86400 if lock is None else 5):  # a new one is locked in a moment
+                shutil.rmtree(left_over)
+            if lock is not None:
+                os.close(lock)
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:

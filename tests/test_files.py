@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -374,10 +377,11 @@ def test_interrupted_writing_leaves_nothing(tmp_path, error):
 
 def test_left_overs_of_killed_writers_are_removed(tmp_path):
     """Only theirs: not those of a process that is still writing, nor a folder of somebody else."""
-    for name in (".mask.nii.backup", ".mask.nii.BACKUP42", ".other.nii.abcdefgh"):
+    for name in (".mask.nii.backup", ".monai_conres-abcdefgh", "a.monai_conres-abcdefgh"):
         (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
     others = set(tmp_path.iterdir())
-    half = tmp_path / ".mask.nii.ab3d_fgh"  # nobody holds its lock
+    half = tmp_path / ".other.nii.monai_conres-ab3d_fgh"  # nobody holds its lock
     half.mkdir()
     (half / "mask.nii").write_text("half")
     with atomic_path(tmp_path / "mask.nii") as writing:
@@ -389,3 +393,36 @@ def test_left_overs_of_killed_writers_are_removed(tmp_path):
         assert not half.exists()
         writing.write_text("complete")
     assert set(tmp_path.iterdir()) == others | {tmp_path / "mask.nii"}
+
+
+@pytest.mark.parametrize(("hours", "stays"), [(23, True), (25, False)])
+def test_left_overs_go_after_a_day_where_folders_have_no_locks(tmp_path, monkeypatch, hours, stays):
+    half = tmp_path / ".mask.nii.monai_conres-ab3d_fgh"
+    half.mkdir()
+    os.utime(half, (time.time() - 3600 * hours,) * 2)
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    with atomic_path(tmp_path / "mask.nii") as temporary:
+        temporary.write_text("complete")
+    assert half.exists() == stays
+
+
+def test_killed_writer_leaves_nothing_after_the_next_run(tmp_path):
+    """With another process, which is killed while it writes."""
+    code = f"""if True:
+        import time
+        from monai_conres.files import atomic_path
+        with atomic_path({str(tmp_path / "case0.nii.gz")!r}) as temporary:
+            temporary.write_text("half")
+            print(flush=True)
+            time.sleep(60)"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    (running,) = tmp_path.iterdir()
+    for file in ("case1.nii.gz", "case2.nii.gz"):
+        os.utime(running, (0, 0))
+        with atomic_path(tmp_path / file) as temporary:
+            temporary.write_text("complete")
+        assert running.exists() == (file == "case1.nii.gz")
+        process.kill()
+        process.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["case1.nii.gz", "case2.nii.gz"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -25,7 +24,15 @@ from monai.utils import optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import get_worker_info
 
-from monai_conres.files import Backbone, atomic_path, describe_network, plain_values, save_network, write_csv
+from monai_conres.files import (
+    Backbone,
+    atomic_path,
+    describe_network,
+    plain_values,
+    remove_left_overs,
+    save_network,
+    write_csv,
+)
 from monai_conres.scans import ScanSettings
 
 if TYPE_CHECKING:
@@ -218,9 +225,7 @@ class TrainingCheckpoint:
     def load(self, engine: Engine) -> None:
         """Continue from the checkpoint, if there is one."""
         if idist.get_rank() == 0:
-            for name in ("checkpoint.pt", "model.pt", "network.json"):  # of a process that was killed while writing
-                for left_over in filter(Path.is_dir, self.run_dir.glob(f".{name}.*")):
-                    shutil.rmtree(left_over)
+            remove_left_overs(self.run_dir)
         if not self.path.is_file():
             return
         max_epochs = engine.state.max_epochs

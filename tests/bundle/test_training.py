@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import random
 import resource
 from functools import partial
@@ -122,8 +123,10 @@ def test_interrupted_training_ends_with_the_same_weights(tmp_path, interval):
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "b", epochs=4, stop_in=4, interval=interval).run()
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["checkpoint.pt", "loss.csv"]
-    for left_over in (".checkpoint.pt.abc", ".model.pt.abc", ".network.json.abc"):  # of a killed process
-        (tmp_path / "b" / left_over).mkdir()
+    for name in ("checkpoint.pt", "model.pt", "network.json"):  # of a killed process
+        left_over = tmp_path / "b" / f".{name}.monai_conres-abc"
+        left_over.mkdir()
+        os.utime(left_over, (0, 0))
     (tmp_path / "b" / ".checkpoint.pt.x1y2").write_text("another program's")
     trainer(tmp_path / "b", epochs=4, interval=interval).run()
     names = [".checkpoint.pt.x1y2", "checkpoint.pt", "loss.csv", "model.pt", "network.json"]
