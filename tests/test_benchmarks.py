@@ -74,7 +74,7 @@ def test_constant_gates_equal_a_decoder_that_predicts_nothing():
         networks.append(ablation.build(ablation.ARMS[name], 1, 2, SMALL, STRIDES).eval())
     attached, control = networks
     for stage in attached.decoder.stages:  # sigmoid(0) is one half everywhere
-        stage.outer.register_forward_hook(lambda module, args, output: output * 0)
+        stage.outer.conv.register_forward_hook(lambda module, args, output: output * 0)
     image = torch.randn(1, 1, 16, 16, 24)
     torch.testing.assert_close(control(image), attached(image))
     assert not torch.allclose(control(image), attached.backbone(image), atol=1e-3)
