@@ -24,7 +24,7 @@ from monai.networks.nets import UNet
 from monai.transforms import AsDiscreted, Compose, RandFlipd, RandSpatialCropd, SpatialPadd
 
 from monai_conres import ConResLoss, attach_conres
-from monai_conres.bundle import check_voxels, read_decathlon, seed_everything
+from monai_conres.bundle import Computation, check_voxels, read_decathlon, seed_everything
 from monai_conres.files import ScanSettings, check_writable, save_network
 from monai_conres.phantom import write_phantom_dataset
 from monai_conres.scans import spacing_range
@@ -75,6 +75,9 @@ def main(options: argparse.Namespace) -> None:
         network = attach_conres(network, data.channels, include_background=False)
         loss = ConResLoss(loss)
 
+    computation = Computation.on(options.device)
+    print(f"training {computation}")
+    mixed = {"amp": computation.dtype is not None, "amp_kwargs": {"dtype": computation.dtype}}
     network.to(options.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     evaluator = SupervisedEvaluator(
@@ -84,6 +87,7 @@ def main(options: argparse.Namespace) -> None:
         inferer=scans.inferer(sw_batch_size=2),
         postprocessing=discrete,
         key_val_metric={"dice": MeanDice(include_background=False, output_transform=from_engine(["pred", "label"]))},
+        **mixed,
     )
     trainer = SupervisedTrainer(
         device=options.device,
@@ -92,6 +96,7 @@ def main(options: argparse.Namespace) -> None:
         network=network,
         optimizer=optimizer,
         loss_function=loss,
+        **mixed,
     )
     ProgressBar().attach(trainer, output_transform=lambda output: {"loss": output[0]["loss"]})
 
