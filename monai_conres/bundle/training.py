@@ -6,11 +6,12 @@ train on the batches of one process.
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +21,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 from monai.data import CacheDataset
+from monai.transforms import Transform
 from monai.utils import optional_import, set_determinism
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import get_worker_info
 
 from monai_conres.files import (
@@ -174,8 +177,9 @@ class TrainingCheckpoint:
     ``model.pt`` and ``network.json``, which make the folder one complete network: see
     :func:`~monai_conres.files.load_network`.
 
-    A run continues only with the settings that it was started with: ``scans``, ``training``, the network's arguments,
-    and kind and numbers of each optimizer, except for its learning rate, which belongs to ``training``.
+    A run continues only with the settings that it was started with: ``scans``, ``training``, the network's arguments
+    and dropout, the options of ``transform``, of losses and schedules, and kind and numbers of each optimizer, except
+    for its learning rate, which belongs to ``training``.
 
     Args:
         run_dir: the run folder.
@@ -186,6 +190,7 @@ class TrainingCheckpoint:
             that :func:`~monai_conres.bundle.load_networks` does not allow to be scored, ``"validation"`` are names that
             :func:`~monai_conres.bundle.held_out_cases` takes.
         backbone: class and arguments of the backbone of an attached network, for ``network.json``.
+        transform: what prepares the training cases.
         interval: number of epochs between checkpoints.
 
     Raises:
@@ -201,6 +206,7 @@ class TrainingCheckpoint:
         scans: ScanSettings,
         training: Mapping[str, Any] | None = None,
         backbone: Backbone | None = None,
+        transform: Callable | None = None,
         interval: int = 1,
     ) -> None:
         self.run_dir = Path(run_dir)
@@ -211,9 +217,13 @@ class TrainingCheckpoint:
         self.interval = interval
         settings = describe_network(self.network, **self.saved)
         settings["scans"]["classes"] = list(settings["scans"]["classes"].items())  # their order counts
-        for name, thing in self.objects.items():
+        for name, thing in {**self.objects, "transform": transform}.items():
             if isinstance(thing, torch.optim.Optimizer):
                 settings[name] = {"kind": type(thing).__name__, **_numbers(thing.defaults)}
+            elif name != "network" and isinstance(thing, (nn.Module, LRScheduler, Transform)):
+                settings[name] = _options(thing)
+        rates = {name: getattr(module, "p", None) for name, module in self.network.named_modules()}
+        settings["dropout"] = {name: rate for name, rate in rates.items() if isinstance(rate, float)}
         self.settings = plain_values(settings)
 
     def attach(self, engine: Engine) -> None:
@@ -232,7 +242,7 @@ class TrainingCheckpoint:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             if changed := _differences(state["settings"], self.settings):
-                raise ValueError("; ".join(changed))
+                raise ValueError("; ".join(changed[:5] + [f"and {len(changed) - 5} more"] * (len(changed) > 5)))
             for name, thing in self._parts(engine).items():
                 if name != "scaler" or state.get(name):  # without mixed precision the scaler's state is empty
                     thing.load_state_dict(state[name])
@@ -284,6 +294,20 @@ def _numbers(defaults: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in defaults.items()
         if name != "lr" and isinstance(value, (int, float, tuple)) and not isinstance(value, bool)
     }
+
+
+def _options(thing: Any) -> dict[str, Any]:
+    """The plain options that a transform, loss or schedule was made with, and those of its parts by name and class."""
+    arguments = inspect.signature(type(thing).__init__).parameters
+    options: dict[str, Any] = {}
+    for name, value in {**vars(thing), **dict(getattr(thing, "named_children", tuple)())}.items():
+        parts = dict(enumerate(value)) if isinstance(value, (list, tuple)) else {name: value}
+        parts = {key: part for key, part in parts.items() if isinstance(part, (nn.Module, Transform))}
+        options |= {f"{key} {type(part).__name__}": _options(part) for key, part in parts.items()}
+        if not parts and name in arguments:
+            with suppress(ValueError):  # functions, tensors
+                options[name] = plain_values(value)
+    return options
 
 
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:

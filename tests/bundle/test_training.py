@@ -15,8 +15,19 @@ from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from monai.losses import DiceLoss
-from monai.networks.nets import BasicUNet
-from monai.transforms import Lambda, RandFlip, RandGaussianNoise
+from monai.networks.nets import BasicUNet, UNet
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    Flipd,
+    Lambda,
+    Lambdad,
+    OneOf,
+    RandFlip,
+    RandGaussianNoise,
+    RandZoomd,
+    Transform,
+)
 from torch.optim.lr_scheduler import OneCycleLR, PolynomialLR
 from torch.utils.data import DistributedSampler
 
@@ -114,6 +125,52 @@ def trainer(folder, epochs: int, stop_in: int | None = None, interval: int = 1, 
             raise KeyboardInterrupt
 
     return engine
+
+
+def augmentation(margin: int = 2, zoom: float = 1.1, flips: float = 0.5, first: Transform | None = None) -> Compose:
+    crop = CropForegroundd("image", "image", margin=margin)
+    zooms = [RandZoomd("image", prob=flips, max_zoom=zoom), Lambdad("image", lambda x: x)]
+    return Compose([*([first] if first else []), crop, SCANS.check_spacing, OneOf(zooms, weights=[0.3, 0.7])])
+
+
+def part_of_network(dropout: float) -> torch.nn.Module:
+    """Of a network whose arguments nobody gives."""
+    return attach_conres(UNet(3, 1, 2, (4, 8, 16), (2, 2), dropout=dropout), 1, spatial_size=(16, 16, 16), width=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transform": augmentation(margin=3)}, "CropForegroundd.*margin was 2 and is now 3"),
+        (
+            {"transform": augmentation(zoom=1.2)},
+            r"OneOf.0 RandZoomd.rand_zoom RandZoom.max_zoom was \[1.1\] and is now",
+        ),
+        ({"transform": augmentation(flips=0.4)}, "RandZoomd.prob was 0.5 and is now 0.4"),
+        ({"transform": augmentation(first=Flipd("image", 0))}, "transform.0 Flipd was None and is now"),
+        ({"loss": ConResLoss(sigmoid=True, residual_weight=0.5)}, "loss.residual_weight was 1.0 and is now 0.5"),
+        (
+            {"loss": ConResLoss(sigmoid=True, background_weight=None)},
+            "residual_loss ContextResidualLoss.background_weight was 1.0 and is now None",
+        ),
+        ({"loss": ConResLoss(DiceLoss(sigmoid=True))}, "_DefaultLoss"),
+        ({"power": 0.8}, "lr_scheduler.power was 0.9 and is now 0.8"),
+        ({"network": part_of_network(0.2)}, r"dropout\..* was 0\.1 and is now 0\.2"),
+    ],
+)
+def test_run_continues_only_with_the_same_preparation_and_losses(tmp_path, changes, message):
+    def handler(transform=None, loss=None, network=None, power: float = 0.9) -> TrainingCheckpoint:
+        net = network or part_of_network(0.1)
+        schedule = PolynomialLR(torch.optim.SGD(net.parameters(), lr=0.1), total_iters=4, power=power)
+        things = {"network": net, "loss": loss or ConResLoss(sigmoid=True), "lr_scheduler": schedule}
+        return TrainingCheckpoint(tmp_path, things, scans=SCANS, transform=transform or augmentation())
+
+    engine = trainer(tmp_path / "other", epochs=1)
+    engine.state.max_epochs = 1
+    handler().save(engine)
+    handler().load(engine)
+    with pytest.raises(ValueError, match=rf"cannot continue from .*checkpoint\.pt \(.*{message}"):
+        handler(**changes).load(engine)
 
 
 @pytest.mark.parametrize("interval", [1, 2])
