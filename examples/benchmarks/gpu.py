@@ -44,6 +44,8 @@ NETWORKS = (
     "SegResNet (32), bf16",
     "DynUNet (nnU-Net, 32-320), bf16",
     "ConResNet, baseline, bf16",
+    "DynUNet (nnU-Net, 32-320) with decoder, bf16",
+    "SegResNet (32) with decoder, bf16",
     "ConResNet, use_checkpoint, bf16",
     "ConResNet, channels last, bf16",
     "ConResNet, bf16, compiled",

@@ -40,7 +40,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from monai.networks import nets
 
-from monai_conres import ConResLoss, ConResNet, ConResOutput
+from monai_conres import ConResLoss, ConResNet, ConResOutput, attach_conres
 from monai_conres.layers import NormActConv, PreActivationBlock, WeightStandardizedConv3d
 
 CHANNELS, CLASSES = 4, 3
@@ -166,6 +166,8 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     ),
     "SwinUNETR (48)": lambda size: nets.SwinUNETR(CHANNELS, CLASSES, feature_size=48),
 }
+for name in ("SegResNet (32)", "DynUNet (nnU-Net, 32-320)"):
+    NETWORKS[f"{name} with decoder"] = lambda size, build=NETWORKS[name]: attach_conres(build(size), CHANNELS)
 # what only shows what one trick brings
 TRICKS = ("torch's", "channels last", "without Triton")
 # endings of a network's name
@@ -175,6 +177,7 @@ COMPILED = ", compiled"
 MULTIPLES = {
     "SegResNetVAE (32)": 16,
     "DynUNet (nnU-Net, 32-320)": 16,
+    "DynUNet (nnU-Net, 32-320) with decoder": 16,
     "AttentionUnet (32-512)": 16,
     "SwinUNETR (48)": 32,
 }
