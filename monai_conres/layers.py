@@ -155,14 +155,15 @@ class StandardizeFilters(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
         weight, ctx.gain, ctx.eps, _ = inputs
+        ctx.kernels = triton_kernels(weight)
         ctx.save_for_backward(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (weight,), kernels = ctx.saved_tensors, triton_kernels(ctx.saved_tensors[0])
-        if torch.is_grad_enabled() or kernels is None:
+        (weight,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
             return *differentiable(lambda w: standardized(w, ctx.gain, ctx.eps), (weight,), grad), None, None, None
-        return kernels.standardize_backward(grad, weight, ctx.gain, ctx.eps), None, None, None
+        return ctx.kernels.standardize_backward(grad, weight, ctx.gain, ctx.eps), None, None, None
 
 
 # of each convolution: the state of the weights, the weights, and the filters that belong to them
@@ -348,6 +349,7 @@ class NormalizeGroups(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, weight, bias, _, ctx.eps = inputs
         _, mean, reciprocal = output
+        ctx.kernels = triton_kernels(x)
         ctx.save_for_backward(x, weight, bias, mean, reciprocal)
         ctx.mark_non_differentiable(mean, reciprocal)
         ctx.set_materialize_grads(False)
@@ -366,9 +368,8 @@ class NormalizeGroups(torch.autograd.Function):
                 None,
                 None,
             )
-        kernels = triton_kernels(x)
-        if kernels is not None:
-            of_x, of_weight, of_bias = kernels.group_norm_backward(grad, x, weight, mean, reciprocal)
+        if ctx.kernels is not None:
+            of_x, of_weight, of_bias = ctx.kernels.group_norm_backward(grad, x, weight, mean, reciprocal)
             return of_x, None if weight is None else of_weight, None if bias is None else of_bias, None, None
         voxels = list(range(2, x.ndim))
         # half precision: one operation multiplies in float32

@@ -1,13 +1,14 @@
 """What a network asks of an accelerator, counted without one: operations, memory traffic, memory that autograd keeps.
 
-Everything runs on torch's meta device, whose tensors hold no values. Autocast to bfloat16 is imitated, because the meta
-device has none.
+Everything runs on torch's meta device, whose tensors hold no values. Autocast to bfloat16 and the package's kernels in
+Triton are imitated, because the meta device has neither.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -49,6 +50,31 @@ class Autocast(TorchFunctionMode):
         if dtype is not None:
             args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(dtype), (args, kwargs))
         return function(*args, **kwargs)
+
+
+class Kernels:
+    """In the place of ``monai_conres.kernels``: as many launches, which read and write as many bytes."""
+
+    @staticmethod
+    def group_norm(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
+    ) -> tuple[torch.Tensor, ...]:
+        moments = x.flatten(2).sum(2, dtype=torch.float32)
+        statistics = moments.unflatten(1, (groups, -1)).sum(2, keepdim=True)
+        return x.clone(), statistics, torch.empty_like(statistics)
+
+    @staticmethod
+    def group_norm_backward(grad: torch.Tensor, x: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        products = [part.flatten(2).sum((0, 2), dtype=torch.float32) for part in (grad, x)]
+        return x + grad, *products
+
+    @staticmethod
+    def standardize(weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtype) -> torch.Tensor:
+        return weight.to(dtype, copy=True)
+
+    @staticmethod
+    def standardize_backward(grad: torch.Tensor, weight: torch.Tensor, *_: float) -> torch.Tensor:
+        return weight + grad
 
 
 class Counter(TorchDispatchMode):
@@ -95,7 +121,11 @@ def count(network: nn.Module, shape: tuple[int, ...], *, autocast: bool = True, 
         autocast: True counts autocast to bfloat16 on CUDA.
         step: True counts forward and backward pass in ``train()``.
     """
-    network = network.to("meta").train(step)
+    with mock.patch("monai_conres.layers.triton_kernels", return_value=Kernels):
+        return _count(network.to("meta").train(step), shape, autocast, step)
+
+
+def _count(network: nn.Module, shape: tuple[int, ...], autocast: bool, step: bool) -> Count:
     own = {id(parameter.untyped_storage()) for parameter in network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
