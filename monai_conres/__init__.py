@@ -9,7 +9,7 @@ from monai_conres.completion import complete_scan, predict_with_residual
 from monai_conres.conresnet import ConResNet
 from monai_conres.decoder import ConResDecoder, ConResOutput, ContextResidualModule
 from monai_conres.files import ScanSettings, load_network, save_network
-from monai_conres.losses import CompoundBoundaryLoss, ConResLoss, ContextResidualLoss
+from monai_conres.losses import CompoundBoundaryLoss, ConResLoss, ContextResidualLoss, DeviceBoundaryLoss
 from monai_conres.metrics import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.released import convert_released_state_dict
 from monai_conres.renamed import RENAMED, refuse_old_modules, renamed
@@ -46,6 +46,7 @@ __all__ = [
     "ContextResidualLoss",
     "ContextResidualModule",
     "DecoderStages",
+    "DeviceBoundaryLoss",
     "InterSliceResidual",
     "InterSliceResidualD",
     "InterSliceResidualDict",

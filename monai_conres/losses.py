@@ -21,7 +21,7 @@ from monai_conres.residual import (
     slice_dim,
 )
 
-__all__ = ["CompoundBoundaryLoss", "ConResLoss", "ContextResidualLoss"]
+__all__ = ["CompoundBoundaryLoss", "ConResLoss", "ContextResidualLoss", "DeviceBoundaryLoss"]
 
 IGNORED = -100  # torch's value of voxels that cross entropy leaves out
 
@@ -331,8 +331,8 @@ class CompoundBoundaryLoss(nn.Module):
 
     Args:
         loss: a loss of ``(output, label)``, such as :class:`ConResLoss`.
-        boundary_loss: a loss of ``(logits, label)``, such as ``monai.losses.BoundaryLoss(sigmoid=True)``. It gets only
-            the segmentation. From deep supervision outputs it gets the first, unless it is a
+        boundary_loss: a loss of ``(logits, label)``, such as ``DeviceBoundaryLoss(sigmoid=True)``. It gets only the
+            segmentation. From deep supervision outputs it gets the first, unless it is a
             ``monai.losses.DeepSupervisionLoss``.
         max_steps: number of iterations after which ``alpha`` stays at ``final_alpha``.
         final_alpha: weight of ``loss`` at the end.
@@ -343,8 +343,8 @@ class CompoundBoundaryLoss(nn.Module):
         TypeError: when the segmentation is a dictionary.
 
     Note:
-        MONAI's ``BoundaryLoss`` computes distance maps of the label with scipy, or on a GPU with cupy and cucim where
-        both are installed. Every call waits for the device; with scipy it takes seconds.
+        MONAI's ``BoundaryLoss`` copies the label from the GPU and computes its distances with scipy, which takes
+        seconds, unless cupy and cucim are installed. :class:`DeviceBoundaryLoss` does not.
 
     Example:
         >>> loss = CompoundBoundaryLoss(nn.MSELoss(), nn.L1Loss(), max_steps=10)
@@ -397,6 +397,99 @@ class CompoundBoundaryLoss(nn.Module):
             )
         alpha = self.alpha
         return alpha * self.loss(output, label) + (1 - alpha) * self.boundary_loss(segmentation, label)
+
+
+class DeviceBoundaryLoss(nn.Module):
+    """Boundary loss (Kervadec et al., MIDL 2019): the mean of probability times signed distance to the label's surface.
+
+    The values are those of MONAI's ``BoundaryLoss``. The distances are exact, and the label's device computes them.
+    Nothing waits for a GPU, and neither scipy nor cupy is needed.
+
+    Args:
+        sigmoid: True for a sigmoid of each channel.
+        softmax: True for a softmax over the channels.
+        include_background: False leaves out channel 0.
+
+    Shape:
+        ``logits``: ``(b, c, *spatial)``. ``label``: zeros and ones ``(b, c, *spatial)``, or class indices
+        ``(b, 1, *spatial)`` with a softmax. The result is a scalar in float32 or wider.
+
+    Raises:
+        ValueError: when not one of ``sigmoid`` and ``softmax`` is True, or logits and label do not fit each other.
+
+    Example:
+        >>> label = torch.zeros(1, 1, 4, 4, 4)
+        >>> label[..., 2:, :, :] = 1
+        >>> DeviceBoundaryLoss(sigmoid=True)(torch.zeros(1, 1, 4, 4, 4), label)  # half of the mean of 2, 1, 0, -1
+        tensor(0.2500)
+    """
+
+    def __init__(self, *, sigmoid: bool = False, softmax: bool = False, include_background: bool = True) -> None:
+        super().__init__()
+        if sigmoid == softmax:
+            raise ValueError(f"expected one of sigmoid and softmax to be True, got {sigmoid} and {softmax}.")
+        self.sigmoid = sigmoid
+        self.softmax = softmax
+        self.include_background = include_background
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Loss of ``logits`` against ``label``."""
+        logits, label = (convert_to_tensor(volume, track_meta=False) for volume in (logits, label))
+        logits, channels = logits.to(torch.promote_types(logits.dtype, torch.float32)), logits.shape[1]
+        if self.softmax and label.ndim == logits.ndim and label.shape[1] == 1 < channels:
+            masks = label == torch.arange(channels, device=label.device).view(1, -1, *(1,) * (label.ndim - 2))
+        else:
+            masks = label > 0.5
+        if masks.shape != logits.shape:
+            raise ValueError(
+                f"expected a label of the shape {tuple(logits.shape)} of the logits, got {tuple(label.shape)}; it may "
+                "have class indices in one channel only with softmax=True."
+            )
+        probability = logits.softmax(1) if self.softmax else logits.sigmoid()
+        first = 0 if self.include_background else 1
+        return (probability[:, first:] * signed_distance(masks[:, first:])).mean()
+
+
+@torch.no_grad()
+def signed_distance(masks: torch.Tensor) -> torch.Tensor:
+    """Distance in voxels to the nearest voxel of a mask, negative inside: 2, 1, 0, -1, ... from outside to inside.
+
+    Zero everywhere for a mask that is empty or full, as in MONAI's ``BoundaryLoss``.
+
+    Args:
+        masks: booleans ``(b, c, *spatial)``.
+
+    Example:
+        >>> signed_distance(torch.tensor([[[False, False, True, True]]]))
+        tensor([[[ 2.,  1.,  0., -1.]]])
+    """
+    inside, outside = squared_distance(torch.cat((masks, ~masks))).sqrt().chunk(2)
+    signed = torch.where(masks, 1 - inside, outside)
+    return signed.masked_fill(signed.isinf(), 0)
+
+
+def squared_distance(masks: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean distance in voxels to the nearest voxel that is False, in float32; infinite if there is none.
+
+    Exact, one axis after the other: ``d(i) = min over j of f(j) + (i - j)^2``, where ``f`` are the squared distances
+    along the axes before. All voxels take the step ``|i - j|`` together, as suits a GPU.
+
+    Args:
+        masks: booleans ``(b, c, *spatial)``.
+
+    Example:
+        >>> squared_distance(torch.tensor([[[True, False, True, True]]]))
+        tensor([[[1., 0., 1., 4.]]])
+    """
+    squared = torch.zeros(masks.shape, device=masks.device).masked_fill(masks, torch.inf)
+    for dim in range(2, masks.ndim):
+        before, size = squared, masks.shape[dim]
+        squared = before.clone()
+        for step in range(1, size):
+            for start, end in ((0, step), (step, 0)):
+                nearer = squared.narrow(dim, start, size - step)
+                torch.minimum(nearer, before.narrow(dim, end, size - step) + step**2, out=nearer)
+    return squared
 
 
 def _unstacked(segmentation: Any, label: torch.Tensor) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from monai.losses import BoundaryLoss, DeepSupervisionLoss, DiceCELoss, DiceLoss, FocalLoss, TverskyLoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss, FocalLoss, TverskyLoss
 from monai.metrics import DiceMetric
 
 from monai_conres import (
@@ -16,6 +16,7 @@ from monai_conres import (
     ConResLoss,
     ConResOutput,
     ContextResidualLoss,
+    DeviceBoundaryLoss,
     ResidualMask,
     ResidualMaskd,
     fit_chain,
@@ -445,4 +446,6 @@ def test_own_losses_must_ignore_the_same_voxels(random):
     with pytest.raises(ValueError, match="class indices in one channel for an own loss with ignore_index"):
         own(output, label)
     with pytest.raises(ValueError, match="a boundary loss takes a label for each voxel"):
-        CompoundBoundaryLoss(ConResLoss(sigmoid=True, ignore_index=IGNORE), BoundaryLoss(sigmoid=True), max_steps=2)
+        CompoundBoundaryLoss(
+            ConResLoss(sigmoid=True, ignore_index=IGNORE), DeviceBoundaryLoss(sigmoid=True), max_steps=2
+        )

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
+import monai.losses
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.losses import BoundaryLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceFocalLoss
+from scipy.ndimage import distance_transform_edt
 from torch.profiler import profile
 
-from monai_conres import CompoundBoundaryLoss, ConResLoss, ConResNet, ConResOutput, ContextResidualLoss
+from monai_conres import (
+    CompoundBoundaryLoss,
+    ConResLoss,
+    ConResNet,
+    ConResOutput,
+    ContextResidualLoss,
+    DeviceBoundaryLoss,
+)
+from monai_conres.losses import signed_distance, squared_distance
 from tests import reference
 
 SIZE = (5, 6, 8)
@@ -208,11 +218,65 @@ def test_joint_loss_gives_an_own_loss_output_and_label(random):
 # boundary loss
 
 
+def monai_loss(**options) -> torch.nn.Module:
+    if not hasattr(monai.losses, "BoundaryLoss"):
+        pytest.skip("MONAI 1.6.0 has no boundary loss")
+    return monai.losses.BoundaryLoss(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 7, 9), (2, 3, 5, 8, 6), (1, 1, 1, 4, 12), (1, 2, 21, 3, 2)])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_distances_are_those_of_scipy(shape, share):
+    masks = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share
+    for mask, distance in zip(masks.flatten(0, 1), squared_distance(masks).flatten(0, 1), strict=True):
+        if mask.all():
+            assert distance.isinf().all()
+        else:
+            torch.testing.assert_close(distance, torch.from_numpy(distance_transform_edt(mask) ** 2).float())
+    expected = monai_loss().compute_distance_map(masks.float())
+    torch.testing.assert_close(signed_distance(masks), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_distance_of_an_empty_or_full_mask_is_zero():
+    masks = torch.zeros(1, 3, 4, 5, 6, dtype=torch.bool)
+    masks[:, 1] = True
+    masks[:, 2, 1:3, 2, 2:5] = True
+    signed = signed_distance(masks)
+    assert not signed[:, :2].any()
+    torch.testing.assert_close(signed, monai_loss().compute_distance_map(masks.float()))
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+@pytest.mark.parametrize("softmax", [False, True])
+def test_device_boundary_loss_is_that_of_monai(device, softmax):
+    options = {"softmax": softmax, "sigmoid": not softmax, "include_background": not softmax}
+    logits, other = torch.randn(2, 2, 3, 6, 8, 5, generator=torch.Generator().manual_seed(2))
+    label = other.argmax(1, keepdim=True) if softmax else (other > 0).float()
+    values, gradients = [], []
+    expected = monai_loss(**options, to_onehot_y=softmax)
+    for loss, place in ((expected, "cpu"), (DeviceBoundaryLoss(**options), device)):
+        taken = logits.to(place).requires_grad_()
+        values.append(loss(taken, label.to(place)))
+        gradients.append(torch.autograd.grad(values[-1], taken)[0].cpu())
+    torch.testing.assert_close(values[1].cpu(), values[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 6, 8, 5), (2, 3, 6, 8, 4), (2, 3, 6, 8)])
+def test_device_boundary_loss_refuses_labels_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match=r"of the shape \(2, 3, 6, 8, 5\) of the logits, got \(2, "):
+        DeviceBoundaryLoss(sigmoid=True)(torch.zeros(2, 3, 6, 8, 5), torch.zeros(shape))
+    with pytest.raises(ValueError, match="one of sigmoid and softmax"):
+        DeviceBoundaryLoss()
+
+
 def test_compound_loss_is_eq_14(random):
     mask = torch.from_numpy(smooth_mask(random, 2)).float()
     logits = torch.from_numpy(random.normal(size=(2, 2, *SIZE)))
     output = ConResOutput(logits, (logits,))
-    joint, boundary = ConResLoss(sigmoid=True), BoundaryLoss(sigmoid=True)
+    joint, boundary = ConResLoss(sigmoid=True), DeviceBoundaryLoss(sigmoid=True)
     loss = CompoundBoundaryLoss(joint, boundary, max_steps=4)
     for t in range(7):
         alpha = 1 - min(t, 4) * 0.99 / 4
@@ -345,7 +409,7 @@ def test_stacked_deep_supervision_reaches_the_loss_as_a_list(random):
 def test_stacked_deep_supervision_reaches_the_boundary_loss_as_a_list(random):
     mask = torch.from_numpy(smooth_mask(random, 2)).float()
     stacked = torch.from_numpy(random.normal(size=(2, 3, 2, *SIZE)))
-    joint, boundary = (DeepSupervisionLoss(loss(sigmoid=True)) for loss in (DiceFocalLoss, BoundaryLoss))
+    joint, boundary = (DeepSupervisionLoss(loss(sigmoid=True)) for loss in (DiceFocalLoss, DeviceBoundaryLoss))
     loss = CompoundBoundaryLoss(ConResLoss(joint), boundary, max_steps=2)
     loss.step()
     expected = 0.505 * joint(list(stacked.unbind(1)), mask) + 0.495 * boundary(list(stacked.unbind(1)), mask)
@@ -355,7 +419,7 @@ def test_stacked_deep_supervision_reaches_the_boundary_loss_as_a_list(random):
 def test_boundary_loss_gets_the_first_of_deep_supervision(random):
     mask = torch.from_numpy(smooth_mask(random, 2)).float()
     stacked = torch.from_numpy(random.normal(size=(2, 3, 2, *SIZE)))
-    joint, boundary = DeepSupervisionLoss(DiceFocalLoss(sigmoid=True)), BoundaryLoss(sigmoid=True)
+    joint, boundary = DeepSupervisionLoss(DiceFocalLoss(sigmoid=True)), DeviceBoundaryLoss(sigmoid=True)
     loss = CompoundBoundaryLoss(ConResLoss(joint), boundary, max_steps=2)
     loss.step()
     expected = 0.505 * joint(list(stacked.unbind(1)), mask) + 0.495 * boundary(stacked[:, 0], mask)
@@ -390,4 +454,4 @@ def test_compound_loss_refuses_dictionaries_of_logits():
     joint = ConResLoss(lambda segmentation, label: (segmentation["out"] + 3).mean())
     assert joint(output, label) == 3
     with pytest.raises(TypeError, match=r"got a dictionary of \['out'\]"):
-        CompoundBoundaryLoss(joint, BoundaryLoss(sigmoid=True), max_steps=3)(output, label)
+        CompoundBoundaryLoss(joint, DeviceBoundaryLoss(sigmoid=True), max_steps=3)(output, label)
