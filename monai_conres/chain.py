@@ -48,6 +48,8 @@ DOUBT = 0.05
 # positions that go through the chain together: on a CPU what fits the cache
 BLOCK = {"cpu": 8192}
 LARGE_BLOCK = 65536
+# of a volume, whose potentials are computed one after the other
+PARTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +415,19 @@ def _checked_potentials(
     softmax: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``u`` and ``rho``, with everything checked. The arguments are those of :func:`complete_mask`."""
+    logits = _checked_logits(segmentation, residual, image, spatial_axis, sigmoid, softmax)
+    return _finite_potentials(*logits, settings=settings, spatial_axis=spatial_axis)
+
+
+def _checked_logits(
+    segmentation: torch.Tensor,
+    residual: torch.Tensor | None,
+    image: torch.Tensor | None,
+    spatial_axis: int,
+    sigmoid: bool,
+    softmax: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Segmentation, residual and image as plain tensors that fit each other; a missing residual is zero."""
     slice_dim(segmentation.ndim, spatial_axis)
     segmentation = convert_to_tensor(segmentation, track_meta=False)
     classes = segmentation.shape[1]
@@ -438,6 +453,18 @@ def _checked_potentials(
                 f"expected an image of the segmentation's size {tuple(segmentation.shape)}, got {tuple(image.shape)}; "
                 "give the image that the network saw."
             )
+    return segmentation, residual, image
+
+
+def _finite_potentials(
+    segmentation: torch.Tensor,
+    residual: torch.Tensor,
+    image: torch.Tensor | None = None,
+    *,
+    settings: ChainSettings | None,
+    spatial_axis: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``u`` and ``rho`` of logits that are finite."""
     unary, rho = potentials(segmentation, residual, image, spatial_axis, **vars(settings or ChainSettings()))
     if not torch.stack([*torch.aminmax(unary), *torch.aminmax(rho)]).isfinite().all():  # NaN propagates
         raise ValueError("expected finite logits and a finite image, got NaN or infinity; check the network's output.")
@@ -620,15 +647,22 @@ class SliceChain:
         softmax: bool = False,
     ) -> None:
         residual, image = (None if part is None else part[None] for part in (residual, image))
-        unary, rho = _checked_potentials(segmentation[None], residual, image, settings, spatial_axis, sigmoid, softmax)
-        self._dim = slice_dim(unary.ndim, spatial_axis) - 1
-        self._is_softmax = unary.shape[1] > rho.shape[1]
-        self._classes = unary.shape[1]
-        chains = [volume[0].movedim(self._dim, 0) for volume in (unary, rho)]  # (slices, c, *plane)
-        self._plane = chains[0].shape[2:]
+        logits = _checked_logits(segmentation[None], residual, image, spatial_axis, sigmoid, softmax)
+        self._dim = slice_dim(logits[0].ndim, spatial_axis) - 1
+        self._classes = logits[0].shape[1]
+        self._is_softmax = self._classes > logits[1].shape[1]
+        # (1, c, slices, *plane, 1), of which a part of the plane at a time: results in between need memory, too
+        volumes = [x.movedim(self._dim + 1, 2)[..., None] for x in logits if x is not None]
+        self._plane = volumes[0].shape[3:-1]
+        rows = volumes[0].shape[3]
+        chains: list[torch.Tensor] = []
+        for start in range(0, rows, step := -(-rows // PARTS)):
+            part = _finite_potentials(*(x[:, :, :, start : start + step] for x in volumes), settings=settings)
+            chains = chains or [x.new_empty(x.shape[2], x.shape[1], rows, *x.shape[4:]) for x in part]
+            for chain, values in zip(chains, part, strict=True):
+                chain[:, :, start : start + step] = values[0].movedim(1, 0)
         # (slices, channels, positions); sigmoids are chains of one channel
-        chains = [x.flatten(2) if self._is_softmax else x.flatten(1)[:, None] for x in chains]
-        self._unary, self._rho = (x.contiguous() for x in chains)
+        self._unary, self._rho = (x.flatten(2) if self._is_softmax else x.flatten(1)[:, None] for x in chains)
         self._states = torch.zeros_like(self._unary[:, :1], dtype=torch.int16)
         self._errors = torch.zeros_like(self._states, dtype=torch.uint8)
         self._expected = [0.0] * len(self._unary)

@@ -100,7 +100,7 @@ def predict_with_residual(
             f"{spatial_axis}), got slices that are the first one in each of their windows; raise the inferer's overlap "
             "or its roi_size along this axis."
         )
-    residual = residual / weight
+    residual.div_(weight)  # in the memory of what was stitched
     residual.movedim(dim, 0)[0] = residual.movedim(dim, 0)[later].amin() if residual.shape[dim] > 1 else 0
     return segmentation, residual
 

@@ -54,6 +54,14 @@ def write_scan(file: Path, codes: str = "RAS", size: tuple[int, ...] = SIZE) -> 
     return file
 
 
+def write_label(file: Path, value: int) -> Path:
+    """A label map of the voxels of :func:`write_scan` with one value in one slice."""
+    label = np.zeros(SIZE, np.uint8)
+    label[2:5, 3:9, 4] = value
+    nib.save(nib.Nifti1Image(label, np.diag([1.0, 1.5, 4.0, 1.0])), file)
+    return file
+
+
 def start(folder: Path, trained: TrainedNetwork | None = None, codes: str = "RAS", **arguments) -> Drawing:
     scan = folder / "scan.nii.gz"
     if not scan.exists():
@@ -207,7 +215,8 @@ def test_progress_counts_the_windows(tmp_path):
         (lambda folder: (folder / "volume_drawn.nii.gz").touch(), "a new name for the result"),
         (lambda folder: (folder / "volume.drawing.npz").write_bytes(b"PK") and None, "a drawing in .* or a broken one"),
         (lambda folder: np.savez(folder / "volume.drawing.npz", a=1), "a drawing in .* or a broken one"),
-        (lambda folder: {"drawn": write_scan(folder / "other.nii.gz")}, "expected the values"),
+        (lambda folder: {"drawn": write_scan(folder / "other.nii.gz")}, "expected whole numbers"),
+        (lambda folder: {"drawn": write_label(folder / "other.nii.gz", 3)}, "expected the values .* got 3"),
         (lambda folder: {"drawn": write_scan(folder / "other.nii.gz", "LPS")}, "expected the same affine"),
         (lambda folder: {"drawn": write_scan(folder / "other.nii.gz", size=(12, 15, 8))}, "expected the same size"),
     ],

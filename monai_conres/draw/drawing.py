@@ -16,8 +16,9 @@ from monai.data import MetaTensor
 from monai.utils import convert_to_tensor
 
 from monai_conres.completion import ScanCompletion
-from monai_conres.files import atomic_path, load_volume, write_label_map
+from monai_conres.files import atomic_path, write_label_map
 from monai_conres.scans import label_values
+from monai_conres.volumes import load_volume, read_grid
 
 __all__ = ["Drawing", "DrawnSlice"]
 
@@ -115,10 +116,11 @@ class Drawing:
         """Whether the network has run."""
         return self.progress == 1
 
-    def images(self) -> list[np.ndarray]:
-        """The channels of the scan file in float32, each ``(slices, rows, columns)``."""
-        volumes = [convert_to_tensor(load_volume(file), track_meta=False) for file in self.scan.files]
-        return [self._slices_first(channel).numpy() for channel in torch.cat(volumes)]
+    def image(self, channel: int) -> np.ndarray:
+        """A channel of the scan in float32, ``(slices, rows, columns)``, read again: the network needs the memory."""
+        places = [(file, number) for file in self.scan.files for number in range(read_grid(file).channels)]
+        file, number = places[channel]
+        return self._slices_first(load_volume(file)[number]).numpy()
 
     def completed(self, slices: range | None = None) -> np.ndarray:
         """The completed label map in uint8, ``(slices, rows, columns)``, or some slices of it."""

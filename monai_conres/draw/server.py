@@ -66,7 +66,6 @@ class PageServer(ThreadingHTTPServer):
         self.drawing, self.class_names = drawing, class_names
         self.token = secrets.token_urlsafe(24)
         self.tab = 0  # the tab that was opened last; only this one draws
-        self._images: list[tuple[float, float, np.ndarray]] = []
         self._lock = threading.Lock()
         try:
             super().__init__(("127.0.0.1", port), _Handler)
@@ -108,15 +107,11 @@ class PageServer(ThreadingHTTPServer):
 
     def image(self, channel: int) -> tuple[float, float, np.ndarray]:
         """A channel in steps of 1 / 65535 from its smallest to its largest value, and these two."""
-        with self._lock:
-            if not self._images:
-                self._images = [_quantized(image) for image in self.drawing.images()]
-        return self._images[channel]
-
-
-def _quantized(image: np.ndarray) -> tuple[float, float, np.ndarray]:
-    low, high = float(image.min()), float(image.max())
-    return low, high, ((image - low) * (65535 / max(high - low, 1e-30))).round().astype("<u2")
+        image = self.drawing.image(channel)
+        low, high = float(image.min()), float(image.max())
+        image -= low
+        image *= 65535 / max(high - low, 1e-30)
+        return low, high, image.round(out=image).astype("<u2")
 
 
 class _Handler(BaseHTTPRequestHandler):
