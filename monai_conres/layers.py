@@ -126,12 +126,9 @@ class WeightStandardizedConv3d(nn.Conv3d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve ``input`` with the standardized filters."""
         weight = self.filters()
-        padding = self.dilation[0] * (self.kernel_size[0] // 2)
-        if torch_convolves_slowly(input):
-            try:
-                return torch.mkldnn_convolution(input, weight, None, (padding,) * 3, self.stride, self.dilation, 1)
-            except NotImplementedError:  # in forward-mode differentiation
-                pass
+        padding = (self.dilation[0] * (self.kernel_size[0] // 2),) * 3
+        if torch_convolves_slowly(input) and is_plain_eager(input, weight):
+            return ConvolveOneVolume.apply(input, weight, self.stride, padding, self.dilation)
         return F.conv3d(input, weight, None, self.stride, padding, self.dilation)
 
 
@@ -168,6 +165,36 @@ class StandardizeFilters(torch.autograd.Function):
 
 # of each convolution: the state of the weights, the weights, and the filters that belong to them
 _FILTERS: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+
+
+class ConvolveOneVolume(torch.autograd.Function):
+    """Convolution by oneDNN where :func:`torch_convolves_slowly`; takes input, filters, stride, padding, dilation.
+
+    For the gradients torch takes oneDNN only with two volumes: a second one of zeros goes along.
+    """
+
+    @staticmethod
+    def forward(input: torch.Tensor, weight: torch.Tensor, *settings: tuple[int, ...]) -> torch.Tensor:
+        stride, padding, dilation = settings
+        return torch.mkldnn_convolution(input, weight, None, padding, stride, dilation, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        input, weight, *ctx.settings = inputs
+        ctx.save_for_backward(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = input, weight
+            return *differentiable(lambda x, w: F.conv3d(x, w, None, *ctx.settings), inputs, grad), None, None, None
+        grad, input = (torch.cat([part, torch.zeros_like(part)]) for part in (grad, input))
+        wanted = (*ctx.needs_input_grad[:2], False)
+        of_input, of_weight, _ = torch.ops.aten.convolution_backward(
+            grad, input, weight, None, *ctx.settings, False, (0, 0, 0), 1, wanted
+        )
+        return None if of_input is None else of_input[:1], of_weight, None, None, None
 
 
 def torch_convolves_slowly(input: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from monai_conres import ConResNet, attach_conres, inter_slice_residual, layers
 from monai_conres.layers import (
+    ConvolveOneVolume,
     GroupNorm,
     NormActConv,
     NormalizeGroups,
@@ -170,6 +171,27 @@ def test_slow_convolutions_are_found_for_subclasses_of_tensors():
     image = torch.randn(1, 8, 9, 10, 11)
     usual = torch.backends.mkldnn.is_available()
     assert [torch_convolves_slowly(x) for x in (image, MetaTensor(image), torch.nn.Parameter(image))] == [usual] * 3
+
+
+def test_gradients_of_one_small_volume_are_those_of_two():
+    """For one volume torch's own backward pass takes several times as long."""
+    convolution, image = WeightStandardizedConv3d(4, 8), torch.randn(1, 4, 9, 10, 11, requires_grad=True)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        convolution(image).square().sum().backward()
+    shapes = [e.input_shapes for e in profile.events() if e.name == "aten::convolution_backward"]
+    assert [shape[1] for shape in shapes] == [[2, 4, 9, 10, 11]]
+    assert image.grad.shape == image.shape
+    small = torch.randn(1, 1, 3, 4, 2, dtype=torch.float32, requires_grad=True)
+    filters = torch.randn(2, 1, 3, 3, 3, requires_grad=True)
+    seconds = []
+    for convolve in (partial(F.conv3d, padding=1), partial(convolve_one_volume, padding=1)):
+        (first,) = torch.autograd.grad(convolve(small, filters).pow(2).sum(), filters, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), (small, filters)))
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-2)
+
+
+def convolve_one_volume(input, weight, padding):
+    return ConvolveOneVolume.apply(input, weight, (1, 1, 1), (padding,) * 3, (1, 1, 1))
 
 
 def test_multiply_adds_are_counted_for_any_batch():
