@@ -28,6 +28,7 @@ from monai_conres.bundle.training import (
     number_of_epochs,
     seed_everything,
     share_of_batch,
+    start_processes,
 )
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "save_torchscript",
     "seed_everything",
     "share_of_batch",
+    "start_processes",
     "stored_network",
     "stored_scans",
     "summarize",

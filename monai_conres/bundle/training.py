@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -346,6 +347,16 @@ def share_of_batch(batch_size: int, processes: int) -> int:
             f"expected a batch_size that {processes} processes can share evenly, got {batch_size}; change one of them."
         )
     return batch_size // processes
+
+
+def start_processes(timeout: float = 24.0) -> None:
+    """Start the process group of ``torchrun``: NCCL on GPUs, else gloo.
+
+    Args:
+        timeout: hours that a process waits for the slowest one before it gives up. The ten minutes of NCCL do not
+            last where one process evaluates larger scans than the others, or checks them on a slower disk.
+    """
+    idist.initialize("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=timeout))
 
 
 def finalize_processes(network: nn.Module) -> None:

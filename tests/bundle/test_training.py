@@ -4,6 +4,8 @@ import csv
 import os
 import random
 import resource
+import subprocess
+import sys
 from functools import partial
 
 import ignite.distributed as idist
@@ -346,6 +348,24 @@ def test_share_of_batch_must_be_even():
     for batch_size, processes in ((9, 2), (2, 4), (0, 1)):
         with pytest.raises(ValueError, match=f"{processes} processes can share evenly, got {batch_size}"):
             share_of_batch(batch_size, processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("timeout", "waits"), [("", True), ("1 / 3600", False)])
+def test_processes_wait_for_a_slow_one(tmp_path, timeout, waits):
+    """As at the end of an evaluation, where one process has the largest scans. One waits 4 seconds, not one second."""
+    (tmp_path / "evaluate.py").write_text(f"""if True:
+        import time
+        import ignite.distributed as idist
+        from monai_conres.bundle import start_processes
+        start_processes({timeout})
+        time.sleep(4 * idist.get_rank())
+        assert idist.all_gather([str(idist.get_rank())]) == [["0"], ["1"]]
+        idist.finalize()""")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, str(tmp_path / "evaluate.py")], env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == waits, done.stderr[-3000:]
 
 
 def test_finalize_processes_releases_the_group_first(tmp_path):
