@@ -439,7 +439,9 @@ def _mean_over_flips(
     segmentations, residuals = [], []
     for axes in ((), *flip_axes):
         dims = [slice_dim(window.ndim, axis) for axis in axes]
-        segmentation, *residual = (logits.flip(dims) for logits in predict(window.flip(dims)))
+        # a flip copies, also along no axis
+        outputs = predict(window.flip(dims) if dims else window)
+        segmentation, *residual = (logits.flip(dims) if dims else logits for logits in outputs)
         segmentations.append(segmentation)
         # a flip along the slice axis shifts the residual by one slice
         residuals += [logits.roll(1, dim) if dim in dims else logits for logits in residual]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
@@ -20,6 +24,7 @@ from monai_conres.completion import ScanCompletion, complete_scan
 from monai_conres.draw import Drawing, DrawnSlice, PageServer
 from monai_conres.draw import drawing as drawing_module
 from monai_conres.files import ScanSettings, TrainedNetwork, save_network
+from tests.nih import ORIGIN, SPACING, write_series
 
 CLASSES = {"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)}
 VALUES = [0, 1, 2, 4]
@@ -185,6 +190,52 @@ def test_full_disk_loses_nothing(tmp_path, monkeypatch):
     np.testing.assert_array_equal(drawing.completed(), shown)
     assert {file: file.read_bytes() for file in files} == files
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["scan.nii.gz", *(file.name for file in files)])
+
+
+@pytest.mark.slow  # starts a second program
+@pytest.mark.parametrize("half", ["volume.nii.gz", "volume_drawn.nii.gz"])
+def test_killed_save_leaves_complete_files(tmp_path, half):
+    drawing = start(tmp_path)
+    drawing.change(2, DrawnSlice(DONE, done=True))
+    drawing.predict()
+    drawing.save()
+    files = {file.name: file.read_bytes() for file in (drawing.file, drawing.out, drawing.drawn_file)}
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        import nibabel as nib
+        from tests.test_draw import start
+        drawing, write = start(Path({str(tmp_path)!r})), nib.save
+        drawing.predict()
+
+        def save(image, path):
+            write(image, path)
+            if Path(path).name == {half!r}:
+                os.truncate(path, 40)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        nib.save = save
+        drawing.save()"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
+    again = start(tmp_path)
+    again.predict()
+    np.testing.assert_array_equal(again.completed(), np.moveaxis(read(drawing.out), -1, 0))
+    again.save()
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == sorted(["scan.nii.gz", *files])
+
+
+def test_series_of_dicom_files_is_drawn_on_like_a_scan(tmp_path):
+    write_series(tmp_path / "series", np.random.default_rng(0).integers(-1000, 1000, (12, 15, 9)))
+    drawing = Drawing(ScanCompletion(network(), tmp_path / "series"), tmp_path / "volume.nii.gz")
+    drawing.change(2, DrawnSlice(DONE, done=True))
+    drawing.predict()
+    volume, drawn = drawing.save()
+    assert nib.aff2axcodes(nib.load(volume).affine) == ("L", "P", "S")
+    np.testing.assert_allclose(nib.load(volume).affine[:3, 3], (-ORIGIN[0], -ORIGIN[1], ORIGIN[2]))
+    np.testing.assert_allclose(nib.load(drawn).header.get_zooms(), SPACING, rtol=1e-6)
+    np.testing.assert_array_equal(read(volume)[..., 2], DONE)
 
 
 def test_drawing_works_when_the_network_stops(tmp_path):
@@ -424,6 +475,13 @@ def test_command_refuses_bad_input_before_the_page_opens(tmp_path, capsys):
     assert "expected 1 channels, T1, got 2" in fails([*common, scan, scan], capsys)
     assert "ends with .nii" in fails([*common, scan, "--out", tmp_path / "a.png"], capsys)
     assert "found no" in fails(["--network", tmp_path, scan], capsys)
+    write_series(tmp_path / "study" / "series", np.zeros((4, 5, 6), int))
+    assert f"give one of the folders below it: {tmp_path / 'study' / 'series'}" in fails(
+        [*common, tmp_path / "study"], capsys
+    )
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"cannot use port {port}" in fails([*common, scan, "--port", port], capsys)
 
 
 def test_command_prints_the_address_and_how_to_go_on(tmp_path, capsys, monkeypatch):
