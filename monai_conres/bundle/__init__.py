@@ -3,6 +3,7 @@
 from monai_conres.bundle.brats import read_brats
 from monai_conres.bundle.datalist import Datalist, check_voxels, read_folders, read_scans
 from monai_conres.bundle.decathlon import DecathlonDatalist, read_decathlon, training_plan
+from monai_conres.bundle.errors import explain_errors
 from monai_conres.bundle.networks import (
     MeanProbability,
     ProbabilityInferer,
@@ -49,6 +50,7 @@ __all__ = [
     "ZeroToIgnoredd",
     "check_voxels",
     "describe_labelled",
+    "explain_errors",
     "finalize_processes",
     "held_out_cases",
     "join_reports",
