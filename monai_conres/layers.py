@@ -170,7 +170,8 @@ _FILTERS: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor, torch.Tensor]]
 class ConvolveOneVolume(torch.autograd.Function):
     """Convolution by oneDNN where :func:`torch_convolves_slowly`; takes input, filters, stride, padding, dilation.
 
-    For the gradients torch takes oneDNN only with two volumes: a second one of zeros goes along.
+    For the gradients torch takes oneDNN with two volumes, large volumes or dilated filters only. So a second volume of
+    zeros goes along with a small one, which is 1.5 to 10 times as fast for 3x3x3 filters of 64 channels or fewer.
     """
 
     @staticmethod
@@ -189,7 +190,8 @@ class ConvolveOneVolume(torch.autograd.Function):
         if torch.is_grad_enabled():
             inputs = input, weight
             return *differentiable(lambda x, w: F.conv3d(x, w, None, *ctx.settings), inputs, grad), None, None, None
-        grad, input = (torch.cat([part, torch.zeros_like(part)]) for part in (grad, input))
+        if is_small(input) and input.shape[1] <= 64 and weight.shape[2] > 1 and max(ctx.settings[2]) == 1:
+            grad, input = (torch.cat([part, torch.zeros_like(part)]) for part in (grad, input))
         wanted = (*ctx.needs_input_grad[:2], False)
         of_input, of_weight, _ = torch.ops.aten.convolution_backward(
             grad, input, weight, None, *ctx.settings, False, (0, 0, 0), 1, wanted
@@ -209,12 +211,17 @@ def torch_convolves_slowly(input: torch.Tensor) -> bool:
         input.device.type == "cpu"
         and input.dtype == torch.float32
         and input.shape[0] == 1
-        and (math.prod(input.shape[:4]) <= 20480 or torch.get_num_threads() == 1)
+        and (is_small(input) or torch.get_num_threads() == 1)
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and holds_values(input)
     )
+
+
+def is_small(input: torch.Tensor) -> bool:
+    """Whether an input is so small that torch does not use oneDNN for one volume."""
+    return math.prod(input.shape[:4]) <= 20480
 
 
 def autocasts(tensor: torch.Tensor) -> bool:
