@@ -52,7 +52,7 @@ def _statistics(means, squares, mean, reciprocal, voxels, chunk, parts, channels
     entries = channels * parts
     means += group * entries
     squares += group * entries
-    size = (channels * voxels).to(tl.float32)
+    size = channels * voxels * 1.0
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, entries, BLOCK):
         index = start + tl.arange(0, BLOCK)
