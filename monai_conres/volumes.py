@@ -182,8 +182,8 @@ def load_label(file: File, values: Collection[int] | None = None) -> MetaTensor:
     if ((voxels - whole).abs() > FRACTION).any():
         found = sorted({f"{value:.6g}" for value in voxels[voxels != whole][:100000].tolist()}, key=float)
         raise ValueError(
-            f"expected whole numbers in the label {file}, got {', '.join(found[:5])}; if it was resampled, do so again "
-            "with the nearest neighbor, or take the case out."
+            f"expected whole numbers in the label {file}, got {', '.join(found[:5])}; if it is an image, give the "
+            "label; if it was resampled, do so again with the nearest neighbor, or take the case out."
         )
     voxels.copy_(whole)
     if values is None:

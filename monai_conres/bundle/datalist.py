@@ -200,10 +200,13 @@ def read_folders(images: str | os.PathLike, labels: str | os.PathLike, structure
         structures: the label values of each class, such as ``{"core": [1]}``.
 
     Raises:
-        ValueError: when no scan has a label, a file cannot be read, or the files of a case are on different grids. One
-            line names the file of each error.
+        ValueError: when no scan has a label, two scans have one name, the number of a channel is missing, a file cannot
+            be read, or the files of a case are on different grids. One line names the file of each error.
     """
-    scans, cases = {stem(file): file for file in _scans_in(images)}, []
+    found = _scans_in(images)
+    if (twice := repeated([stem(file) for file in found])) is not None:
+        raise ValueError(f"expected one file named {twice} in {images}, got several with other endings; keep one.")
+    scans, cases = {stem(file): file for file in found}, []
     used, left_out = set(), {}
     for label in _scans_in(labels):
         name = stem(label)
@@ -213,6 +216,12 @@ def read_folders(images: str | os.PathLike, labels: str | os.PathLike, structure
             else sorted(scan for scan in scans if re.fullmatch(rf"{re.escape(name)}_\d{{4}}", scan))
         )
         if own:
+            numbers = [f"{name}_{number:04d}" for number in range(len(own))]
+            if own not in ([name], numbers):
+                raise ValueError(
+                    f"expected {', '.join(numbers)} for the channels of {name} in {images}, got {', '.join(own)}; add "
+                    "the channel that is missing, or rename the files."
+                )
             files = [str(scans[scan]) for scan in own]
             cases.append({"name": name, "image": files[0] if len(files) == 1 else files, "label": str(label)})
         else:

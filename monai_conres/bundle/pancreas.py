@@ -74,8 +74,8 @@ def read_pancreas_ct(folder: str | os.PathLike, *, labels: bool = True, exclude:
             f"of the Decathlon's Task07, in {folder}, found neither"
             f"{', only the series in ' if others else ''}{', '.join(map(str, list(others)[:5]))}."
         )
-    files = {file.name.lower(): file for file in find_files(folder, "label*.nii.gz")} if labels else None
-    cases = for_each(lambda number: _case(number, series[number], files), sorted(series))
+    found_labels = find_files(folder, "label*.nii.gz") if labels else None
+    cases = for_each(lambda number: _case(number, series[number], found_labels), sorted(series))
     say_left_out(f"Found {len(cases)} cases in {folder}", others)
     present = {case["name"] for case in cases}
     tests = [present & {_name(number) for number in fold} for fold in FOLDS]
@@ -105,17 +105,18 @@ class LoadPancreasCTd(LoadScand):
         return {**data, **volumes}
 
 
-def _case(number: int, series: Path, labels: Mapping[str, Path] | None) -> dict[str, Any]:
+def _case(number: int, series: Path, labels: Sequence[Path] | None) -> dict[str, Any]:
     """One case, with its label if ``labels`` are given."""
     case = {"name": _name(number), "image": str(series)}
     if labels is None:
         return case
-    label = labels.get(f"label{number:04d}.nii.gz")
-    if label is None:
+    found = [file for file in labels if file.name.lower() == f"label{number:04d}.nii.gz"]
+    if len(found) != 1:
         raise ValueError(
-            f"expected the label of {_name(number)}, label{number:04d}.nii.gz, found none; fetch TCIA_pancreas_labels, "
-            "or exclude the case."
+            f"expected one label of {_name(number)}, label{number:04d}.nii.gz, found "
+            f"{' and '.join(map(str, found)) or 'none'}; fetch TCIA_pancreas_labels, keep one, or exclude the case."
         )
+    label = found[0]
     scan, drawn = read_grid(series), read_grid(label)
     if drawn.shape != scan.shape:
         raise ValueError(

@@ -88,6 +88,23 @@ def test_read_folders_takes_the_names_of_nnunet(pairs):
         read_scans(pairs / "images", CORE).check(channels=2, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["b.nii"], r"one file named b in .*images, got several with other endings; keep one"),
+        (["d_0000.nii.gz", "d_0002.nii.gz"], r"d_0000, d_0001 for the channels of d in .*, got d_0000, d_0002; add"),
+        (["d_0001.nii.gz"], r"expected d_0000 for the channels of d in .*images, got d_0001"),
+    ],
+)
+def test_read_folders_refuses_ambiguous_files(pairs, files, message):
+    """A channel in the place of another one, and one of two files, were chosen without a word."""
+    for name in files:
+        save(pairs / "images" / name)
+    save(pairs / "labels" / "d.nii.gz")
+    with pytest.raises(ValueError, match=message):
+        read_folders(pairs / "images", pairs / "labels", CORE)
+
+
 def test_read_folders_says_what_it_leaves_out(pairs):
     (pairs / "images" / "a.nii.gz").rename(pairs / "images" / "z.nii.gz")
     (pairs / "labels" / "._b.nii.gz").write_bytes(b"of a Mac")

@@ -79,8 +79,13 @@ def test_errors_name_case_and_file(folder, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((12, 14, 8), np.uint8), np.eye(4)), label)
     with pytest.raises(ValueError, match=r"\(12, 14, 9\).*PANCREAS_0010.*\(12, 14, 8\) in .*label0010"):
         read_pancreas_ct(folder)
+    (folder / "edited").mkdir()
+    shutil.copy(label, folder / "edited")
+    with pytest.raises(ValueError, match=r"one label of PANCREAS_0010, .*, found .*TCIA_.* and .*edited/label0010"):
+        read_pancreas_ct(folder)
+    shutil.rmtree(folder / "edited")
     label.unlink()
-    with pytest.raises(ValueError, match=r"label of PANCREAS_0010, label0010\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"label of PANCREAS_0010, label0010\.nii\.gz, found none"):
         read_pancreas_ct(folder)
     assert len(read_pancreas_ct(folder, labels=False).cases) == 4
 
