@@ -76,7 +76,7 @@ __all__ = [
 
 FORMAT = 1  # of network.json
 KEYS = {"format", "network", "scans", "training"}
-WRITTEN = b"monai_conres"  # description in the header of a label map of this package
+WRITER = "monai_conres"  # description in the header of a label map of this package
 MARK = "monai_conres-"  # in the names of temporary folders
 CONRESNET, WRAPPER = "monai_conres.ConResNet", "monai_conres.ConResWrapper"
 Backbone = tuple[str, Mapping[str, Any]]  # import path of a class, and its arguments
@@ -360,7 +360,7 @@ def _check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
         )
 
 
-def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTensor) -> None:
+def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTensor, *, writer: str = WRITER) -> None:
     """Write a label map ``(1, *spatial)`` as 8-bit NIfTI in the geometry of a loaded image.
 
     On the voxels of a NIfTI scan the file gets the scan's own qform, sform, codes, unit and pixdim, so every viewer
@@ -370,6 +370,7 @@ def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTens
         path: name of the file, ``.nii`` or ``.nii.gz``.
         label: whole numbers from 0 to 255, on the voxel grid of ``like``.
         like: the image as loaded, or a prediction on the image's voxels. Its affine is in mm.
+        writer: description in the header, for :func:`is_written_by`.
 
     Raises:
         TypeError: when ``like`` has no affine.
@@ -391,15 +392,17 @@ def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTens
     if values.shape != (1, *like.shape[1:]):
         raise ValueError(f"expected a label map of shape {(1, *like.shape[1:])}, got {tuple(values.shape)}.")
     check_values(values, 256, "whole numbers from 0 to 255")
-    written = nib.Nifti1Image(values.numpy()[0].astype(np.uint8), None, _geometry(like))
+    header = _geometry(like)
+    header["descrip"] = writer.encode()
+    written = nib.Nifti1Image(values.numpy()[0].astype(np.uint8), None, header)
     with atomic_path(path) as temporary:
         nib.save(written, temporary)
 
 
-def is_written_here(path: str | os.PathLike) -> bool:
-    """Whether :func:`write_label_map` wrote a NIfTI file."""
+def is_written_by(path: str | os.PathLike, writer: str = WRITER) -> bool:
+    """Whether :func:`write_label_map` wrote a NIfTI file for a writer."""
     try:
-        return nib.load(path).header["descrip"].item().rstrip(b"\0") == WRITTEN
+        return nib.load(path).header["descrip"].item().rstrip(b"\0") == writer.encode()
     except Exception:
         return False
 
@@ -407,7 +410,6 @@ def is_written_here(path: str | os.PathLike) -> bool:
 def _geometry(like: MetaTensor) -> Any:
     """The NIfTI header of a label map with the geometry of an image."""
     header, affine = nib.Nifti1Header(), like.affine.cpu().numpy()
-    header["descrip"] = WRITTEN
     header.set_data_dtype(np.uint8)
     stored = stored_header(like)
     if stored is not None and stored_grid(stored).agrees(Grid(Path(), tuple(like.shape[1:]), affine)):

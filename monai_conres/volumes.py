@@ -168,7 +168,7 @@ def load_label(file: File, values: Collection[int] | None = None) -> MetaTensor:
 
     Args:
         file: a NIfTI file or a folder with one DICOM series.
-        values: the values that the label may have; ``None`` accepts all whole numbers.
+        values: the values that the label may have; ``None`` accepts whole numbers from 0 to 255.
 
     Raises:
         ValueError: as :func:`load_volume`, or when there are several channels, numbers between the whole ones, or
@@ -179,20 +179,20 @@ def load_label(file: File, values: Collection[int] | None = None) -> MetaTensor:
         raise ValueError(f"expected one channel in {file}, got {len(label)}; store classes as numbers.")
     voxels = label.as_tensor()
     whole = voxels.round()
-    if ((voxels - whole).abs() > FRACTION).any():
+    if not torch.allclose(voxels, whole, rtol=0, atol=FRACTION):
         found = sorted({f"{value:.6g}" for value in voxels[voxels != whole][:100000].tolist()}, key=float)
         raise ValueError(
             f"expected whole numbers in the label {file}, got {', '.join(found[:5])}; if it is an image, give the "
             "label; if it was resampled, do so again with the nearest neighbor, or take the case out."
         )
     voxels.copy_(whole)
-    if values is None:
-        return label
-    others = voxels[~torch.isin(voxels, torch.tensor(sorted(values), dtype=voxels.dtype))]
+    known = range(256) if values is None else sorted(values)
+    others = voxels[~torch.isin(voxels, torch.tensor(known, dtype=voxels.dtype))]
     if len(others):
         found = sorted(set(others[:100000].tolist()))
         raise ValueError(
-            f"expected the values {sorted(values)} in {file}, got {found[:5]}; repair the file or take the case out."
+            f"expected the values {known if values else '0 to 255'} in {file}, got {found[:5]}; repair the file or "
+            "take the case out."
         )
     return label
 

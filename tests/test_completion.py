@@ -485,7 +485,7 @@ def shifted(affine: np.ndarray) -> np.ndarray:
         ),
         (lambda image, drawn, affine: (image, 3 * drawn, affine), r"values \[0, 1, 2, 4\] in the drawn .*got 3, 6, 12"),
         (lambda image, drawn, affine: (image, 0.5 * drawn, affine), "got 0.5"),
-        (lambda image, drawn, affine: (image, drawn - 1.0, affine), "got -1"),
+        (lambda image, drawn, affine: (image, drawn - 1.0, affine), r"got \[-1"),
         (lambda image, drawn, affine: (image, np.nan + drawn, affine), "finite numbers in .*drawn.nii.gz"),
         (lambda image, drawn, affine: (image, np.stack([drawn] * 2, -1), affine), "one channel in .*got 2"),
         (lambda image, drawn, affine: (np.nan + image, drawn, affine), "finite numbers in .*scan.nii.gz"),

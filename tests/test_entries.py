@@ -320,8 +320,11 @@ def test_predictions_do_not_replace_the_labels_of_other_cases(folder):
     ):
         CaseReport(labels, [case], SCANS.classes)
     scan = load_volume(case["image"])
-    write_label_map(folder / "out" / "case0.nii.gz", torch.zeros(scan.shape), scan)
-    CaseReport(folder / "out", [case], SCANS.classes)  # its own prediction of an earlier run
+    write_label_map(folder / "completed" / "case0.nii.gz", torch.zeros(scan.shape), scan)  # from drawn slices
+    with pytest.raises(ValueError, match=r"for the predictions only, got .*completed, whose case0\.nii\.gz is none"):
+        CaseReport(folder / "completed", [case], SCANS.classes)
+    for _ in range(2):  # its own predictions of an earlier run
+        bundle("inference")(folder)
 
 
 def test_distances_of_sheared_scans_are_refused_before_the_work(folder, monkeypatch):

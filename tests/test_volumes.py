@@ -250,6 +250,14 @@ def test_label_of_scaled_numbers_is_read_as_whole_ones(tmp_path, value):
     assert load_volume(file).unique().tolist() == [np.float32(value)]
 
 
+@pytest.mark.parametrize("value", [-1, 256])
+def test_label_of_more_than_eight_bits_is_refused(tmp_path, value):
+    """As 8-bit numbers they would be other classes."""
+    file = write(tmp_path / "label.nii.gz", values=value)
+    with pytest.raises(ValueError, match=rf"the values 0 to 255 in .*label\.nii\.gz, got \[{value}\.0\]"):
+        LoadScand("label")({"label": file})
+
+
 @pytest.mark.parametrize("value", [0.5, 1.01, 254.9])
 def test_resampled_label_is_refused_wherever_it_is_loaded(tmp_path, value):
     file = write(tmp_path / "label.nii.gz", values=value)

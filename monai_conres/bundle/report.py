@@ -17,7 +17,7 @@ from monai.metrics import compute_dice
 from monai.transforms import Orientation
 from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
-from monai_conres.files import atomic_path, check_writable, is_written_here, path_text, write_csv, write_label_map
+from monai_conres.files import atomic_path, check_writable, is_written_by, path_text, write_csv, write_label_map
 from monai_conres.metrics import BratsHausdorffDistanceMetric, BratsSurfaceDiceMetric
 from monai_conres.scans import Structures, structure_masks
 from monai_conres.volumes import load_label, load_volume, read_grid, repeated, voxel_sizes
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ignite.engine import Engine
 Events, _ = optional_import("ignite.engine", name="Events")
 idist, _ = optional_import("ignite.distributed")
+
+WRITER = "monai_conres prediction"  # only such files may be replaced, not what was drawn or completed
 
 
 class CaseReport:
@@ -53,9 +55,8 @@ class CaseReport:
         ignore_index: value of voxels without a label in the label files. They do not count.
 
     Raises:
-        ValueError: when a process has no case, the folder has a file of a case or a NIfTI file that this package did
-            not write, a label has other values, or distances are not defined: see
-            :func:`~monai_conres.volumes.voxel_sizes`.
+        ValueError: when a process has no case, the folder has a file of a case or another NIfTI file than predictions,
+            a label has other values, or distances are not defined: see :func:`~monai_conres.volumes.voxel_sizes`.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class CaseReport:
             return
         check_writable(self.output_dir, cases)
         for file in sorted(self.output_dir.glob("[!.]*.nii*")):
-            if not is_written_here(file):
+            if not is_written_by(file, WRITER):
                 raise ValueError(
                     f"expected a folder for the predictions only, got {self.output_dir}, whose {file.name} is none; "
                     "give another output_dir."
@@ -101,7 +102,8 @@ class CaseReport:
             values = {0}.union(*self.structures.values(), () if self.ignore_index is None else (self.ignore_index,))
             label = load_label(case["label"], values) if "label" in case else None
             if self.full:
-                write_label_map(self.output_dir / f"{case['name']}.nii.gz", prediction, prediction)
+                file = self.output_dir / f"{case['name']}.nii.gz"
+                write_label_map(file, prediction, prediction, writer=WRITER)
                 if self.pictures:
                     self._draw(case, prediction, label)
             if label is not None:

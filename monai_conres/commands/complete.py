@@ -125,7 +125,7 @@ def complete_files(
 
 def check_outputs(inputs: Sequence[Path], out: Path, preview: Path | None) -> None:
     """Raise for names of output files that would cost the user a result or an input."""
-    from monai_conres.files import is_written_here
+    from monai_conres.files import is_written_by
 
     if not out.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"expected a name that ends with .nii or .nii.gz for the completed label map, got {out}.")
@@ -137,7 +137,7 @@ def check_outputs(inputs: Sequence[Path], out: Path, preview: Path | None) -> No
     for file in inputs:
         if out.resolve() == file.resolve():
             raise ValueError(f"expected another file for the result, got {file}, which is read; give a new name.")
-    if out.exists() and not is_written_here(out):
+    if out.exists() and not is_written_by(out):
         raise ValueError(f"expected another file for the result, got {out}, which others wrote; give a new name.")
     if preview:
         try:
