@@ -230,6 +230,7 @@ def test_page_fills_sizes_and_resets(browser, start):
     page.mouse(place(page, 0.5, 0.5))
     saved(page)
     assert (running.drawing.slices[6].values == 1).all()
+    page.wait("document.getElementById('readout').textContent.includes('label 1')")  # without a move of the mouse
     page.key("2")
     page.key("b")
     for _ in range(10):

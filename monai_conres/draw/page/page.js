@@ -214,6 +214,7 @@ function render() {
   document.querySelectorAll(".edge").forEach((edge, k) => (edge.textContent = view.edges[k]));
   marks();
   panel();
+  readout();
 }
 
 function each(view, visit) {
@@ -332,7 +333,7 @@ function doubtOf(number) {
 function panel() {
   const number = look.at[0], done = drawn.get(number);
   const kind = done ? "done" : drawn.has(number) ? "open" : "";
-  const proposal = state.completes ? (state.slices && [...drawn.values()].includes(true) ? "completed" : "network’s proposal") : "empty";
+  const proposal = state.completes ? (state.slices && [...drawn.values()].includes(true) ? "completed" : "proposed") : "empty";
   $("number").textContent = `Slice ${number} of 0 to ${sizes[0] - 1}`;
   $("chip").textContent = { done: "done", open: "started", "": proposal }[kind];
   $("chip").className = kind;
@@ -606,7 +607,6 @@ canvas.addEventListener("pointermove", (event) => {
     const [dx, dy] = [event.clientX - drag.x, drag.y - event.clientY], [black, white] = drag.from;
     setWindow(black - dx - dy, white + dx - dy);
   }
-  readout();
   draw();
 });
 const release = () => {
@@ -615,7 +615,7 @@ const release = () => {
 };
 canvas.addEventListener("pointerup", release);
 canvas.addEventListener("pointercancel", release);
-canvas.addEventListener("pointerleave", () => ((pointer = null), readout(), draw()));
+canvas.addEventListener("pointerleave", () => ((pointer = null), draw()));
 let turned = 0;
 canvas.addEventListener("wheel", (event) => {
   event.preventDefault();
