@@ -195,9 +195,11 @@ def join_reports(tables: Sequence[str | os.PathLike], folder: str | os.PathLike)
 
     Raises:
         OSError: when a table cannot be read.
-        ValueError: when a table has other columns than the first, or a case is in two tables.
+        ValueError: when a table has other columns than the first, a case is in two tables, or a table is in ``folder``.
     """
     rows: list[dict[str, Any]] = []
+    if Path(folder).resolve() in {Path(table).resolve().parent for table in tables}:
+        raise ValueError(f"expected a new folder for the joined table, got {folder}, whose table would be replaced.")
     for table in tables:
         with open(table, newline="") as file:
             found = list(csv.DictReader(file))

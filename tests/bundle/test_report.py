@@ -169,6 +169,15 @@ def test_command_joins_reports(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "all" / "cases.csv").read_text().splitlines()) == 3
 
 
+def test_join_reports_does_not_replace_a_table_of_a_run(tmp_path):
+    table = tmp_path / "fold0" / "cases.csv"
+    table.parent.mkdir()
+    table.write_text("case,Dice ET\na,0.5\n")
+    with pytest.raises(ValueError, match=r"a new folder for the joined table, got .*fold0, whose table would be"):
+        join_reports([table], tmp_path / "all" / ".." / "fold0")
+    assert table.read_text() == "case,Dice ET\na,0.5\n"
+
+
 def test_join_reports_names_the_table_with_an_error(tmp_path):
     (tmp_path / "0.csv").write_text("case,Dice ET\ncase0,0.5\n")
     (tmp_path / "other.csv").write_text("case,Dice WT\na,1\n")
