@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from monai.losses import DeepSupervisionLoss, DiceLoss
-from monai.utils import convert_to_tensor
+from monai.utils import convert_to_tensor, optional_import
 
 from monai_conres.renamed import refuse_old_arguments
 from monai_conres.residual import (
@@ -22,6 +22,8 @@ from monai_conres.residual import (
 )
 
 __all__ = ["CompoundBoundaryLoss", "ConResLoss", "ContextResidualLoss", "DeviceBoundaryLoss"]
+
+scipy_distance, has_scipy = optional_import("scipy.ndimage", name="distance_transform_edt")
 
 IGNORED = -100  # torch's value of voxels that cross entropy leaves out
 
@@ -402,8 +404,8 @@ class CompoundBoundaryLoss(nn.Module):
 class DeviceBoundaryLoss(nn.Module):
     """Boundary loss (Kervadec et al., MIDL 2019): the mean of probability times signed distance to the label's surface.
 
-    The values are those of MONAI's ``BoundaryLoss``. The distances are exact, and the label's device computes them.
-    Nothing waits for a GPU, and neither scipy nor cupy is needed.
+    The values are those of MONAI's ``BoundaryLoss``. The distances are exact, and the label's device computes them:
+    nothing waits for a GPU, which needs neither scipy nor cupy.
 
     Args:
         sigmoid: True for a sigmoid of each channel.
@@ -454,7 +456,8 @@ class DeviceBoundaryLoss(nn.Module):
 def signed_distance(masks: torch.Tensor) -> torch.Tensor:
     """Distance in voxels to the nearest voxel of a mask, negative inside: 2, 1, 0, -1, ... from outside to inside.
 
-    Zero everywhere for a mask that is empty or full, as in MONAI's ``BoundaryLoss``.
+    Zero everywhere for a mask that is empty or full, as in MONAI's ``BoundaryLoss``. A GPU computes
+    :func:`squared_distance`, a CPU takes scipy, if it is installed.
 
     Args:
         masks: booleans ``(b, c, *spatial)``.
@@ -463,9 +466,16 @@ def signed_distance(masks: torch.Tensor) -> torch.Tensor:
         >>> signed_distance(torch.tensor([[[False, False, True, True]]]))
         tensor([[[ 2.,  1.,  0., -1.]]])
     """
-    inside, outside = squared_distance(torch.cat((masks, ~masks))).sqrt().chunk(2)
-    signed = torch.where(masks, 1 - inside, outside)
-    return signed.masked_fill(signed.isinf(), 0)
+    both = torch.cat((masks, ~masks))
+    if has_scipy and masks.device.type == "cpu":
+        distances = torch.stack([torch.from_numpy(scipy_distance(mask.numpy())) for mask in both.flatten(0, 1)])
+        distances = distances.float().view(both.shape)
+    else:
+        distances = squared_distance(both).sqrt()
+    inside, outside = distances.chunk(2)
+    dims = tuple(range(2, masks.ndim))
+    has_surface = masks.any(dims, keepdim=True) & ~masks.all(dims, keepdim=True)
+    return torch.where(masks, 1 - inside, outside).where(has_surface, 0.0)
 
 
 def squared_distance(masks: torch.Tensor) -> torch.Tensor:
@@ -481,8 +491,11 @@ def squared_distance(masks: torch.Tensor) -> torch.Tensor:
         >>> squared_distance(torch.tensor([[[True, False, True, True]]]))
         tensor([[[1., 0., 1., 4.]]])
     """
-    squared = torch.zeros(masks.shape, device=masks.device).masked_fill(masks, torch.inf)
-    for dim in range(2, masks.ndim):
+    index = torch.arange(masks.shape[2], device=masks.device).view(-1, *(1,) * (masks.ndim - 3)).float()
+    last = index.where(~masks, -torch.inf).cummax(2).values
+    following = index.where(~masks, torch.inf).flip(2).cummin(2).values.flip(2)
+    squared = torch.minimum(index - last, following - index) ** 2
+    for dim in range(3, masks.ndim):
         before, size = squared, masks.shape[dim]
         squared = before.clone()
         for step in range(1, size):

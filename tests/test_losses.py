@@ -226,7 +226,7 @@ def monai_loss(**options) -> torch.nn.Module:
 
 @pytest.mark.parametrize("shape", [(2, 2, 7, 9), (2, 3, 5, 8, 6), (1, 1, 1, 4, 12), (1, 2, 21, 3, 2)])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
-def test_distances_are_those_of_scipy(shape, share):
+def test_distances_are_those_of_scipy(monkeypatch, shape, share):
     masks = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share
     for mask, distance in zip(masks.flatten(0, 1), squared_distance(masks).flatten(0, 1), strict=True):
         if mask.all():
@@ -235,9 +235,13 @@ def test_distances_are_those_of_scipy(shape, share):
             torch.testing.assert_close(distance, torch.from_numpy(distance_transform_edt(mask) ** 2).float())
     expected = monai_loss().compute_distance_map(masks.float())
     torch.testing.assert_close(signed_distance(masks), expected, rtol=1e-6, atol=1e-5)
+    monkeypatch.setattr("monai_conres.losses.has_scipy", False)  # as on a GPU
+    torch.testing.assert_close(signed_distance(masks), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_distance_of_an_empty_or_full_mask_is_zero():
+@pytest.mark.parametrize("has_scipy", [False, True])
+def test_distance_of_an_empty_or_full_mask_is_zero(monkeypatch, has_scipy):
+    monkeypatch.setattr("monai_conres.losses.has_scipy", has_scipy)
     masks = torch.zeros(1, 3, 4, 5, 6, dtype=torch.bool)
     masks[:, 1] = True
     masks[:, 2, 1:3, 2, 2:5] = True
@@ -262,6 +266,15 @@ def test_device_boundary_loss_is_that_of_monai(device, softmax):
         gradients.append(torch.autograd.grad(values[-1], taken)[0].cpu())
     torch.testing.assert_close(values[1].cpu(), values[0])
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_device_boundary_loss_never_waits_for_the_device():
+    """Tensors without values, on which anything that waits is an error."""
+    for softmax in (False, True):
+        logits = torch.zeros(2, 3, 6, 8, 5, device="meta", requires_grad=True)
+        label = torch.zeros(2, 1 if softmax else 3, 6, 8, 5, device="meta")
+        DeviceBoundaryLoss(softmax=softmax, sigmoid=not softmax)(logits, label).backward()
+        assert logits.grad.shape == logits.shape
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 6, 8, 5), (2, 3, 6, 8, 4), (2, 3, 6, 8)])
