@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import monai.losses
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceFocalLoss
+from monai.losses import BoundaryLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss
 from scipy.ndimage import distance_transform_edt
 from torch.profiler import profile
 
@@ -218,12 +217,6 @@ def test_joint_loss_gives_an_own_loss_output_and_label(random):
 # boundary loss
 
 
-def monai_loss(**options) -> torch.nn.Module:
-    if not hasattr(monai.losses, "BoundaryLoss"):
-        pytest.skip("MONAI 1.6.0 has no boundary loss")
-    return monai.losses.BoundaryLoss(**options)
-
-
 @pytest.mark.parametrize("shape", [(2, 2, 7, 9), (2, 3, 5, 8, 6), (1, 1, 1, 4, 12), (1, 2, 21, 3, 2)])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_distances_are_those_of_scipy(monkeypatch, shape, share):
@@ -233,7 +226,7 @@ def test_distances_are_those_of_scipy(monkeypatch, shape, share):
             assert distance.isinf().all()
         else:
             torch.testing.assert_close(distance, torch.from_numpy(distance_transform_edt(mask) ** 2).float())
-    expected = monai_loss().compute_distance_map(masks.float())
+    expected = BoundaryLoss().compute_distance_map(masks.float())
     torch.testing.assert_close(signed_distance(masks), expected, rtol=1e-6, atol=1e-5)
     monkeypatch.setattr("monai_conres.losses.has_scipy", False)  # as on a GPU
     torch.testing.assert_close(signed_distance(masks), expected, rtol=1e-6, atol=1e-5)
@@ -247,7 +240,7 @@ def test_distance_of_an_empty_or_full_mask_is_zero(monkeypatch, has_scipy):
     masks[:, 2, 1:3, 2, 2:5] = True
     signed = signed_distance(masks)
     assert not signed[:, :2].any()
-    torch.testing.assert_close(signed, monai_loss().compute_distance_map(masks.float()))
+    torch.testing.assert_close(signed, BoundaryLoss().compute_distance_map(masks.float()))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +252,7 @@ def test_device_boundary_loss_is_that_of_monai(device, softmax):
     logits, other = torch.randn(2, 2, 3, 6, 8, 5, generator=torch.Generator().manual_seed(2))
     label = other.argmax(1, keepdim=True) if softmax else (other > 0).float()
     values, gradients = [], []
-    expected = monai_loss(**options, to_onehot_y=softmax)
+    expected = BoundaryLoss(**options, to_onehot_y=softmax)
     for loss, place in ((expected, "cpu"), (DeviceBoundaryLoss(**options), device)):
         taken = logits.to(place).requires_grad_()
         values.append(loss(taken, label.to(place)))
