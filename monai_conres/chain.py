@@ -111,7 +111,9 @@ def _others(values: torch.Tensor, add: Operation) -> torch.Tensor:
     return torch.stack([right[0], *map(add, left, right[1:]), left[-1]])
 
 
-def _messages(unary: torch.Tensor, steps: torch.Tensor, add: Operation) -> tuple[torch.Tensor, torch.Tensor]:
+def _messages(
+    unary: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], add: Operation
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """What the slices before tell each slice: ``m_0 = 0``, and with the scores ``f = u_{s-1} + m_{s-1}``
 
     ``m_s(c) = add(f(c), rho_s(c) + add over a != c of (f(a) + rho_s(a)))``.
@@ -121,21 +123,22 @@ def _messages(unary: torch.Tensor, steps: torch.Tensor, add: Operation) -> tuple
     after it have the same bits, whatever comes before. The second result is the sum of these maxima, ``(positions)``.
     """
     messages = [torch.zeros_like(unary[0])]
-    scale = torch.zeros_like(unary[0, 0])
+    scale = torch.zeros_like(unary[0][0])
     for u, rho in zip(unary[:-1], steps, strict=True):
         score = u + messages[-1]
         top = score.detach().amax(0)
         score = score - top
         messages.append(add(score, rho + _others(score + rho, add)))
         scale = scale + top
-    return torch.stack(messages), scale
+    return messages, scale
 
 
 def _scores(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """Log marginals up to a constant for each voxel: unary, message from the left, message from the right."""
-    left, _ = _messages(unary, steps, torch.logaddexp)
-    right, _ = _messages(unary.flip(0), steps.flip(0), torch.logaddexp)
-    return unary + left + right.flip(0)
+    forward, back = unary.unbind(), unary.unbind()[::-1]
+    left, _ = _messages(forward, steps.unbind(), torch.logaddexp)
+    right, _ = _messages(back, steps.unbind()[::-1], torch.logaddexp)
+    return torch.stack([u + before + after for u, before, after in zip(forward, left, right[::-1], strict=True)])
 
 
 def _log_marginals(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -149,13 +152,13 @@ def _log_odds(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 
 def _log_partition(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """``log Z`` of each chain, ``(1, 1, positions)``."""
-    messages, scale = _messages(unary, steps, torch.logaddexp)
+    messages, scale = _messages(unary.unbind(), steps.unbind(), torch.logaddexp)
     return (scale + (unary[-1] + messages[-1]).logsumexp(0))[None, None]
 
 
 def _best_labelling(unary: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """States of the most probable labelling (Viterbi), ``(slices, 1, positions)``."""
-    scores = unary + _messages(unary, steps, torch.maximum)[0]
+    scores = unary + torch.stack(_messages(unary.unbind(), steps.unbind(), torch.maximum)[0])
     states = [scores[-1].argmax(0, keepdim=True)]
     for score, rho in zip(scores[:-1].flip(0), steps.flip(0), strict=True):
         following = states[-1]
@@ -214,6 +217,11 @@ def _states_and_errors(unary: torch.Tensor, steps: torch.Tensor) -> tuple[torch.
 
 
 # From volumes to blocks of chains and back.
+
+
+def _has_gaps(positions: torch.Tensor) -> bool:
+    """Whether positions in order are not next to each other, or there are none."""
+    return not len(positions) or int(positions[-1] - positions[0]) >= len(positions)
 
 
 def _along_slices(
@@ -772,7 +780,10 @@ class SliceChain:
         if positions is None:  # slices copy less than indices
             blocks = [slice(start, start + size) for start in range(0, self._unary.shape[2], size)]
         else:
-            blocks = positions.split(size)
+            blocks = [
+                block if _has_gaps(block) else slice(int(block[0]), int(block[-1]) + 1)
+                for block in positions.split(size)
+            ]
 
         def without_gradients(block: Any) -> torch.Tensor:
             with torch.no_grad():  # each thread has its own switch
