@@ -24,7 +24,7 @@ from monai.networks.nets import UNet
 from monai.transforms import AsDiscreted, Compose, RandFlipd, RandSpatialCropd, SpatialPadd
 
 from monai_conres import ConResLoss, attach_conres
-from monai_conres.bundle import Computation, check_voxels, read_decathlon, seed_everything
+from monai_conres.bundle import Computation, read_decathlon, seed_everything
 from monai_conres.files import ScanSettings, check_writable, save_network
 from monai_conres.phantom import write_phantom_dataset
 from monai_conres.scans import spacing_range
@@ -44,8 +44,7 @@ def main(options: argparse.Namespace) -> None:
     training, validation = (cases[: options.cases] for cases in data.split(seed=options.seed))
     classes = len(data.classes)
     check_writable(options.out, data.cases)
-    for case in training + validation:
-        check_voxels(case, range(classes))
+    data.check(training + validation)
 
     scans = ScanSettings(
         channels=data.modalities,

@@ -34,7 +34,7 @@ from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
 from monai_conres import ConResLoss, ConResNet, complete_mask, predict_with_residual
-from monai_conres.bundle import check_voxels, describe_labelled, read_decathlon, seed_everything, training_plan
+from monai_conres.bundle import read_decathlon, seed_everything, training_plan
 from monai_conres.files import ScanSettings, check_writable, load_volume, save_network, write_label_map
 from monai_conres.phantom import write_phantom_dataset
 from monai_conres.scans import spacing_range
@@ -123,11 +123,7 @@ def main(options: argparse.Namespace) -> None:
     files = data.cases[: options.cases]
     for folder in (options.out, options.out / "completed"):
         check_writable(folder, data.cases)
-    found = {}
-    for case in tqdm(files, desc="check files"):
-        found[case["name"]] = check_voxels(case, range(classes), ignore_index=options.ignore)
-    for line in describe_labelled(found):
-        print(line)
+    data.check(files, ignore_index=options.ignore)
     patch, strides = training_plan(
         data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(options.channels)
     )

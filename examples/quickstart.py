@@ -39,14 +39,7 @@ from monai_conres import (
     predict_with_residual,
     residual_mask,
 )
-from monai_conres.bundle import (
-    Computation,
-    check_voxels,
-    describe_labelled,
-    read_decathlon,
-    seed_everything,
-    training_plan,
-)
+from monai_conres.bundle import Computation, read_decathlon, seed_everything, training_plan
 from monai_conres.files import (
     ScanSettings,
     TrainedNetwork,
@@ -195,13 +188,9 @@ def main(options: argparse.Namespace) -> None:
     data = read_decathlon(options.data)
     training, validation = (cases[: options.cases] for cases in data.split(seed=options.seed))
     check_writable(options.out, data.cases)
-    found = {}
-    for case in tqdm(training + validation, desc="check files"):
-        found[case["name"]] = check_voxels(case, range(len(data.classes)), ignore_index=options.ignore)
+    data.check(training + validation, ignore_index=options.ignore)
     for case in validation:  # distances of a sheared scan are an error, which comes before the training here
         voxel_sizes(read_grid(case["image"]))
-    if options.ignore is not None:
-        print(*describe_labelled(found), sep="\n")
     patch, strides = training_plan(
         data.shape, data.spacing, max_voxels=options.max_voxels, levels=len(options.channels)
     )

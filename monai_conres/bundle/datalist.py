@@ -6,6 +6,7 @@ import os
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +127,7 @@ class Datalist:
         """:func:`check_voxels` of each case, or only of some; process ``rank`` of ``num_replicas`` reads its share.
 
         With ``ignore_index``, the value of voxels without a label, it prints how many slices of each case have labels.
+        One process warns of a class that no label has.
 
         Raises:
             ValueError: one line for each case with an error.
@@ -133,9 +135,13 @@ class Datalist:
         values = {0}.union(*self.structures.values())
         share = (self.cases if cases is None else cases)[rank::num_replicas]
         bar = tqdm(share, desc="check files", disable=rank > 0 or not progress)
-        found = for_each(lambda case: check_voxels(case, values, channels, ignore_index), bar)
+        labels = Counter[int]()
+        found = for_each(lambda case: _check_voxels(case, values, channels, ignore_index, labels), bar)
         if ignore_index is not None:
             print(*describe_labelled({case["name"]: text for case, text in zip(share, found, strict=True)}), sep="\n")
+        missing = {name: own for name, own in self.structures.items() if not any(labels[value] for value in own)}
+        if missing and num_replicas == 1 and any("label" in case for case in share):
+            warnings.warn(f"None of {len(share)} labels has a voxel of {missing}; check the values.", stacklevel=2)
 
     def _patients(self, pattern: str | None) -> dict[str, str]:
         """The patient of each case."""
@@ -284,6 +290,17 @@ def check_voxels(
         ValueError: when a file cannot be read, has voxels that are not finite, lies on another grid, or has other
             channels or values, or no voxel has a label. The error names the file.
     """
+    return _check_voxels(case, values, channels, ignore_index, Counter())
+
+
+def _check_voxels(
+    case: Mapping[str, Any],
+    values: Collection[int],
+    channels: int | None,
+    ignore_index: int | None,
+    labels: Counter[int],
+) -> str:
+    """:func:`check_voxels`, which counts the cases with each value in ``labels``."""
     image = load_volume(case["image"])
     if channels not in (None, len(image)):
         name = stem(Path(ensure_tuple(case["image"])[0]))
@@ -304,6 +321,7 @@ def check_voxels(
             f"expected the same size in {case['image']} and {case['label']}, got {tuple(image.shape[1:])} and "
             f"{tuple(label.shape[1:])}; take the case out."
         )
+    labels.update(value for value in values if (label.as_tensor() == value).any())
     return "all slices" if ignore_index is None else labelled_slices(label, ignore_index, case["label"])
 
 

@@ -199,6 +199,19 @@ def test_check_voxels_reads_everything(pairs, key, change, message):
         check_voxels(case, {0, 1}, 1)
 
 
+def test_class_that_no_label_has_is_named(pairs):
+    for name, value in (("a", 1), ("b", 0), ("c", 3)):
+        save(pairs / "labels" / f"{name}.nii.gz", value=value)
+    structures = {"core": (1,), "rim": (2,), "whole": (1, 2), "edge": (3,), "cyst": (4, 5)}
+    data = read_folders(pairs / "images", pairs / "labels", structures)
+    with pytest.warns(UserWarning, match=r"None of 3 labels has a voxel of \{'rim': \(2,\), 'cyst': \(4, 5\)\}; check"):
+        data.check(progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.check(progress=False, rank=1, num_replicas=2)  # the other process has the other labels
+        Datalist([{"name": "a", "image": data.cases[0]["image"]}], structures).check(progress=False)
+
+
 def test_label_of_a_series_is_compared_with_it(tmp_path):
     write_series(tmp_path / "series", np.zeros((6, 7, 5), int))
     case = {"image": str(tmp_path / "series"), "label": str(save(tmp_path / "label.nii.gz"))}
