@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
@@ -301,3 +304,28 @@ def test_network_has_forward_derivatives():
     pairs = zip((ahead.segmentation, *ahead.residuals), (behind.segmentation, *behind.residuals), strict=True)
     for derivative, (a, b) in zip(derivatives, pairs, strict=True):
         torch.testing.assert_close(derivative, (a - b) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps arguments until a call returns")
+def test_large_features_are_freed_before_the_next_convolution():
+    network = ConResNet(1, 3, include_background=False, channels=(8, 16), strides=(2,), blocks=(1, 1, 1)).eval()
+    assert network.residual_decoder is not None
+    block, module, last = network.encoder[0][1], network.residual_decoder.stages[-1], network.decoder[-1]
+    made: dict[str, weakref.ref] = {}
+    alive: dict[str, bool] = {}
+
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        made[name] = weakref.ref(tensor)
+
+    def look(name: str) -> None:
+        alive[name] = made[name]() is not None
+
+    block.unit1.conv.register_forward_hook(lambda _, arguments, output: keep("unit", output))
+    block.unit2.conv.register_forward_pre_hook(lambda *_: look("unit"))
+    network.encoder[0].register_forward_hook(lambda _, arguments, output: keep("skip", output))
+    last.conv.register_forward_pre_hook(lambda *_: look("skip"))
+    module.inner.register_forward_pre_hook(lambda _, arguments: keep("change", arguments[0]))
+    module.outer.conv.register_forward_pre_hook(lambda *_: look("change"))
+    with torch.no_grad():
+        network.with_residual(torch.randn(1, 1, 8, 10, 6))
+    assert alive == {"unit": False, "skip": False, "change": False}
