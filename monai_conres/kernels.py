@@ -8,8 +8,6 @@ float32, from sums of squared deviations, so that a large mean does no harm.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -17,13 +15,13 @@ import triton.language as tl
 __all__ = ["group_norm", "group_norm_backward", "standardize", "standardize_backward"]
 
 BLOCK = 2048  # values that a program has in hand
-MAX_PARTS = 128  # of a row
+PROGRAMS = 4096  # that share the work, about
 
 
 @triton.jit
-def _moments(x, means, squares, voxels, chunk, BLOCK: tl.constexpr):
+def _moments(x, moments, voxels, chunk, BLOCK: tl.constexpr):
     """Mean, and sum of squared deviations from it, of one part of a row."""
-    row, part = tl.program_id(0), tl.program_id(1)
+    row, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     begin = part * chunk
     end = tl.minimum(begin + chunk, voxels)
     x += row.to(tl.int64) * voxels
@@ -40,44 +38,38 @@ def _moments(x, means, squares, voxels, chunk, BLOCK: tl.constexpr):
         square += change * (value - mean)
     whole = tl.sum(mean * count) / (end - begin)
     change = mean - whole
-    index = row * tl.num_programs(1) + part
-    tl.store(means + index, whole)
-    tl.store(squares + index, tl.sum(square + count * change * change))
+    moments += row * parts + part
+    tl.store(moments, whole)
+    tl.store(moments + tl.num_programs(0) * parts, tl.sum(square + count * change * change))
 
 
 @triton.jit
-def _statistics(means, squares, mean, reciprocal, voxels, chunk, parts, channels, eps, BLOCK: tl.constexpr):
-    """Mean and reciprocal deviation of one group, from its ``channels`` rows."""
-    group = tl.program_id(0)
-    entries = channels * parts
-    means += group * entries
-    squares += group * entries
+def _normalize(x, y, moments, statistics, weight, bias, voxels, chunk, channels, groups, eps, BLOCK: tl.constexpr):
+    """Normalize one part of a row. Each program joins the moments of its group, which has ``channels`` rows."""
+    row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
+    group, entries = row // channels, channels * parts
+    moments += group * entries
     size = channels * voxels * 1.0
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, entries, BLOCK):
         index = start + tl.arange(0, BLOCK)
         count = tl.minimum(chunk, voxels - index % parts * chunk).to(tl.float32)
-        total += tl.load(means + index, mask=index < entries, other=0.0) * count
-    whole = tl.sum(total) / size
+        total += tl.load(moments + index, mask=index < entries, other=0.0) * count
+    mean = tl.sum(total) / size
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, entries, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < entries
         count = tl.minimum(chunk, voxels - index % parts * chunk).to(tl.float32)
-        change = tl.where(inside, tl.load(means + index, mask=inside, other=0.0) - whole, 0.0)
-        total += tl.load(squares + index, mask=inside, other=0.0) + count * change * change
-    tl.store(mean + group, whole)
-    tl.store(reciprocal + group, 1.0 / tl.sqrt(tl.sum(total) / size + eps))
-
-
-@triton.jit
-def _normalize(x, y, mean, reciprocal, weight, bias, voxels, chunk, channels, groups, BLOCK: tl.constexpr):
-    """``y = (x - mean) * reciprocal * weight + bias`` for one part of a row."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    group, channel = row // channels, row % (channels * groups)
-    shift = tl.load(mean + group)
-    scale = tl.load(reciprocal + group)
-    offset = 0.0
+        change = tl.where(inside, tl.load(moments + index, mask=inside, other=0.0) - mean, 0.0)
+        square = tl.load(moments + rows * parts + index, mask=inside, other=0.0)
+        total += square + count * change * change
+    reciprocal = 1.0 / tl.sqrt(tl.sum(total) / size + eps)
+    if part == 0 and row % channels == 0:
+        tl.store(statistics + group, mean)
+        tl.store(statistics + rows // channels + group, reciprocal)
+    channel = row % (channels * groups)
+    scale, offset = reciprocal, 0.0
     if weight is not None:
         scale *= tl.load(weight + channel).to(tl.float32)
     if bias is not None:
@@ -87,15 +79,16 @@ def _normalize(x, y, mean, reciprocal, weight, bias, voxels, chunk, channels, gr
     for start in range(part * chunk, end, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < end
-        value = tl.load(x + base + offsets, mask=inside).to(tl.float32)
-        tl.store(y + base + offsets, (value - shift) * scale + offset, mask=inside)
+        value = tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + base + offsets, (value - mean) * scale + offset, mask=inside)
 
 
 @triton.jit
-def _products(x, grad, mean, reciprocal, of_bias, of_weight, voxels, chunk, channels, BLOCK: tl.constexpr):
-    """Sum of the gradient, and of its product with the normalized values, of one part of a row."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    shift = tl.load(mean + row // channels)
+def _products(x, grad, products, statistics, voxels, chunk, channels, BLOCK: tl.constexpr):
+    """Sum of the gradient times the normalized values, and of the gradient, of one part of a row."""
+    row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
+    statistics += row // channels
+    mean, reciprocal = tl.load(statistics), tl.load(statistics + rows // channels)
     base = row.to(tl.int64) * voxels
     end = tl.minimum(part * chunk + chunk, voxels)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -105,51 +98,46 @@ def _products(x, grad, mean, reciprocal, of_bias, of_weight, voxels, chunk, chan
         inside = offsets < end
         gradient = tl.load(grad + base + offsets, mask=inside, other=0.0).to(tl.float32)
         total += gradient
-        product += gradient * (tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32) - shift)
-    index = row * tl.num_programs(1) + part
-    tl.store(of_bias + index, tl.sum(total))
-    tl.store(of_weight + index, tl.sum(product) * tl.load(reciprocal + row // channels))
+        product += gradient * (tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32) - mean)
+    products += row * parts + part
+    tl.store(products, tl.sum(product) * reciprocal)
+    tl.store(products + rows * parts, tl.sum(total))
 
 
 @triton.jit
 def _gradients(
-    of_bias, of_weight, weight, sums, size, parts, channels, groups, ROWS: tl.constexpr, PARTS: tl.constexpr
+    x, grad, of_x, products, of_parameters, statistics, weight, voxels, chunk, channels, groups, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Gradients of bias and weight of one group of one volume, and what the gradient of its values needs.
-
-    ``sums`` has for each row the two gradients, and then for each group their weighted sums over ``size`` values.
-    """
-    group, rows = tl.program_id(0), tl.num_programs(0) * channels
-    column = tl.arange(0, PARTS)
-    first, second = 0.0, 0.0
-    for start in range(0, channels, ROWS):
-        channel = start + tl.arange(0, ROWS)
-        row = group * channels + channel
-        inside = channel < channels
-        index = row[:, None] * parts + column[None, :]
-        known = inside[:, None] & (column[None, :] < parts)
-        bias = tl.sum(tl.load(of_bias + index, mask=known, other=0.0), axis=1)
-        product = tl.sum(tl.load(of_weight + index, mask=known, other=0.0), axis=1)
-        tl.store(sums + row, product, mask=inside)
-        tl.store(sums + rows + row, bias, mask=inside)
+    """The gradient of one part of a row, and from the first part of each row those of weight and bias."""
+    row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
+    group, entries = row // channels, channels * parts
+    statistics += group
+    mean, reciprocal = tl.load(statistics), tl.load(statistics + rows // channels)
+    products += group * entries
+    first = tl.zeros((BLOCK,), tl.float32)  # sums over the group, weighted
+    second = tl.zeros((BLOCK,), tl.float32)
+    own_first = tl.zeros((BLOCK,), tl.float32)  # over the row
+    own_second = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, entries, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < entries
+        of_weight = tl.load(products + index, mask=inside, other=0.0)
+        of_bias = tl.load(products + rows * parts + index, mask=inside, other=0.0)
+        channel = index // parts
+        own = channel == row % channels
+        own_second += tl.where(own, of_weight, 0.0)
+        own_first += tl.where(own, of_bias, 0.0)
         if weight is not None:
-            factor = tl.load(weight + row % (channels * groups), mask=inside, other=0.0).to(tl.float32)
-            bias *= factor
-            product *= factor
-        first += tl.sum(bias)
-        second += tl.sum(product)
-    tl.store(sums + 2 * rows + 2 * group, first / size)
-    tl.store(sums + 2 * rows + 2 * group + 1, second / size)
-
-
-@triton.jit
-def _of_values(x, grad, of_x, mean, reciprocal, weight, sums, voxels, chunk, channels, groups, BLOCK: tl.constexpr):
-    """The gradient of the values of one part of a row."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    group = row // channels
-    shift, scale = tl.load(mean + group), tl.load(reciprocal + group)
-    sums += 2 * tl.num_programs(0) + 2 * group
-    first, second = tl.load(sums), tl.load(sums + 1) * scale
+            factor = tl.load(weight + group % groups * channels + channel, mask=inside, other=0.0).to(tl.float32)
+            of_weight *= factor
+            of_bias *= factor
+        second += of_weight
+        first += of_bias
+    if part == 0:
+        tl.store(of_parameters + row, tl.sum(own_second))
+        tl.store(of_parameters + rows + row, tl.sum(own_first))
+    size = channels * voxels * 1.0
+    offset, slope = tl.sum(first) / size, tl.sum(second) * reciprocal / size
     factor = 1.0
     if weight is not None:
         factor *= tl.load(weight + row % (channels * groups)).to(tl.float32)
@@ -158,9 +146,9 @@ def _of_values(x, grad, of_x, mean, reciprocal, weight, sums, voxels, chunk, cha
     for start in range(part * chunk, end, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < end
-        value = tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32) - shift
+        value = tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32) - mean
         gradient = tl.load(grad + base + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(of_x + base + offsets, (factor * gradient - first - value * second) * scale, mask=inside)
+        tl.store(of_x + base + offsets, (factor * gradient - offset - value * slope) * reciprocal, mask=inside)
 
 
 @triton.jit
@@ -190,61 +178,57 @@ def _standardize_backward(weight, grad, of_weight, size, gain, eps, LENGTH: tl.c
     tl.store(of_weight + index, gradient * (gain / tl.sqrt(variance)), mask=inside)
 
 
-def _parts(voxels: int) -> tuple[int, int]:
+def _parts(rows: int, voxels: int) -> tuple[int, int]:
     """Parts of a row, and the values of a part."""
-    blocks = triton.cdiv(voxels, BLOCK)
-    chunk = triton.cdiv(blocks, min(blocks, MAX_PARTS)) * BLOCK
-    return triton.cdiv(voxels, chunk), chunk
+    blocks = -(-voxels // BLOCK)
+    chunk = -(-blocks // min(blocks, -(-PROGRAMS // rows))) * BLOCK
+    return -(-voxels // chunk), chunk
 
 
 def group_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The normalized ``x``, and mean and reciprocal deviation of each group, ``(b, groups, 1)`` in float32."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalized ``x``, and mean and reciprocal deviation of each group, ``(2, b * groups)`` in float32."""
     batch, width = x.shape[:2]
-    channels, voxels = width // groups, math.prod(x.shape[2:])
-    parts, chunk = _parts(voxels)
-    rows = batch * width
+    channels, rows = width // groups, batch * width
+    voxels = x.numel() // rows
+    parts, chunk = _parts(rows, voxels)
     y = torch.empty_like(x)
     moments = torch.empty((2, rows, parts), dtype=torch.float32, device=x.device)
-    mean, reciprocal = torch.empty((2, batch, groups, 1), dtype=torch.float32, device=x.device)
+    statistics = torch.empty((2, batch * groups), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _moments[(rows, parts)](x, moments[0], moments[1], voxels, chunk, BLOCK)
-        _statistics[(batch * groups,)](
-            moments[0], moments[1], mean, reciprocal, voxels, chunk, parts, channels, eps, BLOCK // 2
+        _moments[(rows, parts)](x, moments, voxels, chunk, BLOCK)
+        _normalize[(rows, parts)](
+            x, y, moments, statistics, weight, bias, voxels, chunk, channels, groups, eps, BLOCK // 2
         )
-        _normalize[(rows, parts)](x, y, mean, reciprocal, weight, bias, voxels, chunk, channels, groups, BLOCK)
-    return y, mean, reciprocal
+    return y, statistics
 
 
 def group_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, mean: torch.Tensor, reciprocal: torch.Tensor
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, statistics: torch.Tensor, groups: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``x``, weight and bias; the last two of shape ``(c,)`` in float32."""
     batch, width = x.shape[:2]
-    groups, voxels = mean.shape[1], math.prod(x.shape[2:])
     channels, rows = width // groups, batch * width
-    parts, chunk = _parts(voxels)
+    voxels = x.numel() // rows
+    parts, chunk = _parts(rows, voxels)
     grad = grad.contiguous()
     of_x = torch.empty_like(x)
     products = torch.empty((2, rows, parts), dtype=torch.float32, device=x.device)
-    sums = torch.empty(2 * (rows + batch * groups), dtype=torch.float32, device=x.device)
-    columns = triton.next_power_of_2(parts)
-    block = min(triton.next_power_of_2(channels), max(1, BLOCK // columns))
+    of_parameters = torch.empty((2, batch, width), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _products[(rows, parts)](x, grad, mean, reciprocal, products[0], products[1], voxels, chunk, channels, BLOCK)
-        _gradients[(batch * groups,)](
-            products[0], products[1], weight, sums, channels * voxels, parts, channels, groups, block, columns
+        _products[(rows, parts)](x, grad, products, statistics, voxels, chunk, channels, BLOCK)
+        _gradients[(rows, parts)](
+            x, grad, of_x, products, of_parameters, statistics, weight, voxels, chunk, channels, groups, BLOCK // 2
         )
-        _of_values[(rows, parts)](x, grad, of_x, mean, reciprocal, weight, sums, voxels, chunk, channels, groups, BLOCK)
-    of_weight, of_bias = sums[: 2 * rows].view(2, batch, width).sum(1) if batch > 1 else sums[: 2 * rows].view(2, width)
+    of_weight, of_bias = (of_parameters.sum(1) if batch > 1 else of_parameters[:, 0]).unbind()
     return of_x, of_weight, of_bias
 
 
 def standardize(weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """``gain * (w - mean(w)) / sqrt(var(w) + eps)`` for each filter ``w`` of ``(out_channels, ...)``, as ``dtype``."""
     filters = torch.empty_like(weight, dtype=dtype)
-    size = weight[0].numel()
+    size = weight.numel() // len(weight)
     with torch.cuda.device_of(weight):
         _standardize[(len(weight),)](weight, filters, size, gain, eps, triton.next_power_of_2(size), num_warps=8)
     return filters
@@ -253,7 +237,7 @@ def standardize(weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtyp
 def standardize_backward(grad: torch.Tensor, weight: torch.Tensor, gain: float, eps: float) -> torch.Tensor:
     """The gradient of ``weight``."""
     of_weight = torch.empty_like(weight)
-    size = weight[0].numel()
+    size = weight.numel() // len(weight)
     with torch.cuda.device_of(weight):
         _standardize_backward[(len(weight),)](
             weight, grad.contiguous(), of_weight, size, gain, eps, triton.next_power_of_2(size), num_warps=8

@@ -108,9 +108,10 @@ class WeightStandardizedConv3d(nn.Conv3d):
             return fast_layout(self.standardized_weight())
         dtype = torch.get_autocast_dtype(self.weight.device.type) if autocasts(self.weight) else self.weight.dtype
         if self.training or torch.is_grad_enabled():
-            if triton_kernels(self.weight) is None or self.weight[0].numel() > LONGEST_FILTER:
+            kernels = triton_kernels(self.weight)
+            if kernels is None or self.weight.numel() > LONGEST_FILTER * len(self.weight):
                 return fast_layout(self.standardized_weight())
-            return StandardizeFilters.apply(self.weight, self.gain, self.eps, dtype)
+            return StandardizeFilters.apply(self.weight, self.gain, self.eps, dtype, kernels)
         weight = self.weight.detach()  # keeps the memory, so that its address belongs to no other tensor
         state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, dtype)
         kept = _FILTERS.get(self)
@@ -144,23 +145,19 @@ class StandardizeFilters(torch.autograd.Function):
     """:meth:`WeightStandardizedConv3d.standardized_weight` in one launch, in the precision of the convolution."""
 
     @staticmethod
-    def forward(weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtype) -> torch.Tensor:
-        kernels = triton_kernels(weight)
-        assert kernels is not None
-        return kernels.standardize(weight, gain, eps, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        weight, ctx.gain, ctx.eps, _ = inputs
-        ctx.kernels = triton_kernels(weight)
+    def forward(
+        ctx: Any, weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtype, kernels: ModuleType
+    ) -> torch.Tensor:
         ctx.save_for_backward(weight)
+        ctx.settings, ctx.kernels = (gain, eps), kernels
+        return kernels.standardize(weight, gain, eps, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *differentiable(lambda w: standardized(w, ctx.gain, ctx.eps), (weight,), grad), None, None, None
-        return ctx.kernels.standardize_backward(grad, weight, ctx.gain, ctx.eps), None, None, None
+            return *differentiable(lambda w: standardized(w, *ctx.settings), (weight,), grad), *(None,) * 4
+        return ctx.kernels.standardize_backward(grad, weight, *ctx.settings), *(None,) * 4
 
 
 # of each convolution: the state of the weights, the weights, and the filters that belong to them
@@ -175,14 +172,10 @@ class ConvolveOneVolume(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(input: torch.Tensor, weight: torch.Tensor, *settings: tuple[int, ...]) -> torch.Tensor:
-        stride, padding, dilation = settings
-        return torch.mkldnn_convolution(input, weight, None, padding, stride, dilation, 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        input, weight, *ctx.settings = inputs
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, *settings: tuple[int, ...]) -> torch.Tensor:
         ctx.save_for_backward(input, weight)
+        ctx.settings = stride, padding, dilation = settings
+        return torch.mkldnn_convolution(input, weight, None, padding, stride, dilation, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -344,26 +337,24 @@ class GroupNorm(nn.GroupNorm):
             )
         if not on_accelerator(x) or not is_plain_eager(x, self.weight, self.bias):
             return super().forward(x)
-        return NormalizeGroups.apply(x, self.weight, self.bias, self.num_groups, self.eps)[0]
+        arguments = x, self.weight, self.bias, self.num_groups, self.eps
+        kernels = triton_kernels(x)
+        return NormalizeGroups.apply(*arguments) if kernels is None else NormalizeInTriton.apply(*arguments, kernels)
 
 
 class NormalizeGroups(torch.autograd.Function):
     """Group normalization ``y = (x - mean) / deviation * weight + bias``; keeps ``x`` and two numbers for each group.
 
-    Called with ``(x, weight, bias, number of groups, eps)``. Returns ``y``, mean and reciprocal deviation.
+    Called with ``(x, weight, bias, number of groups, eps)``.
 
-    ``x`` in half precision is read as it is, never copied to float32. Without Triton its variance is then the mean of
-    the squares less the square of the mean. Relative to the variance that is exact to
-    ``1e-6 * (mean / deviation) ** 2``.
+    ``x`` in half precision is read as it is, never copied to float32. Its variance is then the mean of the squares less
+    the square of the mean, in float32. Relative to the variance that is exact to ``1e-6 * (mean / deviation) ** 2``.
     """
 
     @staticmethod
     def forward(
-        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        kernels = triton_kernels(x)
-        if kernels is not None:
-            return kernels.group_norm(x, weight, bias, groups, eps)
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
+    ) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         parts = x.unflatten(1, (groups, -1))
         voxels = list(range(2, parts.ndim))
@@ -376,35 +367,16 @@ class NormalizeGroups(torch.autograd.Function):
         mean, reciprocal = mean[..., None], variance.add_(eps).rsqrt_()[..., None]  # (b, groups, 1)
         scale = _scale(reciprocal, weight, x)
         shift = -mean * scale if bias is None else torch.addcmul(bias.unflatten(0, (groups, -1)), mean, scale, value=-1)
-        y = torch.addcmul(_of_channels(shift, x), x, _of_channels(scale, x), out=torch.empty_like(x))
-        return y, mean, reciprocal
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, _, ctx.eps = inputs
-        _, mean, reciprocal = output
-        ctx.kernels = triton_kernels(x)
         ctx.save_for_backward(x, weight, bias, mean, reciprocal)
-        ctx.mark_non_differentiable(mean, reciprocal)
-        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        return torch.addcmul(_of_channels(shift, x), x, _of_channels(scale, x), out=torch.empty_like(x))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, mean, reciprocal = ctx.saved_tensors
         wide, groups = mean.dtype, mean.shape[1]
-        if grad is None:
-            return (None,) * 5
         if torch.is_grad_enabled():
-            return (
-                *differentiable(
-                    lambda x, w, b: F.group_norm(x.to(wide), groups, w, b, ctx.eps).to(x.dtype), (x, weight, bias), grad
-                ),
-                None,
-                None,
-            )
-        if ctx.kernels is not None:
-            of_x, of_weight, of_bias = ctx.kernels.group_norm_backward(grad, x, weight, mean, reciprocal)
-            return of_x, None if weight is None else of_weight, None if bias is None else of_bias, None, None
+            return _differentiable_group_norm(grad, x, weight, bias, groups, ctx.eps)
         voxels = list(range(2, x.ndim))
         # half precision: one operation multiplies in float32
         product = x * grad if x.dtype == wide else torch.addcmul(mean.new_zeros((1,) * x.ndim), x, grad)
@@ -428,6 +400,45 @@ class NormalizeGroups(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _differentiable_group_norm(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of group normalization that can be differentiated again."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def normalize(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.group_norm(x.to(wide), groups, weight, bias, eps).to(x.dtype)
+
+    return *differentiable(normalize, (x, weight, bias), grad), None, None
+
+
+class NormalizeInTriton(torch.autograd.Function):
+    """:class:`NormalizeGroups` in the package's kernels, which are the last argument; exact whatever the mean."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        groups: int,
+        eps: float,
+        kernels: ModuleType,
+    ) -> torch.Tensor:
+        y, statistics = kernels.group_norm(x, weight, bias, groups, eps)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.settings, ctx.kernels = (groups, eps), kernels
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, statistics = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_group_norm(grad, x, weight, bias, *ctx.settings), None
+        of_x, of_weight, of_bias = ctx.kernels.group_norm_backward(grad, x, weight, statistics, ctx.settings[0])
+        return of_x, None if weight is None else of_weight, None if bias is None else of_bias, None, None, None
 
 
 def _scale(reciprocal: torch.Tensor, weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
@@ -457,7 +468,7 @@ def _tried_kernels(device: torch.device) -> ModuleType | None:
         from monai_conres import kernels
 
         x = torch.ones(1, 2, 4, device=device)
-        kernels.group_norm_backward(x, x, None, *kernels.group_norm(x, None, None, 1, 1e-5)[1:])
+        kernels.group_norm_backward(x, x, None, kernels.group_norm(x, None, None, 1, 1e-5)[1], 1)
     except Exception as error:
         if not isinstance(error, ImportError):
             warnings.warn(
@@ -607,17 +618,14 @@ class SigmoidChange(torch.autograd.Function):
     """:func:`sigmoid_change`, called with the features and the tensor dimension of the slice axis."""
 
     @staticmethod
-    def forward(features: torch.Tensor, dim: int) -> torch.Tensor:
+    def forward(ctx: Any, features: torch.Tensor, dim: int) -> torch.Tensor:
+        ctx.save_for_backward(features)
+        ctx.dim = dim
         active = features.sigmoid()
         change = torch.empty_like(active)
         change.narrow(dim, 0, 1).zero_()
         torch.sub(*_neighbors(active, dim), out=change.narrow(dim, 1, change.shape[dim] - 1)).abs_()
         return change
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        features, ctx.dim = inputs
-        ctx.save_for_backward(features)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -639,13 +647,10 @@ class GateFeatures(torch.autograd.Function):
     """:func:`gate_features`."""
 
     @staticmethod
-    def forward(features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(features, logits)
         gate = logits.sigmoid()
         return torch.addcmul(features, features, gate, out=gate)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

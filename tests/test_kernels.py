@@ -22,7 +22,7 @@ from monai_conres import kernels
 def norm_in_triton(monkeypatch):
     """Let a CPU take the path of a GPU. Small features have several parts, of several blocks."""
     monkeypatch.setattr(kernels, "BLOCK", 64)
-    monkeypatch.setattr(kernels, "MAX_PARTS", 4)
+    monkeypatch.setattr(kernels, "PROGRAMS", 50)
     monkeypatch.setattr(layers, "on_accelerator", lambda x: True)
     monkeypatch.setattr(layers, "triton_kernels", lambda x: kernels)
 
@@ -82,7 +82,7 @@ def test_filters_are_standardized_as_by_torch(norm_in_triton, dtype):
     torch.manual_seed(0)
     convolution = layers.WeightStandardizedConv3d(3, 5)
     gradient = torch.randn(convolution.weight.shape).to(dtype)
-    filters = layers.StandardizeFilters.apply(convolution.weight, convolution.gain, convolution.eps, dtype)
+    filters = layers.StandardizeFilters.apply(convolution.weight, convolution.gain, convolution.eps, dtype, kernels)
     (got,) = torch.autograd.grad(filters, convolution.weight, gradient)
     exact = convolution.weight.detach().double().flatten(1).requires_grad_()
     mean, deviation = exact.mean(1, keepdim=True), (exact.var(1, keepdim=True) + convolution.eps).sqrt()
