@@ -455,9 +455,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
+        shutil.rmtree(work)  # before the lock ends: others remove what nobody locks
         if lock is not None:
             os.close(lock)
-        shutil.rmtree(work)
 
 
 def _lock(folder: Path) -> int | None:
@@ -486,8 +486,11 @@ def remove_left_overs(folder: str | os.PathLike) -> None:
     """
     for left_over in filter(Path.is_dir, Path(folder).glob(f".*.{MARK}*")):
         with suppress(OSError):
-            age, lock = time.time() - left_over.stat().st_mtime, _lock(left_over)
-            if age > (86400 if lock is None else 5):  # a new one is locked in a moment
+            age = time.time() - left_over.stat().st_mtime
+            if age < 5:  # its writer is about to lock it
+                continue
+            lock = _lock(left_over)
+            if lock is not None or age > 86400:
                 shutil.rmtree(left_over)
             if lock is not None:
                 os.close(lock)

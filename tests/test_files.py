@@ -27,6 +27,7 @@ from monai_conres.files import (
     path_text,
     plain_values,
     read_network,
+    remove_left_overs,
     save_chain,
     save_network,
     write_label_map,
@@ -393,6 +394,14 @@ def test_left_overs_of_killed_writers_are_removed(tmp_path):
         assert not half.exists()
         writing.write_text("complete")
     assert set(tmp_path.iterdir()) == others | {tmp_path / "mask.nii"}
+
+
+def test_new_folder_of_another_writer_is_not_locked(tmp_path, monkeypatch):
+    """Its writer could then not lock it, and would end with an error."""
+    (tmp_path / ".mask.nii.monai_conres-ab3d_fgh").mkdir()
+    monkeypatch.setattr("monai_conres.files._lock", lambda folder: pytest.fail(f"locked {folder}"))
+    remove_left_overs(tmp_path)
+    assert (tmp_path / ".mask.nii.monai_conres-ab3d_fgh").is_dir()
 
 
 @pytest.mark.parametrize(("hours", "stays"), [(23, True), (25, False)])
