@@ -186,13 +186,15 @@ def load_label(file: File, values: Collection[int] | None = None) -> MetaTensor:
             "label; if it was resampled, do so again with the nearest neighbor, or take the case out."
         )
     voxels.copy_(whole)
-    known = range(256) if values is None else sorted(values)
-    others = voxels[~torch.isin(voxels, torch.tensor(known, dtype=voxels.dtype))]
+    if values is None:  # torch.isin would sort all voxels
+        known, others = "0 to 255", voxels[(voxels < 0) | (voxels > 255)]
+    else:
+        known = str(sorted(values))
+        others = voxels[~torch.isin(voxels, torch.tensor(sorted(values), dtype=voxels.dtype))]
     if len(others):
         found = sorted(set(others[:100000].tolist()))
         raise ValueError(
-            f"expected the values {known if values else '0 to 255'} in {file}, got {found[:5]}; repair the file or "
-            "take the case out."
+            f"expected the values {known} in {file}, got {found[:5]}; repair the file or take the case out."
         )
     return label
 
