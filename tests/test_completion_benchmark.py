@@ -66,6 +66,14 @@ def test_interpolation_shrinks_a_class_that_is_absent_in_the_next_drawn_slice():
     assert areas[-1] == 0
 
 
+def test_contour_interpolation_of_itk_restores_a_cone():
+    if not completion.has_itk:
+        pytest.skip("itk-morphologicalcontourinterpolation is not installed")
+    label = cone()
+    restored = completion.interpolate_contours(case_of(label, certainty=0.0), [1, 7])
+    assert completion.dice(restored, label, 2, [1, 7])[0] > 0.85
+
+
 def test_random_walker_fills_what_the_image_shows():
     pytest.importorskip("skimage")
     label = cone()

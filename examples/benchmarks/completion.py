@@ -42,6 +42,7 @@ from monai.data import CacheDataset, Dataset
 from monai.inferers import SlidingWindowInferer
 from monai.networks import one_hot
 from monai.transforms import Compose
+from monai.utils import optional_import
 from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt, shift
 from torch.optim.lr_scheduler import PolynomialLR
 from tqdm import tqdm
@@ -111,8 +112,9 @@ class Arm:
     second_half: str = ""  # what is added to the loss there: "chain" or "segmentation"
 
 
+itk, has_itk = optional_import("itk")  # and itk-morphologicalcontourinterpolation
 # other: neither a network's residual nor the slice chain
-OTHER = ("interpolation", "random_walker")
+OTHER = ("interpolation", "contours", "random_walker")
 ARMS = {
     "baseline": Arm(("network", "constant", "image", "derived", *OTHER), "none"),
     "conres": Arm(("network", "constant", "image", "residual", "both")),
@@ -297,7 +299,7 @@ def interpolate(case: Case, slices: Sequence[int]) -> torch.Tensor:
 
     A class that only one of two drawn slices has shrinks to nothing at the other one.
     """
-    result, classes = case.predicted, case.segmentation.shape[1]
+    result, classes = case.predicted.clone(), case.segmentation.shape[1]
     masks = one_hot(case.label, num_classes=classes)[0, 1:].numpy() > 0
     for low, high in pairwise(slices):
         distances = []
@@ -319,6 +321,17 @@ def _signed_distance(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
         return np.full(mask.shape, -np.inf)
     outside = distance_transform_edt(~mask, sampling=spacing)
     return distance_transform_edt(mask, sampling=spacing) - outside
+
+
+def interpolate_contours(case: Case, slices: Sequence[int]) -> torch.Tensor:
+    """ITK's morphological contour interpolation; the network before the first drawn slice and after the last."""
+    drawn = np.zeros(case.label.shape[2:], dtype=np.uint8)
+    drawn[..., slices] = case.label[0, 0].numpy()[..., slices]
+    result, inside = case.predicted.clone(), slice(slices[0], slices[-1] + 1)
+    if len(slices) > 1:
+        filled = itk.morphological_contour_interpolator(itk.image_from_array(drawn), axis=0)  # ITK counts from the last
+        result[0, 0, ..., inside] = torch.as_tensor(itk.array_from_image(filled)[..., inside]).to(result.dtype)
+    return paste(result, case.label, slices)
 
 
 def walk(case: Case, slices: Sequence[int]) -> torch.Tensor:
@@ -372,6 +385,8 @@ class Completion:
             return paste(self.case.predicted, drawn, slices)
         if self.name == "interpolation":
             return interpolate(self.case, slices)
+        if self.name == "contours":
+            return interpolate_contours(self.case, slices)
         if self.name == "random_walker":
             return walk(self.case, slices)
         return complete_mask(drawn=drawn, slices=slices, **self.chain)
@@ -406,6 +421,7 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """One row for each case and method; ``draw`` and ``short`` are those of :func:`measure`."""
     training = list(predict(network, fit_set, patch))
+    methods = [name for name in methods if name != "contours" or has_itk]
     settings = {name: fit(training, CHAINS[name]) if name in CHAINS else None for name in methods}
     rows = []
     for number, case in enumerate(predict(network, cases, patch)):

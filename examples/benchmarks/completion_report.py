@@ -34,6 +34,7 @@ Way = tuple[str, str]  # arm and method
 NAMES: dict[Way, str] = {
     ("baseline", "network"): "network",
     ("baseline", "interpolation"): "interpolation of drawn slices",
+    ("baseline", "contours"): "ITK's contour interpolation",
     ("baseline", "random_walker"): "random walker (smaller scans)",
     ("baseline", "constant"): "chain, constant",
     ("baseline", "image"): "chain, image",
