@@ -1,8 +1,8 @@
-"""Merge the runs of sparse.py into the tracked table; write docs/tables/NAME.md and, with each arm, results/NAME.md.
+"""Merge the runs of sparse.py into the tracked table; write results/NAME.md and, with each arm, results/NAME_long.md.
 
     python examples/benchmarks/sparse_report.py hippocampus_sparse
 
-The first table of the page is about the plain prediction of validation scans: the Dice with the partial loss, and what
+The first table is about the plain prediction of validation scans: the Dice with the partial loss, and what
 the other arms differ from it. The second is about training scans that the network of the arm ``chain`` completes from
 their own drawn slices. Runs may be missing. A difference is paired by case, fold and seed, on what both arms have; its
 95 % interval is the bootstrap of ablation_report.py over seeds, folds and cases. With one seed it says nothing about
@@ -79,7 +79,7 @@ def words(drawing: str) -> list[str]:
 
 
 def report(runs: dict[Run, Rows]) -> str:
-    """The page: two short tables in Markdown."""
+    """Two short tables in Markdown."""
     scores = collect(runs)
     shares = {arm: rows[0] for (arm, _, _), rows in runs.items()}
     predicted, finished = [], []
@@ -100,7 +100,7 @@ def report(runs: dict[Run, Rows]) -> str:
 
 
 def details(runs: dict[Run, Rows]) -> str:
-    """The long tables behind the page: each arm, each comparison, each completion."""
+    """The long tables behind them: each arm, each comparison, each completion."""
     scores = collect(runs)
     shares = {arm: rows[0] for (arm, _, _), rows in runs.items()}
     numbers = sorted({row["class"] for rows in runs.values() for row in rows})
@@ -148,11 +148,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the experiment")
     parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "tables")
     options = parser.parse_args()
     runs = Experiment(options.name, options.folder, COLUMNS).merge()
-    for folder, function in ((options.out, report), (options.folder / "results", details)):
-        with atomic_path(folder / f"{options.name}.md") as temporary:
+    for ending, function in (("", report), ("_long", details)):
+        with atomic_path(options.folder / "results" / f"{options.name}{ending}.md") as temporary:
             temporary.write_text(text := function(runs))
         print(text)
 
