@@ -30,7 +30,6 @@ __all__ = ["ScanSettings", "label_values", "paint_structures", "spacing_range", 
 
 Structures = Mapping[str, Sequence[int]]
 FACTOR = 1.5  # by which a voxel may be larger or smaller than those of the training without a warning
-AXES = ("LR", "PA", "IS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,8 @@ class ScanSettings:
         overlap: overlap of neighboring windows, as a fraction of the window.
         flip_axes: sets of spatial axes to flip the image along at test time. :meth:`inferer` does not flip; give them
             to ``monai_conres.bundle.MeanProbability``.
-        seen_spacing: smallest and largest size of a voxel in mm along each axis in the training, as
-            :func:`spacing_range` finds them, for :meth:`check_spacing`; ``None``: they are not known.
+        seen_spacing: smallest and largest size of a voxel in the training, as :func:`spacing_range` finds them, for
+            :meth:`check_spacing`; ``None``: they are not known.
 
     Raises:
         ValueError: when a setting has a wrong value. The error names the setting.
@@ -87,7 +86,7 @@ class ScanSettings:
                 "lists of whole numbers from 1 to 255 by class (map other values of the labels first: MapLabelValued)",
             ),
             "activation": (self.activation in ("sigmoid", "softmax"), "'sigmoid' or 'softmax'"),
-            "orientation": (len(axes) == 3 and all(axes & set(pair) for pair in AXES), "such as 'RAS'"),
+            "orientation": (len(axes) == 3 and all(axes & set(pair) for pair in ("LR", "PA", "IS")), "such as 'RAS'"),
             "spacing": (self.spacing is None or _are(self.spacing, (int, float), least=1e-6, number=3), "None or 3 mm"),
             "normalization": (_are(self.normalization, dict) or self.normalization == (), "a list of dicts"),
             "overlap": (isinstance(self.overlap, (int, float)) and 0 <= self.overlap < 1, "0 or more, below 1"),
@@ -159,9 +158,10 @@ class ScanSettings:
         if self.spacing is None and self.seen_spacing is not None:
             image = case["image"]
             sizes = image.pixdim.tolist()
-            pairs = list(zip(sizes, self.seen_spacing, strict=True))
-            if any(not small / FACTOR <= size <= FACTOR * large for size, (small, large) in pairs):
-                seen = " x ".join(f"{s:.3g}" if s == e else f"{s:.3g} to {e:.3g}" for s, e in self.seen_spacing)
+            axes = nib.orientations.axcodes2ornt(self.orientation)[:, 0]
+            ranges = [self.seen_spacing[int(axis)] for axis in axes]
+            if any(not s / FACTOR <= size <= FACTOR * e for size, (s, e) in zip(sizes, ranges, strict=True)):
+                seen = " x ".join(f"{s:.3g}" if s == e else f"{s:.3g} to {e:.3g}" for s, e in ranges)
                 warnings.warn(
                     f"{image.meta.get('filename_or_obj', 'A scan')} has voxels of "
                     f"{' x '.join(f'{size:.3g}' for size in sizes)} mm ({self.orientation}), and the network was "
@@ -206,12 +206,11 @@ class ScanSettings:
         return convert_to_dst_type(label, logits, dtype=torch.uint8)[0]
 
 
-def spacing_range(cases: Iterable[Mapping[str, Any]], orientation: str = "RAS") -> list[tuple[float, float]]:
-    """Smallest and largest size of a voxel in mm along each axis of ``orientation``, from the headers of scans.
+def spacing_range(cases: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Smallest and largest size of a voxel in mm from left to right, back to front, and feet to head.
 
     Args:
-        cases: ``"image"`` of each is a file, or several files of which the first is read.
-        orientation: that of the :class:`ScanSettings` whose ``seen_spacing`` this is.
+        cases: ``"image"`` of each is a file, or several files. The header of the first one is read.
 
     Raises:
         ValueError: when there is no case, or a header cannot be read.
@@ -229,15 +228,10 @@ def spacing_range(cases: Iterable[Mapping[str, Any]], orientation: str = "RAS") 
     for case in cases:
         affine = read_grid(ensure_tuple(case["image"])[0]).affine
         own = dict(zip(nib.io_orientation(affine)[:, 0].tolist(), nib.affines.voxel_sizes(affine), strict=True))
-        sizes.append([round(float(own[AXES.index(pair)]), 4) for pair in _pairs(orientation)])
+        sizes.append([round(float(own[axis]), 4) for axis in range(3)])
     if not sizes:
         raise ValueError("expected scans of the training, got none; give its cases.")
     return [(min(column), max(column)) for column in zip(*sizes, strict=True)]
-
-
-def _pairs(orientation: str) -> list[str]:
-    """The axis of each letter, such as ``"LR"`` of R."""
-    return [next(pair for pair in AXES if letter in pair) for letter in orientation]
 
 
 def label_values(structures: Structures) -> list[int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from monai_conres.scans import ScanSettings, structure_masks
+from monai_conres.scans import ScanSettings, spacing_range, structure_masks
 
 BRATS = {"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)}
 
@@ -40,6 +42,23 @@ def test_preprocessing_orients_and_normalizes(scan):
     np.testing.assert_array_equal(prepared["label"][0].numpy(), np.transpose(label, (1, 0, 2))[:, ::-1])
     assert prepared["label"].dtype == torch.uint8
     assert prepared["image"].pixdim.tolist() == [1.5, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "SPR"])
+def test_spacing_is_compared_along_the_same_axes(scan, orientation):
+    seen = spacing_range([scan[0]])
+    assert seen == [(1.5, 1.5), (2.0, 2.0), (3.0, 3.0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings(orientation=orientation, seen_spacing=seen).preprocessing()(scan[0])
+    thick = settings(orientation=orientation, seen_spacing=[*seen[:2], (1.0, 1.9)])
+    size, trained = (
+        ("1.5 x 2 x 3", "1.5 x 2 x 1 to 1.9") if orientation == "RAS" else ("3 x 2 x 1.5", "1 to 1.9 x 2 x 1.5")
+    )
+    with pytest.warns(
+        UserWarning, match=rf"{size} mm \({orientation}\), and the network was trained with {trained} mm"
+    ):
+        thick.preprocessing()(scan[0])
 
 
 def test_channels_come_from_several_files(scan):
