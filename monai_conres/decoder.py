@@ -93,6 +93,8 @@ class ContextResidualModule(nn.Module):
         1x1x1. The released code leaves out the inner normalization. ``G``, a difference of sigmoids, is then small
         compared with ``I_res``.
 
+        Hooks on ``outer`` are not called, only those on its layers, such as ``outer.conv``.
+
     Example:
         >>> module = ContextResidualModule(8)
         >>> features, residual = torch.randn(2, 1, 8, 4, 6, 5)

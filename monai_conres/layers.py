@@ -277,6 +277,8 @@ class NormActConv(nn.Sequential):
 class PreActivationBlock(nn.Module):
     """Two pre-activation convolutions and a skip connection from input to output (Section III.A of the paper).
 
+    Hooks on ``unit1`` and ``unit2`` are not called, only those on their layers, such as ``unit1.conv``.
+
     Args:
         channels: number of input and output channels.
         kwargs: further arguments of :class:`NormActConv`.
