@@ -110,7 +110,7 @@ class Experiment:
                 yield is_free
             finally:
                 if is_free:
-                    lock.unlink()
+                    lock.unlink(missing_ok=True)  # the process that had the run before may have done so
 
     def claimed(self, runs: Iterable[Run]) -> Iterator[Run]:
         """Those of ``runs`` that no other process works on, or has a result of by now; each one is claimed."""
