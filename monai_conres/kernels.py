@@ -1,9 +1,9 @@
 """Group normalization and weight standardization in Triton, which torch brings along on a GPU.
 
-``layers.py`` decides when these functions are used. The normalization reads the features twice in each direction, and a
-small network waits for few launches. Features are contiguous, ``(b, c, *spatial)``; a row is one channel
-of one volume. Each row is cut into parts, so that a batch of one volume has work for the whole GPU. Statistics are in
-float32, from sums of squared deviations, so that a large mean does no harm.
+``layers.py`` decides when these functions are used. Each direction of the normalization takes two launches, which read
+the features once each. Features are contiguous, ``(b, c, *spatial)``; a row is one channel of one volume. Each row is
+cut into parts, so that a batch of one volume has work for the whole GPU. Statistics are in float32, from sums of
+squared deviations, so that a large mean does no harm.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _normalize(x, y, moments, statistics, weight, bias, voxels, chunk, channels,
     row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     group, entries = row // channels, channels * parts
     moments += group * entries
-    size = channels * voxels * 1.0
+    size = voxels * 1.0 * channels  # their product may exceed 32 bits
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, entries, BLOCK):
         index = start + tl.arange(0, BLOCK)
@@ -136,7 +136,7 @@ def _gradients(
     if part == 0:
         tl.store(of_parameters + row, tl.sum(own_second))
         tl.store(of_parameters + rows + row, tl.sum(own_first))
-    size = channels * voxels * 1.0
+    size = voxels * 1.0 * channels  # their product may exceed 32 bits
     offset, slope = tl.sum(first) / size, tl.sum(second) * reciprocal / size
     factor = 1.0
     if weight is not None:
