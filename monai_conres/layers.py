@@ -167,7 +167,7 @@ _FILTERS: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor, torch.Tensor]]
 class ConvolveOneVolume(torch.autograd.Function):
     """Convolution by oneDNN where :func:`torch_convolves_slowly`; takes input, filters, stride, padding, dilation.
 
-    For the gradients torch takes oneDNN with two volumes, large volumes or dilated filters only. So a second volume of
+    For gradients torch takes oneDNN only with two volumes, large volumes or dilated filters. So a second volume of
     zeros goes along with a small one, which is 1.5 to 10 times as fast for 3x3x3 filters of 64 channels or fewer.
     """
 
@@ -417,7 +417,7 @@ def _differentiable_group_norm(
 
 
 class NormalizeInTriton(torch.autograd.Function):
-    """:class:`NormalizeGroups` in the package's kernels, which are the last argument; exact whatever the mean."""
+    """:class:`NormalizeGroups` by the module ``kernels``, the last argument. A large mean makes it no less exact."""
 
     @staticmethod
     def forward(

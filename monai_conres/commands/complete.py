@@ -138,7 +138,9 @@ def check_outputs(inputs: Sequence[Path], out: Path, preview: Path | None) -> No
         if out.resolve() == file.resolve():
             raise ValueError(f"expected another file for the result, got {file}, which is read; give a new name.")
     if out.exists() and not is_written_by(out):
-        raise ValueError(f"expected another file for the result, got {out}, which others wrote; give a new name.")
+        raise ValueError(
+            f"expected another file for the result, got {out}, which is no completed volume; give a new name."
+        )
     if preview:
         try:
             import monai_conres.visualize  # noqa: F401

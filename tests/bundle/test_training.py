@@ -136,7 +136,7 @@ def augmentation(margin: int = 2, zoom: float = 1.1, flips: float = 0.5, first: 
 
 
 def part_of_network(dropout: float) -> torch.nn.Module:
-    """Of a network whose arguments nobody gives."""
+    """An attached network, whose arguments the checkpoint does not know."""
     return attach_conres(UNet(3, 1, 2, (4, 8, 16), (2, 2), dropout=dropout), 1, spatial_size=(16, 16, 16), width=4)
 
 
