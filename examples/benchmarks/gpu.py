@@ -10,8 +10,9 @@ The command runs the tests that need a GPU. Then it times each network in bf16, 
 
 Every measurement is one small file in ``--out``. When the minutes are over or the command is interrupted, the next call
 measures only what is missing. Remove a file to measure it again. The table, gpu.csv and gpu.md, holds all files of this
-GPU and these sizes. "Share of the matrix rate" compares multiply-adds a second with those of one large matrix product,
-"share of the bandwidth" the counted memory traffic (operations.py) with a copy. A step counts as three forward passes.
+GPU and these sizes. "Kernels" is their own time by torch's profiler, without the waiting in between. "Share of the
+matrix rate" compares multiply-adds a second with those of one large matrix product, "share of the bandwidth" the
+counted memory traffic (operations.py) with a copy. A step counts as three forward passes.
 """
 
 from __future__ import annotations
@@ -126,6 +127,16 @@ class Session:
         run()
         return (torch.cuda.max_memory_allocated(self.options.device) - before) / 2**30
 
+    def kernels(self, run: Callable[[], object]) -> float | None:
+        """Seconds of the GPU's kernels in a run: what it would take if starting them took no time."""
+        if not self.on_gpu:
+            return None
+        with torch.profiler.profile() as profile:
+            run()
+            torch.cuda.synchronize(self.options.device)
+        on_gpu = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(event.self_device_time_total for event in on_gpu) / 1e6
+
     def case(self, name: str, size: tuple[int, ...], batch_size: int, volume: tuple[int, ...] | None) -> speed.Case:
         return speed.Case(
             name, argparse.Namespace(device=self.options.device, size=size, batch_size=batch_size, volume=volume)
@@ -161,6 +172,7 @@ def network_values(session: Session, name: str) -> dict:
         values[f"{run} (s)"] = session.seconds(function)
         case.network.zero_grad()
         values[f"{run} peak (GiB)"] = session.peak(function)
+        values[f"{run} kernels (s)"] = session.kernels(function)
     values["multiply-adds"] = multiply_adds(speed.NETWORKS[case.name](case.size).eval(), case.image.shape)
     if case.compiled:
         return values  # the network was compiled again for each size
@@ -215,6 +227,8 @@ def table(session: Session, rate: dict | None) -> list[dict[str, str]]:
             own, reference = values.get(f"{run} (s)"), first.get(f"{run} (s)")
             row[f"{run} (ms)"] = f"{1e3 * own:.1f}" if own else "-"
             row[f"{run}, times as fast as released"] = f"{reference / own:.2f}" if own and reference else "-"
+            kernels = values.get(f"{run} kernels (s)")
+            row[f"{run}, kernels (ms)"] = f"{1e3 * kernels:.1f}" if kernels else "-"
             peak = values.get(f"{run} peak (GiB)")
             row[f"{run}, peak (GiB)"] = f"{peak:.2f}" if peak else "-"
             for title, key, total in (
