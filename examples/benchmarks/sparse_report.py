@@ -82,18 +82,19 @@ def report(runs: dict[Run, Rows]) -> str:
     """Two short tables in Markdown."""
     scores = collect(runs)
     shares = {arm: rows[0] for (arm, _, _), rows in runs.items()}
+    others = [method for method in METHODS[1:] if any(arm.endswith(f"_{method}") for arm in shares)]
     predicted, finished = [], []
     for drawing, arms in arms_of(shares).items():
         own = {method: scores.get((f"{drawing}_{method}", "validation", "dice"), {}) for method in METHODS}
         known = f"{100 * float(shares[arms[0]]['known']):.0f} %"
-        line = [difference(own[method], own["partial"]) for method in METHODS[1:]]
+        line = [difference(own[method], own["partial"]) for method in others]
         predicted.append([*words(drawing), known, mean(own["partial"]), *line])
         if (f"{drawing}_chain", "training", "dice") in scores:
             columns = [scores[f"{drawing}_chain", "training", column] for column in COMPLETIONS]
             finished.append([*words(drawing), *map(mean, columns), difference(columns[1], columns[0])])
     head = ["drawn", "slices"]
     return (
-        table([*head, "residual known", "partial loss", *METHODS[1:]], predicted)
+        table([*head, "residual known", "partial loss", *others], predicted)
         + "\n"
         + table([*head, "network", "completed", "chain fitted", "completed less network"], finished)
     )
