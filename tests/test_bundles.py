@@ -235,9 +235,10 @@ def test_pancreas_patches_come_from_the_whole_volume_without_a_margin(margin, fi
 
 def test_hippocampus_is_downloaded_by_one_process(tmp_path, monkeypatch):
     calls = []
+    write_phantom_dataset(tmp_path / "Task04_Hippocampus", cases=5, size=(12, 14, 10))  # what comes is read
     monkeypatch.setattr("monai.apps.DecathlonDataset", lambda **kwargs: calls.append(kwargs))
     for method in ("initialize", "barrier"):
-        monkeypatch.setattr(f"ignite.distributed.{method}", lambda *args: None)
+        monkeypatch.setattr(f"ignite.distributed.{method}", lambda *args, **kwargs: None)
     options = {"download": True, "dataset_dir": str(tmp_path / "Task04_Hippocampus"), "check": "nothing"}
     options |= {"run_dir": str(tmp_path / "run")}
     files = [

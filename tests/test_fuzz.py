@@ -214,7 +214,7 @@ def test_completion_of_damaged_files_writes_all_or_nothing(tmp_path, capsys, sec
         written, scan = nib.load(out), nib.load(files["scan"])
         for field in ("srow_x", "srow_y", "srow_z", "sform_code", "qform_code", "quatern_b", "qoffset_x", "xyzt_units"):
             np.testing.assert_array_equal(written.header[field], scan.header[field])
-        stored = np.asarray(nib.load(files["drawn"]).dataobj)
+        stored = np.round(np.asarray(nib.load(files["drawn"]).dataobj))  # 1e-44 is read as 0
         for number in np.flatnonzero(stored.reshape(*SIZE).any((0, 1))):
             np.testing.assert_array_equal(np.asarray(written.dataobj)[..., number], stored[..., number])
         out.unlink()

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 import sparse
 import sparse_report
+from experiment import Experiment
 
 
 @pytest.mark.parametrize("size", [24, 35, 47])
@@ -81,3 +82,11 @@ def test_report_pairs_only_what_both_arms_have():
     one = {(0, 0, "a"): 0.5, (0, 0, "b"): 0.5, (0, 1, "c"): 0.0}  # by seed, fold and case
     other = {(0, 0, "a"): 0.25, (0, 0, "b"): 0.25, (1, 0, "a"): 0.0}
     assert sparse_report.difference(one, other) == "+0.250 [+0.250, +0.250]"
+
+
+@pytest.mark.parametrize("file", sorted(Experiment.folder.glob("results/*_sparse.csv")), ids=lambda file: file.stem)
+def test_tracked_tables_are_the_report_of_the_results(file):
+    runs = Experiment(file.stem, columns=sparse.COLUMNS).merged_runs()
+    assert {arm for arm, _, _ in runs} <= set(sparse.ARMS)
+    assert sparse_report.report(runs) == file.with_suffix(".md").read_text()
+    assert sparse_report.details(runs) == file.with_name(f"{file.stem}_long.md").read_text()
