@@ -174,13 +174,7 @@ TRICKS = ("torch's", "channels last", "without Triton")
 AUTOCAST = {", bf16": torch.bfloat16, ", fp16": torch.float16}
 COMPILED = ", compiled"
 # these networks only take sizes that this number divides
-MULTIPLES = {
-    "SegResNetVAE (32)": 16,
-    "DynUNet (nnU-Net, 32-320)": 16,
-    "DynUNet (nnU-Net, 32-320) with decoder": 16,
-    "AttentionUnet (32-512)": 16,
-    "SwinUNETR (48)": 32,
-}
+MULTIPLES = {"SegResNetVAE (32)": 16, "AttentionUnet (32-512)": 16, "SwinUNETR (48)": 32}
 
 
 class Case:
