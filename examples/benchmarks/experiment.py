@@ -13,7 +13,6 @@ share the runs: each takes the next one that no other process works on.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from monai.utils import optional_import
+
 from monai_conres.files import atomic_path, write_csv
+
+fcntl, has_locks = optional_import("fcntl")
 
 KEY = ("arm", "fold", "seed")
 COST = ("parameters", "multiply_adds", "seconds", "memory")
@@ -150,7 +153,12 @@ class Experiment:
 
 
 def _is_free(file: IO[str]) -> bool:
-    """Lock ``file`` unless another process has locked it. The lock ends with the file, or with the process."""
+    """Lock ``file`` unless another process has locked it. The lock ends with the file, or with the process.
+
+    Windows has no such locks: run one process there.
+    """
+    if not has_locks:
+        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -175,7 +175,7 @@ def network_values(session: Session, name: str) -> dict:
         values[f"{run} kernels (s)"] = session.kernels(function)
     values["multiply-adds"] = multiply_adds(speed.NETWORKS[case.name](case.size).eval(), case.image.shape)
     if case.compiled:
-        return values  # the network was compiled again for each size
+        return values  # a small image would compile the network once more
     for run in ("forward", "step"):
         if run == "forward" or "use_checkpoint" not in name:  # casts are only imitated in the first computation
             network = speed.NETWORKS[case.name](case.size)
