@@ -12,6 +12,7 @@ from monai.utils import convert_to_tensor
 
 from monai_conres.chain import ChainSettings, broadcast_slices, log_partition, potentials, slice_marginals
 from monai_conres.layers import resize_features
+from monai_conres.losses import check_class_indices, reads_ignore_index
 from monai_conres.residual import check_ignore_index, class_masks, labelled_voxels, slice_dim
 
 __all__ = ["ChainLoss", "fit_chain"]
@@ -165,7 +166,8 @@ class ChainLoss(nn.Module):
         and ones ``(b, c, *spatial)`` for sigmoids. The result is a scalar in float32 or wider.
 
     Raises:
-        ValueError: when shapes do not fit each other, the output has no residuals, or ``ignore_index`` is a class.
+        ValueError: when shapes do not fit each other, the output has no residuals, ``ignore_index`` is a class, or
+            ``segmentation_loss`` ignores other voxels.
 
     Note:
         A voxel without a label has a gradient where its chain has a label: the chain carries the label there.
@@ -192,6 +194,9 @@ class ChainLoss(nn.Module):
         super().__init__()
         if max_drawn < 0:
             raise ValueError(f"expected max_drawn of 0 or more, got {max_drawn}.")
+        self._wants_indices = False
+        if ignore_index is not None and segmentation_loss is not None:
+            self._wants_indices = reads_ignore_index(segmentation_loss, ignore_index)
         self.segmentation_loss = segmentation_loss
         self.settings = settings or ChainSettings()
         self.max_drawn = max_drawn
@@ -206,6 +211,8 @@ class ChainLoss(nn.Module):
                 'context="attention" or "mapping".'
             )
         label = convert_to_tensor(label, track_meta=False)
+        if self._wants_indices:
+            check_class_indices(label)
         segmentation = _full_size(output.segmentation, label)
         residual = convert_to_tensor(output.residuals[0], track_meta=False)
         if residual.shape[2:] != label.shape[2:]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -257,7 +257,7 @@ class ConResLoss(nn.Module):
         self.softmax = softmax
         self._wants_indices = False
         if ignore_index is not None and segmentation_loss is not None:
-            self._wants_indices = _ignores(segmentation_loss, ignore_index)
+            self._wants_indices = reads_ignore_index(segmentation_loss, ignore_index)
         self.residual_weight = residual_weight
         self.segmentation_loss = _DefaultLoss(softmax, ignore_index) if segmentation_loss is None else segmentation_loss
         self.residual_loss = ContextResidualLoss(
@@ -273,11 +273,8 @@ class ConResLoss(nn.Module):
         segmentation = getattr(output, "segmentation", output)
         label = convert_to_tensor(label, track_meta=False)
         segmentation = _unstacked(convert_to_tensor(segmentation, track_meta=False), label)
-        if self._wants_indices and label.shape[1] > 1:
-            raise ValueError(
-                f"expected class indices in one channel for an own loss with ignore_index, got a label of shape "
-                f"{tuple(label.shape)}, where such losses ignore voxels of zeros; choose softmax=True or sigmoid=True."
-            )
+        if self._wants_indices:
+            check_class_indices(label)
         if len(residuals) == 0:
             return self.segmentation_loss(segmentation, label)
         self._check(segmentation, residuals[0].shape[1], label)
@@ -311,17 +308,43 @@ class ConResLoss(nn.Module):
             )
 
 
-def _ignores(loss: Callable, ignore_index: int) -> bool:
-    """Whether a part of an own loss has an ``ignore_index``, as MONAI's and torch's losses; raises for another one."""
-    parts = loss.modules() if isinstance(loss, nn.Module) else []
-    values = {type(part).__name__: part.ignore_index for part in parts if hasattr(part, "ignore_index")}
-    if wrong := {name: value for name, value in values.items() if value != ignore_index}:
+def reads_ignore_index(loss: Callable, ignore_index: int) -> bool:
+    """Whether an own loss has an ``ignore_index``, as some of MONAI's and torch's losses.
+
+    Raises:
+        ValueError: when a part of the loss has another ``ignore_index``, or a loss of MONAI has none.
+    """
+    while isinstance(loss, DeepSupervisionLoss):
+        loss = loss.loss
+    parts = list(_ignoring(loss)) if isinstance(loss, nn.Module) else []
+    values = [(type(part).__name__, part.ignore_index) for part in parts]
+    if not parts and type(loss).__module__.startswith("monai.losses"):
+        values = [(type(loss).__name__, None)]
+    if wrong := {name: value for name, value in values if value != ignore_index}:
         raise ValueError(
             f"expected an own loss that ignores the label value {ignore_index}, got ignore_index={wrong}; give it "
             f"ignore_index={ignore_index}, such as DiceLoss(..., ignore_index={ignore_index}), or choose a default "
             "loss with softmax=True or sigmoid=True."
         )
-    return bool(values)
+    return any(not isinstance(part, (ConResLoss, _DefaultLoss)) for part in parts)
+
+
+def _ignoring(part: nn.Module) -> Iterator[Any]:
+    """The outermost parts of a loss that have an ``ignore_index``."""
+    if hasattr(part, "ignore_index"):
+        yield part
+        return
+    for child in part.children():
+        yield from _ignoring(child)
+
+
+def check_class_indices(label: torch.Tensor) -> None:
+    """Raise unless a label of an own loss with ``ignore_index`` holds class indices."""
+    if label.shape[1] > 1:
+        raise ValueError(
+            f"expected class indices in one channel for an own loss with ignore_index, got a label of shape "
+            f"{tuple(label.shape)}, where such losses ignore voxels of zeros; choose softmax=True or sigmoid=True."
+        )
 
 
 class CompoundBoundaryLoss(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss, FocalLoss, TverskyLoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss, FocalLoss, GeneralizedDiceLoss, TverskyLoss
 from monai.metrics import DiceMetric
 
 from monai_conres import (
@@ -438,13 +438,19 @@ def test_label_values_that_are_not_ignored_name_the_option(random):
         ConResLoss(softmax=True)(output, label)
 
 
-def test_own_losses_must_ignore_the_same_voxels(random):
+@pytest.mark.parametrize("around", [ConResLoss, ChainLoss])
+def test_own_losses_must_ignore_the_same_voxels(random, around):
     with pytest.raises(ValueError, match=r"ignores the label value 255, got ignore_index=\{.*'CrossEntropyLoss': -100"):
-        ConResLoss(DiceCELoss(softmax=True, to_onehot_y=True), ignore_index=IGNORE)
-    own = ConResLoss(DiceLoss(sigmoid=True, ignore_index=IGNORE), ignore_index=IGNORE)
+        around(DiceCELoss(softmax=True, to_onehot_y=True), ignore_index=IGNORE)
+    with pytest.raises(ValueError, match=r"got ignore_index=\{'GeneralizedDiceLoss': None\}; give it"):
+        around(DeepSupervisionLoss(GeneralizedDiceLoss(softmax=True, to_onehot_y=True)), ignore_index=IGNORE)
+    own = around(DiceLoss(sigmoid=True, ignore_index=IGNORE), ignore_index=IGNORE)
     output, label = case_of("sigmoid", classes_of(random), random)
     with pytest.raises(ValueError, match="class indices in one channel for an own loss with ignore_index"):
         own(output, label)
+
+
+def test_boundary_losses_refuse_ignored_voxels():
     with pytest.raises(ValueError, match="a boundary loss takes a label for each voxel"):
         CompoundBoundaryLoss(
             ConResLoss(sigmoid=True, ignore_index=IGNORE), DeviceBoundaryLoss(sigmoid=True), max_steps=2
