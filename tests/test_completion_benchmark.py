@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from monai_conres import ConResLoss
 from monai_conres.phantom import write_phantom_dataset
-from tests.test_benchmarks import ROOT, SMALL, STRIDES, label_of_two_classes, read_table
+from tests.test_benchmarks import ROOT, SMALL, STRIDES, read_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 import completion
@@ -109,31 +108,6 @@ def test_chain_methods_agree_with_a_perfect_network():
         assert complete.next([4]) != 4
 
 
-@pytest.mark.parametrize("name", completion.ARMS)
-def test_completion_arm_predicts_what_its_methods_need(name):
-    arm = completion.ARMS[name]
-    torch.manual_seed(0)
-    network = completion.build(arm, 1, 3, SMALL, STRIDES)
-    output = network(torch.randn(2, 1, 16, 16, 24))
-    completion.Losses(arm)(output, label_of_two_classes(16, 16, 24), True).backward()
-    assert all(p.grad is not None for n, p in network.named_parameters() if "residual_head" in n or "heads.0" in n)
-    own = any(completion.CHAINS.get(method, completion.Method()).residual == "own" for method in arm.methods)
-    assert own == (arm.context != "none" or arm.plain_head)
-    if own:
-        segmentation, residual = network.eval().with_residual(torch.randn(1, 1, 16, 16, 24))
-        assert (segmentation.shape[1], residual.shape[1]) == (3, 2)
-
-
-def test_second_half_adds_its_loss():
-    label = label_of_two_classes(16, 16, 24)
-    output = completion.build(completion.ARMS["conres"], 1, 3, SMALL, STRIDES)(torch.randn(2, 1, 16, 16, 24))
-    joint = ConResLoss(softmax=True)
-    added = joint.segmentation_loss(output.segmentation, label)
-    for second, weight in ((False, 0), (True, 1)):
-        got = completion.Losses(completion.ARMS["conres_double"])(output, label, second)
-        torch.testing.assert_close(got, joint(output, label) + weight * added)
-
-
 def test_report_compares_ways_by_case_fold_and_seed(tmp_path):
     experiment = completion.Experiment("toy_completion", tmp_path, completion.COLUMNS)
     for seed in (0, 1):
@@ -181,6 +155,26 @@ def test_completion_benchmark_runs_and_continues(tmp_path):
     assert (tmp_path / "completion.png").exists()
     rows = read_table(tmp_path / "results/toy_completion.csv")
     assert {(row["arm"], row["method"]) for row in rows} >= {("conres", "both"), ("baseline", "interpolation")}
+
+
+@pytest.mark.slow
+def test_cascade_takes_the_predictions_of_all_folds(tmp_path):
+    write_phantom_dataset(tmp_path / "Task00_Phantom", cases=5, size=(24, 24, 20))
+    command = [sys.executable, str(ROOT / "examples/benchmarks/completion.py"), "toy_completion", "--short"]
+    command += ["--data", str(tmp_path / "Task00_Phantom"), "--iterations", "1", "--folder", str(tmp_path)]
+    cascade = [*command, "--folds", "0", "--arms", "cascade", "cascade_segmentation"]
+    failed = subprocess.run(cascade, cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "run the arm conres of all folds first" in failed.stderr
+    subprocess.run([*command, "--arms", "conres"], check=True, cwd=tmp_path)
+    subprocess.run(cascade, check=True, cwd=tmp_path)
+    runs = tmp_path / "runs/toy_completion"
+    assert {file.name for file in runs.glob("cascade*.json")} == {
+        "cascade_fold0_seed0.json",
+        "cascade_segmentation_fold0_seed0.json",
+    }
+    predicted = [name for fold in range(5) for name in torch.load(runs / f"first_fold{fold}_seed0.pt")]
+    assert len(predicted) == len(set(predicted)) == 5  # each scan once
 
 
 def test_auroc_counts_ordered_pairs():

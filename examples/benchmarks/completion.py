@@ -4,7 +4,8 @@
     python examples/benchmarks/completion_report.py hippocampus_completion
 
 The first argument names the experiment, as in ablation.py: runs that have a result are skipped, several commands can
-run at the same time, and all arms of one seed see the same patches. The weights of a run stay next to its result.
+run at the same time, and all arms of one seed see the same patches. The weights of a run stay next to its result. The
+arms are in arms.py.
 
 Definitions, which were written before the first run:
 
@@ -17,6 +18,8 @@ Definitions, which were written before the first run:
   half of its slices counts as all slices.
 - The settings of the chain are fitted on training cases, one fit for each trained network and method, for all numbers
   of drawn slices.
+- A cascade gets what the networks ``conres`` of the same seed predict, each scan by the network that was not trained
+  on it.
 - Primary endpoint: 1, 2 and 3 evenly spaced slices, ``both`` of the arm ``conres`` against methods without a residual
   decoder.
 """
@@ -26,9 +29,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,12 +40,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 from ablation import SIZES, augmentation, batches, preparation
+from arms import ARMS, FULL, Arm, Losses, build, first_half, has_residuals
 from experiment import Experiment
 from monai.data import CacheDataset, Dataset
 from monai.inferers import SlidingWindowInferer
 from monai.networks import one_hot
-from monai.transforms import Compose
-from monai.utils import optional_import
+from monai.transforms import Compose, Transform
+from monai.utils import convert_to_dst_type, optional_import
 from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt, shift
 from torch.optim.lr_scheduler import PolynomialLR
 from tqdm import tqdm
@@ -50,11 +54,7 @@ from tqdm import tqdm
 from monai_conres import (
     BratsHausdorffDistanceMetric,
     BratsSurfaceDiceMetric,
-    ChainLoss,
     ChainSettings,
-    ConResLoss,
-    ConResNet,
-    ConResOutput,
     complete_mask,
     fit_chain,
     inter_slice_residual,
@@ -66,9 +66,11 @@ from monai_conres.bundle import Computation, DecathlonDatalist, read_decathlon, 
 from monai_conres.chain import potentials
 from monai_conres.files import atomic_path
 
+itk, has_itk = optional_import("itk")  # and itk-morphologicalcontourinterpolation
 NUMBERS = (1, 2, 3, 5)  # of drawn slices
 TARGETS = (0.90, 0.95)
 FIT_CASES = 10
+FOLDS = 5
 COLUMNS = (
     *("arm", "fold", "seed", "seconds", "case", "method", "settings", "even_0"),
     *(f"{kind}_{number}" for kind in ("even", "next") for number in NUMBERS),
@@ -76,86 +78,6 @@ COLUMNS = (
     *(f"until_{round(100 * target)}" for target in TARGETS),
     *("eroded_3", "dilated_3", "shifted_3", "slices", "completion_seconds"),
 )
-
-
-class PlainHead(nn.Module):
-    """A control without residual decoder: the baseline, and a 1x1x1 convolution on its last features."""
-
-    def __init__(self, network: ConResNet) -> None:
-        super().__init__()
-        self.network = network
-        self.residual_head = nn.Conv3d(network.head.in_channels, network.head.out_channels - 1, kernel_size=1)
-        self.residual: torch.Tensor | None = None
-        network.head.register_forward_pre_hook(self._predict)
-
-    def _predict(self, module: nn.Module, features: tuple[torch.Tensor]) -> None:
-        self.residual = self.residual_head(features[0])
-
-    def forward(self, image: torch.Tensor) -> ConResOutput | torch.Tensor:
-        output = self.with_residual(image)
-        return ConResOutput(output[0], output[1:]) if self.training else output[0]
-
-    def with_residual(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        segmentation = self.network.heads(image).segmentation
-        residual, self.residual = self.residual, None
-        assert residual is not None
-        return segmentation, residual
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to build and to train a network."""
-
-    methods: tuple[str, ...]  # what completes a case, see CHAINS
-    context: str = "attention"
-    plain_head: bool = False
-    second_half: str = ""  # what is added to the loss there: "chain" or "segmentation"
-
-
-itk, has_itk = optional_import("itk")  # and itk-morphologicalcontourinterpolation
-# other: neither a network's residual nor the slice chain
-OTHER = ("interpolation", "contours", "random_walker")
-ARMS = {
-    "baseline": Arm(("network", "constant", "image", "derived", *OTHER), "none"),
-    "conres": Arm(("network", "constant", "image", "residual", "both")),
-    # the second half of the training adds the segmentation loss of the chain's marginals
-    "conres_chain": Arm(("network", "image", "both"), second_half="chain"),
-    # its control: the second half adds the segmentation loss once more
-    "conres_double": Arm(("network", "image", "both"), second_half="segmentation"),
-    "plain_head": Arm(("network", "image", "residual", "both"), "none", plain_head=True),
-    "plain_head_chain": Arm(("network", "image", "both"), "none", plain_head=True, second_half="chain"),
-}
-
-
-def first_half(arm: Arm) -> str:
-    """The arm whose first half of the training is that of ``arm``."""
-    return "plain_head" if arm.plain_head else "baseline" if arm.context == "none" else "conres"
-
-
-def build(arm: Arm, in_channels: int, classes: int, size: dict[str, Any], strides: tuple) -> nn.Module:
-    """The network of an arm. ``classes`` counts the background."""
-    options = {"channels": size["channels"], "blocks": size["blocks"], "strides": strides, "context": arm.context}
-    network = ConResNet(in_channels, classes, include_background=False, **options)
-    return PlainHead(network) if arm.plain_head else network
-
-
-class Losses:
-    """The loss of an arm, and what its second half adds."""
-
-    def __init__(self, arm: Arm) -> None:
-        self.joint = ConResLoss(softmax=True)
-        self.chain = ChainLoss(self.joint.segmentation_loss)
-        self.second_half = arm.second_half
-
-    def __call__(self, output: ConResOutput | torch.Tensor, label: torch.Tensor, is_second: bool) -> torch.Tensor:
-        if isinstance(output, torch.Tensor):
-            return self.joint.segmentation_loss(output, label)
-        loss = self.joint(output, label)
-        if is_second and self.second_half == "chain":
-            loss = loss + self.chain(output, label)
-        elif is_second and self.second_half == "segmentation":
-            loss = loss + self.joint.segmentation_loss(output.segmentation, label)
-        return loss
 
 
 def train(
@@ -166,7 +88,7 @@ def train(
     optimizer = torch.optim.Adam(network.parameters(), lr=size["rate"])
     schedule = PolynomialLR(optimizer, total_iters=size["iterations"], power=0.9)
     states = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    middle, losses = size["iterations"] // 2, Losses(arm)
+    middle, losses = size["iterations"] // 2, Losses(arm, network)
     device = next(network.parameters()).device
     computation = Computation.on(device)
     begin = 0
@@ -210,7 +132,6 @@ CHAINS = {
     "both": Method("own", image=True),
 }
 INDEPENDENT = ChainSettings(tau=1.0, residual_scale=0.0, image_contrast=0.0, offset=0.0)  # no slice knows another one
-FULL = ("network", "image", "both")  # methods that are measured in every way
 LARGE = 400_000  # voxels that are too many for the random walker
 # drawing slice by slice takes a completion for each slice: only with seed 0
 DRAWN_ARMS = ("baseline", "conres")
@@ -253,7 +174,7 @@ def predict(network: nn.Module, dataset: Dataset, patch: tuple) -> Iterator[Case
     network.eval()
     for case in dataset:
         image = case["image"][None].as_tensor()
-        if getattr(network, "context", "") == "none":
+        if not has_residuals(network):
             segmentation, residual = inferer(image.to(device), network).cpu(), None
         else:
             outputs = predict_with_residual(image.to(device), network, inferer, spatial_axis=-1)
@@ -540,8 +461,55 @@ def plan(data: DecathlonDatalist, settings: Mapping[str, Any]) -> tuple[list, tu
     return prepare, *training_plan(shape, spacing, max_voxels=settings["max_voxels"], levels=levels)
 
 
+class AddPredictions(Transform):
+    """What the first network of a cascade predicted becomes further channels of the image: probabilities.
+
+    Args:
+        predictions: for each case of all folds, logits of ``segmentation`` and ``residual``.
+        parts: the names of those that are wanted.
+    """
+
+    def __init__(self, predictions: Mapping[str, Mapping[str, torch.Tensor]], parts: Sequence[str]) -> None:
+        self.predictions, self.parts = predictions, parts
+
+    def __call__(self, case: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        logits = self.predictions[case["name"]]
+        probabilities = {
+            "segmentation": logits["segmentation"].softmax(0)[1:],
+            "residual": logits["residual"].sigmoid(),
+        }
+        image = torch.cat([case["image"].as_tensor(), *(probabilities[part] for part in self.parts)])
+        return {**case, "image": convert_to_dst_type(image, case["image"])[0]}
+
+
+def first_predictions(
+    experiment: Experiment, data: DecathlonDatalist, prepare: list, patch: tuple, build_first: Callable, seed: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Logits of each scan, by the network ``conres`` of the fold that has the scan for validation."""
+    predictions: dict[str, dict[str, torch.Tensor]] = {}
+    for fold in range(FOLDS):
+        file = experiment.run_file(("first", fold, seed)).with_suffix(".pt")
+        weights = experiment.run_file(("conres", fold, seed)).with_suffix(".pt")
+        with experiment.claim(("first", fold, seed), wait_for=file):
+            if not file.exists():
+                if not weights.exists():
+                    raise ValueError(f"expected {weights}, for the cascade; run the arm conres of all folds first.")
+                network = build_first()
+                network.load_state_dict(torch.load(weights, map_location=next(network.parameters()).device)["network"])
+                cases = predict(network, Dataset(data.split(fold)[1], Compose(prepare)), patch)
+                logits = {
+                    case.name: {"segmentation": case.segmentation[0].half(), "residual": case.residual[0].half()}
+                    for case in cases
+                }
+                with atomic_path(file) as temporary:
+                    torch.save(logits, temporary)
+        for name, parts in torch.load(file).items():
+            predictions[name] = {part: value.float() for part, value in parts.items()}
+    return predictions
+
+
 def main() -> None:
-    parser = make_parser(__doc__, list(ARMS), range(5))
+    parser = make_parser(__doc__, list(ARMS), range(FOLDS))
     parser.add_argument("--short", action="store_true", help=f"only Dice of evenly spaced slices, of {', '.join(FULL)}")
     options, experiment, settings, size, data = start(parser, COLUMNS)
     classes = len(data.classes)
@@ -551,13 +519,24 @@ def main() -> None:
         if not runs:
             continue
         training, validation = (cases[: options.cases] for cases in data.split(fold))
-        training_set = CacheDataset(training, Compose(prepare + augmentation(patch, classes)), progress=False)
         fit_cases = training[:: max(1, len(training) // FIT_CASES)][:FIT_CASES]
-        fit_set, validation_set = (Dataset(cases, Compose(prepare)) for cases in (fit_cases, validation))
+        cached: tuple | None = None
         for name, _, seed in experiment.claimed(runs):
             arm, title = ARMS[name], f"{name}, fold {fold}, seed {seed}"
-            seed_everything(seed)
-            network = build(arm, data.channels, classes, size, strides).to(options.device)
+
+            def make(arm: Arm, seed: int = seed) -> nn.Module:
+                seed_everything(seed)
+                return build(arm, data.channels, classes, size, strides).to(options.device)
+
+            read = list(prepare)
+            if arm.cascade:
+                first = first_predictions(experiment, data, prepare, patch, partial(make, ARMS["conres"]), seed)
+                read.append(AddPredictions(first, arm.cascade))
+            if cached != (key := (arm.cascade, seed) if arm.cascade else ()):
+                training_set = CacheDataset(training, Compose(read + augmentation(patch, classes)), progress=False)
+                cached = key
+            fit_set, validation_set = (Dataset(cases, Compose(read)) for cases in (fit_cases, validation))
+            network = make(arm)
             weights = experiment.run_file((name, fold, seed)).with_suffix(".pt")
             if weights.exists():
                 saved = torch.load(weights, map_location=options.device)
