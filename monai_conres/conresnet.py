@@ -18,10 +18,9 @@ from monai_conres.layers import (
     NormActConv,
     PreActivationBlock,
     WeightStandardizedConv3d,
-    add_into,
     resize_features,
-    without_metadata,
 )
+from monai_conres.operations import add_into, without_metadata
 from monai_conres.renamed import OldAttribute, refuse_old_arguments
 from monai_conres.residual import slice_dim
 

@@ -19,13 +19,11 @@ from monai_conres.layers import (
     DEFAULT_NORM,
     NormActConv,
     WeightStandardizedConv3d,
-    add_into,
-    gate_features,
     in_turn,
     norm_layer,
     resize_features,
-    sigmoid_change,
 )
+from monai_conres.operations import add_into, gate_features, sigmoid_change
 from monai_conres.renamed import refuse_old_arguments
 from monai_conres.residual import inter_slice_residual, slice_dim
 

@@ -1,8 +1,8 @@
 """Group normalization and weight standardization in Triton, which torch brings along on a GPU.
 
-``layers.py`` decides when these functions are used. Each direction of the normalization takes two launches, which read
-the features once each. Features are contiguous, ``(b, c, *spatial)``; a row is one channel of one volume. Each row is
-cut into parts, so that a batch of one volume has work for the whole GPU. Statistics are in float32, from sums of
+``operations.py`` decides when these functions are used. Each direction of the normalization takes two launches, which
+read the features once each. Features are contiguous, ``(b, c, *spatial)``; a row is one channel of one volume. Each row
+is cut into parts, so that a batch of one volume has work for the whole GPU. Statistics are in float32, from sums of
 squared deviations, so that a large mean does no harm.
 """
 

@@ -11,7 +11,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedTrainer
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 
-from monai_conres import ConResLoss, ConResNet, layers
+from monai_conres import ConResLoss, ConResNet, inter_slice_residual, layers, operations
 from monai_conres.bundle import Computation
 
 DEVICE = "cuda"
@@ -35,7 +35,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 def test_group_norm_is_close_to_float64(dtype, layout, scale, offset, with_triton, monkeypatch):
     torch.manual_seed(0)
     if not with_triton:
-        monkeypatch.setattr(layers, "triton_kernels", lambda x: None)
+        monkeypatch.setattr(operations, "triton_kernels", lambda x: None)
     elif layout == torch.channels_last_3d:
         pytest.skip("Triton's kernels read contiguous features")
     norm = layers.GroupNorm(8, 32).to(DEVICE)
@@ -63,7 +63,7 @@ def test_group_norm_is_close_to_float64(dtype, layout, scale, offset, with_trito
 def test_triton_normalizes_every_size(shape, affine):
     torch.manual_seed(0)
     x = torch.randn(shape, device=DEVICE) + 2
-    assert layers.triton_kernels(x) is not None
+    assert operations.triton_kernels(x) is not None
     norm = layers.GroupNorm(2, shape[1], affine=affine).to(DEVICE)
     exact = x.double().requires_grad_()
     got, want = norm(x.requires_grad_()), F.group_norm(exact, 2)
@@ -84,8 +84,8 @@ def test_equations_4_and_6_equal_their_definitions(dtype):
     features, logits = torch.randn(2, 1, 8, 9, 10, 11, device=DEVICE).to(dtype)
     inputs = features.requires_grad_(), logits.requires_grad_()
     pairs = (
-        (lambda f, x: layers.sigmoid_change(f) + x, lambda f, x: layers.inter_slice_residual(f.sigmoid()) + x),
-        (layers.gate_features, lambda f, x: f * (1 + x.sigmoid())),
+        (lambda f, x: operations.sigmoid_change(f) + x, lambda f, x: inter_slice_residual(f.sigmoid()) + x),
+        (operations.gate_features, lambda f, x: f * (1 + x.sigmoid())),
     )
     for ours, definition in pairs:
         got, want = ours(*inputs), definition(*inputs)
@@ -178,7 +178,7 @@ def test_training_step_needs_no_more_memory_than_torchs_own_norm(monkeypatch):
 
     peak()  # the workspace of cuDNN
     ours = peak()
-    monkeypatch.setattr(layers, "on_accelerator", lambda x: False)
+    monkeypatch.setattr(operations, "on_accelerator", lambda x: False)
     assert ours <= peak()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_conres import ConResNet, layers
+from monai_conres import ConResNet, layers, operations
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -23,8 +23,8 @@ def norm_in_triton(monkeypatch):
     """Let a CPU take the path of a GPU. Small features have several parts, of several blocks."""
     monkeypatch.setattr(kernels, "BLOCK", 64)
     monkeypatch.setattr(kernels, "PROGRAMS", 50)
-    monkeypatch.setattr(layers, "on_accelerator", lambda x: True)
-    monkeypatch.setattr(layers, "triton_kernels", lambda x: kernels)
+    monkeypatch.setattr(operations, "on_accelerator", lambda x: True)
+    monkeypatch.setattr(operations, "triton_kernels", lambda x: kernels)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_filters_are_standardized_as_by_torch(norm_in_triton, dtype):
     torch.manual_seed(0)
     convolution = layers.WeightStandardizedConv3d(3, 5)
     gradient = torch.randn(convolution.weight.shape).to(dtype)
-    filters = layers.StandardizeFilters.apply(convolution.weight, convolution.gain, convolution.eps, dtype, kernels)
+    filters = operations.StandardizeFilters.apply(convolution.weight, convolution.gain, convolution.eps, dtype, kernels)
     (got,) = torch.autograd.grad(filters, convolution.weight, gradient)
     exact = convolution.weight.detach().double().flatten(1).requires_grad_()
     mean, deviation = exact.mean(1, keepdim=True), (exact.var(1, keepdim=True) + convolution.eps).sqrt()
@@ -106,25 +106,25 @@ def test_network_in_triton_trains_as_with_torch(norm_in_triton, monkeypatch):
         return torch.cat([output.segmentation.flatten(), *(p.grad.flatten() for p in network.parameters())])
 
     ours = run()
-    monkeypatch.setattr(layers, "triton_kernels", lambda x: None)
+    monkeypatch.setattr(operations, "triton_kernels", lambda x: None)
     torch.testing.assert_close(ours, run(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
 def untried():
-    layers._tried_kernels.cache_clear()
+    operations._tried_kernels.cache_clear()
     yield
-    layers._tried_kernels.cache_clear()
+    operations._tried_kernels.cache_clear()
 
 
 def test_kernels_are_used_after_a_trial(untried):
-    assert layers._tried_kernels(torch.device("cpu")) is kernels
+    assert operations._tried_kernels(torch.device("cpu")) is kernels
 
 
 def test_torch_normalizes_without_triton(untried, monkeypatch):
     monkeypatch.setitem(sys.modules, "monai_conres.kernels", None)  # importing it fails
     monkeypatch.delattr("monai_conres.kernels", raising=False)
-    assert layers._tried_kernels(torch.device("cpu")) is None
+    assert operations._tried_kernels(torch.device("cpu")) is None
 
 
 def test_a_warning_says_why_triton_does_not_run(untried, monkeypatch):
@@ -133,4 +133,4 @@ def test_a_warning_says_why_triton_does_not_run(untried, monkeypatch):
 
     monkeypatch.setattr(kernels, "group_norm", fail)
     with pytest.warns(UserWarning, match="Triton does not run on cpu, so that group norm.*RuntimeError: Failed to"):
-        assert layers._tried_kernels(torch.device("cpu")) is None
+        assert operations._tried_kernels(torch.device("cpu")) is None

@@ -123,7 +123,7 @@ def count(network: nn.Module, shape: tuple[int, ...], *, autocast: bool = True, 
         autocast: True counts autocast to bfloat16 on CUDA.
         step: True counts forward and backward pass in ``train()``.
     """
-    with mock.patch("monai_conres.layers.triton_kernels", kernels_for):  # a mock would keep the tensors
+    with mock.patch("monai_conres.operations.triton_kernels", kernels_for):  # a mock would keep the tensors
         return _count(network.to("meta").train(step), shape, autocast, step)
 
 
