@@ -6,7 +6,8 @@ Triton are imitated, because the meta device has neither.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -52,33 +53,6 @@ class Autocast(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class Kernels:
-    """In the place of ``monai_conres.kernels``: as many launches, which read and write as many bytes."""
-
-    @staticmethod
-    def group_norm(
-        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
-    ) -> tuple[torch.Tensor, ...]:
-        return x.clone(), x.flatten(2).sum(2, dtype=torch.float32)
-
-    @staticmethod
-    def group_norm_backward(grad: torch.Tensor, x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-        products = [part.flatten(2).sum((0, 2), dtype=torch.float32) for part in (grad, x)]
-        return x + grad, *products
-
-    @staticmethod
-    def standardize(weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtype) -> torch.Tensor:
-        return weight.to(dtype, copy=True)
-
-    @staticmethod
-    def standardize_backward(grad: torch.Tensor, weight: torch.Tensor, *_: float) -> torch.Tensor:
-        return weight + grad
-
-
-def kernels_for(x: torch.Tensor) -> type[Kernels]:
-    return Kernels
-
-
 class Counter(TorchDispatchMode):
     """Counts operations, the bytes that they move, and the bytes alive."""
 
@@ -86,6 +60,11 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.operations = self.moved = self.peak = 0
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def launch(self, read: Iterable[torch.Tensor], written: Iterable[torch.Tensor]) -> None:
+        """Count one operation."""
+        self.operations += 1
+        self.moved += sum(map(size_in_memory, (*read, *written)))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -100,10 +79,39 @@ class Counter(TorchDispatchMode):
         name = function._schema.name.partition("::")[2]
         if results and not is_view and name not in ALLOCATIONS:
             given = tree_leaves((args, {key: value for key, value in kwargs.items() if key != "out"}))
-            inputs = [x for x in given if isinstance(x, torch.Tensor)][name in WITHOUT_READING :]
-            self.operations += 1
-            self.moved += sum(map(size_in_memory, inputs)) + sum(map(size_in_memory, results))
+            self.launch([x for x in given if isinstance(x, torch.Tensor)][name in WITHOUT_READING :], results)
         return output
+
+
+class Kernels:
+    """In the place of ``monai_conres.kernels``: as many launches, which read and write as many bytes."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter = counter
+
+    def group_norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
+    ) -> tuple[torch.Tensor, ...]:
+        y, statistics = torch.empty_like(x), x.new_empty(2, x.shape[0] * groups, dtype=torch.float32)
+        self.counter.launch([x], [statistics])
+        self.counter.launch([x], [y])
+        return y, statistics
+
+    def group_norm_backward(self, grad: torch.Tensor, x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+        of_x, products = torch.empty_like(x), x.new_empty(2, *x.shape[:2], dtype=torch.float32)
+        self.counter.launch([x, grad], [products])
+        self.counter.launch([x, grad], [of_x])
+        return of_x, *(products.sum(1) if len(x) > 1 else products[:, 0]).unbind()
+
+    def standardize(self, weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtype) -> torch.Tensor:
+        filters = torch.empty_like(weight, dtype=dtype)
+        self.counter.launch([weight], [filters])
+        return filters
+
+    def standardize_backward(self, grad: torch.Tensor, weight: torch.Tensor, *_: float) -> torch.Tensor:
+        of_weight = torch.empty_like(weight)
+        self.counter.launch([weight, grad], [of_weight])
+        return of_weight
 
 
 def size_in_memory(x: torch.Tensor) -> int:
@@ -112,6 +120,15 @@ def size_in_memory(x: torch.Tensor) -> int:
     for size, stride in zip(x.shape, x.stride(), strict=True):
         values *= size if stride else 1
     return values * x.element_size()
+
+
+def kernels_count(counter: Counter) -> AbstractContextManager:
+    """The package takes kernels that the counter counts."""
+
+    def kernels(x: torch.Tensor) -> Kernels:
+        return Kernels(counter)
+
+    return mock.patch("monai_conres.operations.triton_kernels", kernels)
 
 
 def count(network: nn.Module, shape: tuple[int, ...], *, autocast: bool = True, step: bool = False) -> Count:
@@ -123,11 +140,7 @@ def count(network: nn.Module, shape: tuple[int, ...], *, autocast: bool = True, 
         autocast: True counts autocast to bfloat16 on CUDA.
         step: True counts forward and backward pass in ``train()``.
     """
-    with mock.patch("monai_conres.operations.triton_kernels", kernels_for):  # a mock would keep the tensors
-        return _count(network.to("meta").train(step), shape, autocast, step)
-
-
-def _count(network: nn.Module, shape: tuple[int, ...], autocast: bool, step: bool) -> Count:
+    network = network.to("meta").train(step)
     own = {id(parameter.untyped_storage()) for parameter in network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -139,9 +152,9 @@ def _count(network: nn.Module, shape: tuple[int, ...], autocast: bool, step: boo
 
     image = torch.empty(shape, device="meta")
     if not step:
-        with torch.no_grad():
+        with torch.no_grad(), kernels_count(Counter()):
             network(image)  # a network may keep what it computes once
-    with Counter() as counter:
+    with Counter() as counter, kernels_count(counter):
         with (
             Autocast() if autocast else nullcontext(),
             torch.set_grad_enabled(step),
