@@ -19,6 +19,7 @@ from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_no
 from monai_conres.operations import (
     add_into,
     autocasts,
+    convolution_dtype,
     convolve,
     filters_for_convolution,
     group_norm,
@@ -109,7 +110,7 @@ class WeightStandardizedConv3d(nn.Conv3d):
         settings = self.weight, self.gain, self.eps
         if not holds_values(self.weight) or not is_plain_eager(self.weight):
             return filters_for_convolution(*settings)
-        dtype = torch.get_autocast_dtype(self.weight.device.type) if autocasts(self.weight) else self.weight.dtype
+        dtype = convolution_dtype(self.weight)
         if self.training or torch.is_grad_enabled():
             return filters_for_convolution(*settings, dtype)
         weight = self.weight.detach()  # keeps the memory, so that its address belongs to no other tensor

@@ -73,6 +73,11 @@ class StandardizeFilters(torch.autograd.Function):
         return ctx.kernels.standardize_backward(grad, weight, *ctx.settings), *(None,) * 4
 
 
+def convolution_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The precision of a convolution with the filters ``weight``."""
+    return torch.get_autocast_dtype(weight.device.type) if autocasts(weight) else weight.dtype
+
+
 def fast_layout(weight: torch.Tensor) -> torch.Tensor:
     """``weight`` with its channels last on a CPU, so that convolutions return features in that layout."""
     if weight.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():

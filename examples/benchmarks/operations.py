@@ -6,8 +6,8 @@ Triton are imitated, because the meta device has neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -122,13 +122,18 @@ def size_in_memory(x: torch.Tensor) -> int:
     return values * x.element_size()
 
 
-def kernels_count(counter: Counter) -> AbstractContextManager:
-    """The package takes kernels that the counter counts."""
+@contextmanager
+def as_on_a_gpu(counter: Counter, dtype: torch.dtype) -> Iterator[None]:
+    """The package takes kernels, which the counter counts, and filters of ``dtype``."""
 
     def kernels(x: torch.Tensor) -> Kernels:
         return Kernels(counter)
 
-    return mock.patch("monai_conres.operations.triton_kernels", kernels)
+    with (
+        mock.patch("monai_conres.operations.triton_kernels", kernels),  # a mock of its own would keep the tensors
+        mock.patch("monai_conres.layers.convolution_dtype", return_value=dtype),
+    ):
+        yield
 
 
 def count(network: nn.Module, shape: tuple[int, ...], *, autocast: bool = True, step: bool = False) -> Count:
@@ -141,6 +146,7 @@ def count(network: nn.Module, shape: tuple[int, ...], *, autocast: bool = True, 
         step: True counts forward and backward pass in ``train()``.
     """
     network = network.to("meta").train(step)
+    dtype, context = (torch.bfloat16, Autocast) if autocast else (torch.float32, nullcontext)
     own = {id(parameter.untyped_storage()) for parameter in network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -152,11 +158,11 @@ def count(network: nn.Module, shape: tuple[int, ...], *, autocast: bool = True, 
 
     image = torch.empty(shape, device="meta")
     if not step:
-        with torch.no_grad(), kernels_count(Counter()):
+        with torch.no_grad(), as_on_a_gpu(Counter(), dtype), context():
             network(image)  # a network may keep what it computes once
-    with Counter() as counter, kernels_count(counter):
+    with Counter() as counter, as_on_a_gpu(counter, dtype):
         with (
-            Autocast() if autocast else nullcontext(),
+            context(),
             torch.set_grad_enabled(step),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
