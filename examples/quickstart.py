@@ -121,6 +121,11 @@ def complete(
     return completed[0], number
 
 
+def mean_dice(one: torch.Tensor, other: torch.Tensor, counted: torch.Tensor) -> float:
+    """Mean Dice over the channels. It is NaN where no voxel counts."""
+    return compute_dice(one, other, ignore_empty=False).mean().item() if counted.any() else float("nan")
+
+
 def evaluate(trained: TrainedNetwork, dataset: CacheDataset, title: str, device: str, ignore: int | None) -> list[dict]:
     """One row of values for each case. Voxels without a label do not count."""
     names = list(trained.scans.classes)
@@ -148,19 +153,16 @@ def evaluate(trained: TrainedNetwork, dataset: CacheDataset, title: str, device:
         # how well the changes from slice to slice are known, from the segmentation and from the residual decoder
         is_known = known_residuals(labelled[None])
         changes = [residual_mask(mask) * is_known for mask in masks]
-        row["Dice of residual masks (of the segmentation)"] = compute_dice(*changes, ignore_empty=False).mean().item()
+        row["Dice of residual masks (of the segmentation)"] = mean_dice(*changes, is_known)
         if residual is not None:
             # the loss gives a changed voxel about 4 times the weight of another: at 4 / (4 + 1) the odds are even
             found = (residual[None].sigmoid() > 0.8).float() * is_known
-            row["Dice of residual masks (predicted)"] = (
-                compute_dice(found, changes[1], ignore_empty=False).mean().item()
-            )
+            row["Dice of residual masks (predicted)"] = mean_dice(found, changes[1], is_known)
         completed, number = complete(logits, image.cpu(), label, ignore)
         others = torch.arange(label.shape[-1]) != number
         for name, labels in (("network", predicted), ("completed from it", completed)):
             pair = [channels(part.where(labelled, 0)[..., others]) for part in (labels, label)]
-            value = compute_dice(*pair, ignore_empty=False).mean().item()
-            row[f"Dice outside of one drawn slice ({name})"] = value
+            row[f"Dice outside of one drawn slice ({name})"] = mean_dice(*pair, labelled[..., others])
         rows.append(row)
     return rows
 
@@ -171,7 +173,8 @@ def table(rows: list[dict], totals: dict[str, dict]) -> str:
     for name in totals:
         own = [row for row in rows if row["network"] == name]
         for key in [key for key in own[0] if key not in ("network", "case")]:
-            values[name][key] = f"{sum(row[key] for row in own) / len(own):.3f}"
+            known = [row[key] for row in own if row[key] == row[key]]  # leaves out NaN
+            values[name][key] = f"{sum(known) / len(known):.3f}" if known else "-"
     names = list(totals)
     keys = sorted({key for name in names for key in values[name]}, key=list(values[names[-1]]).index)
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]

@@ -194,7 +194,8 @@ def load_label(file: File, values: Collection[int] | None = None) -> MetaTensor:
     if len(others):
         found = sorted(set(others[:100000].tolist()))
         raise ValueError(
-            f"expected the values {known} in {file}, got {found[:5]}; repair the file or take the case out."
+            f"expected the values {known} in {file}, got {found[:5]}; repair the file, take the case out, or "
+            "name the value of voxels without a label (--ignore, in Python ignore_index)."
         )
     return label
 

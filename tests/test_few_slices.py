@@ -75,7 +75,8 @@ def test_few_slices_takes_slices_along_any_axis(run, tmp_path):
         )
         nib.save(turned, file)
     printed = run("--data", data, "--out", tmp_path / "out", *SMALL)
-    assert "slices along the first axis have labels" in printed
+    planes = " and ".join(f"1 of {n} slices along the {axis} axis" for n, axis in ((14, "first"), (20, "second")))
+    assert f"{planes} and 1 of 16 slices along the third axis have labels: " in printed
     for file in (tmp_path / "out" / "completed").glob("*.nii.gz"):
         drawn, completed = voxels(data / "labelsTr" / file.name), voxels(file)
         assert completed.shape == (14, 20, 16)
@@ -93,10 +94,15 @@ def test_few_slices_refuses_scans_without_a_label(run, tmp_path):
         run("--data", data, "--out", tmp_path, *SMALL)
 
 
-def test_labelled_slices_names_the_axis_with_the_fewest():
+def test_labelled_slices_counts_drawn_slices_along_each_axis():
     label = torch.full((1, 4, 5, 8), 255)
-    label[:, 1:3, 2] = 0
+    label[:, 1:3, 2] = 0  # parts of one slice
     assert labelled_slices(label, 255) == "1 of 5 slices along the second axis, 10.0 % of the voxels"
+    label[:, :, 2] = 0
+    label[..., 3:5] = 1
+    expected = "1 of 5 slices along the second axis and 2 of 8 slices along the third axis, 40.0 % of the voxels"
+    assert labelled_slices(label, 255) == expected
+    assert labelled_slices(label.clamp(max=1), 255) == "4 of 4 slices along the first axis, 100.0 % of the voxels"
 
 
 # bundles and quick start
@@ -188,6 +194,16 @@ def test_quickstart_scores_labelled_voxels_only(run, tmp_path):
     label = voxels(data / "labelsTr" / f"{row['case']}.nii.gz")
     one, other = ((part == 1)[label != 255] for part in (predicted, label))
     assert float(row["Dice edema"]) == pytest.approx(2 * (one & other).sum() / (one.sum() + other.sum()), abs=2e-3)
+
+
+def test_quickstart_has_no_score_where_no_voxel_counts():
+    script = runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="quickstart")
+    empty = torch.zeros(1, 2, 3, 4, 5)
+    counted = torch.zeros(1, 3, 4, 5, dtype=torch.bool)
+    rows = [{"network": "a", "case": "1", "Dice": script["mean_dice"](empty, empty, counted)}]
+    assert "| Dice | - |" in script["table"](rows, {"a": {}})
+    rows.append({"network": "a", "case": "2", "Dice": script["mean_dice"](empty, empty, ~counted)})
+    assert "| Dice | 1.000 |" in script["table"](rows, {"a": {}})
 
 
 def test_completion_reads_labels_with_ignored_slices(tmp_path):

@@ -314,7 +314,10 @@ def _check_voxels(
     if case.get("label_header", True):
         check_same_grid([ensure_tuple(case["image"])[0], case["label"]])
     if ignore_index in values:
-        raise ValueError(f"expected ignore_index to be none of the classes {sorted(values)}, got {ignore_index}.")
+        raise ValueError(
+            f"expected ignore_index to be none of the classes {sorted(values)}, got {ignore_index}; give voxels "
+            "without a label another value, such as 255."
+        )
     label = load_label(case["label"], values if ignore_index is None else {*values, ignore_index})
     if label.shape[1:] != image.shape[1:]:
         raise ValueError(
@@ -333,6 +336,7 @@ def for_each(function: Callable, items: Iterable) -> list:
             results.append(function(item))
         except ValueError as error:
             errors.append(str(error))
+    errors = list(dict.fromkeys(errors))
     if errors:
         raise ValueError("\n".join(errors[:20] + [f"... and {len(errors) - 20} more."] * (len(errors) > 20)))
     return results

@@ -14,7 +14,9 @@ ORDINALS = ("first", "second", "third")
 
 
 def labelled_slices(label: torch.Tensor, ignore_index: int, file: Any = "the label map") -> str:
-    """How many slices of a label map ``(1, *spatial)`` have a label, along the axis along which the fewest have one.
+    """How many slices of a label map ``(1, *spatial)`` have a label, along each axis along which slices are drawn.
+
+    Where only parts of slices have a label, it is the axis along which the fewest slices have one.
 
     Raises:
         ValueError: when no voxel has a label. The error names ``file``.
@@ -30,12 +32,20 @@ def labelled_slices(label: torch.Tensor, ignore_index: int, file: Any = "the lab
         raise ValueError(
             f"expected a voxel with a label in {file}, got only {ignore_index}; draw a slice, or leave the scan out."
         )
-    counts = [int(labelled.movedim(axis, 0).flatten(1).any(1).sum()) for axis in range(labelled.ndim)]
-    axis = min(range(len(counts)), key=lambda number: counts[number] / labelled.shape[number])
-    share = 100 * labelled.float().mean().item()
-    return (
-        f"{counts[axis]} of {labelled.shape[axis]} slices along the {ORDINALS[axis]} axis, {share:.1f} % of the voxels"
-    )
+    axes = range(labelled.ndim)
+    slices = [labelled.movedim(axis, 0).flatten(1) for axis in axes]
+    whole = [part.all(1) for part in slices]
+    drawn = torch.zeros_like(labelled)
+    for axis in axes:
+        drawn.movedim(axis, 0)[whole[axis]] = True
+    if torch.equal(drawn, labelled) and not labelled.all():
+        counts = {axis: int(whole[axis].sum()) for axis in axes if whole[axis].any()}
+    else:
+        some = [int(part.any(1).sum()) for part in slices]
+        fewest = min(axes, key=lambda axis: some[axis] / labelled.shape[axis])
+        counts = {fewest: some[fewest]}
+    texts = [f"{n} of {labelled.shape[axis]} slices along the {ORDINALS[axis]} axis" for axis, n in counts.items()]
+    return f"{' and '.join(texts)}, {100 * labelled.float().mean().item():.1f} % of the voxels"
 
 
 def describe_labelled(found: Mapping[str, str]) -> Iterable[str]:
