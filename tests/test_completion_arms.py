@@ -18,6 +18,7 @@ from tests.test_benchmarks import SMALL, STRIDES, label_of_two_classes
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 import arms
 import completion
+import variants_report
 
 
 def build(name: str, channels: int = 1):
@@ -150,3 +151,27 @@ def test_predictions_become_channels_of_the_image():
     assert both.pixdim.tolist() == [2, 2, 5]
     assert completion.AddPredictions({"a": logits}, ("segmentation",))(case)["image"].shape[0] == 3
     assert image.shape[0] == 1
+
+
+def test_variants_are_compared_with_their_references(tmp_path):
+    experiment = completion.Experiment("sts_completion", tmp_path, completion.COLUMNS)
+    plain = {"baseline": 0.5, "conres": 0.75, "weight_0": 0.625, "cascade": 0.875}
+    for arm, value in plain.items():
+        for seed in (0, 1) if arm == "conres" else (0,):
+            methods = [method for method in arms.ARMS[arm].methods if method in arms.FULL]
+            cells = {"even_0": value, "even_1": value + 0.125}
+            rows = [
+                {"arm": arm, "fold": fold, "seed": seed, "case": f"c{fold}", "method": method, "slices": 9} | cells
+                for fold in range(2)
+                for method in methods
+            ]
+            for fold in range(2):
+                own = [row for row in rows if row["fold"] == fold]
+                experiment.write_run((arm, fold, seed), {"iterations": 1}, own)
+    text = variants_report.report([variants_report.Results.read("sts_completion", tmp_path)])
+    gain = "-0.125 [-0.125, -0.125]"
+    expected = f"| 1 | 0.625 | +0.125 [+0.125, +0.125] | `ConResNet` | {gain} | 0.750 | {gain} |"
+    assert f"| weight of the residual loss 0 {expected}" in text
+    assert "| `ConResNet` | 2 | 0.750 | +0.250 [+0.250, +0.250] | - | - | 0.875 | - |" in text
+    assert "| cascade | 1 | 0.875 | +0.375 [+0.375, +0.375] | its control | - | - | - |" in text
+    assert set(variants_report.VARIANTS) <= set(arms.ARMS)

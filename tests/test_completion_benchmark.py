@@ -208,6 +208,18 @@ def test_true_residuals_give_the_label_where_one_slice_is_certain():
     np.testing.assert_array_equal(why.with_true_residuals(case), label)
 
 
+def test_figure_of_the_networks_shows_the_means_of_the_table():
+    names = ("hippocampus_completion", "chaos_completion", "sts_completion")
+    rows = {name: read_table(why.table_file(completion.Experiment.folder, name)) for name in names}
+    gradients, gates, *_ = why.draw(rows).axes
+    table = (completion.Experiment.folder / "results/why.md").read_text().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")] for line in table]
+    cosine = [line.get_ydata()[-1] for line in gradients.lines[:6:2]]
+    assert [f"{value:.3f}" for value in cosine] == [row[3] for row in cells]
+    heights = [bar.get_height() for bar in gates.patches]
+    assert [f"{value:.3f}" for value in heights] == [cell for row in cells for cell in row[5:8]]
+
+
 @pytest.mark.slow
 def test_tables_of_completion_are_the_report_of_the_results(tmp_path):
     shutil.copytree(completion.Experiment.folder / "results", tmp_path / "results")

@@ -4,7 +4,8 @@
     python examples/benchmarks/why.py hippocampus_completion chaos_completion sts_completion    # only the tables
 
 It takes the weights of the arm ``conres`` that completion.py left in ``runs/NAME``, before, in the middle of and after
-the training, and writes one row for each network into ``results/NAME_why.csv`` and a table into ``results/why.md``.
+the training, and writes one row for each network into ``results/NAME_why.csv``, a table into ``results/why.md``, and a
+figure into ``docs/images/why.png``.
 
 - Gradients at the encoder, means over training patches: the size of the residual loss's gradient over that of the
   segmentation loss's, and their cosine.
@@ -22,7 +23,7 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from common import write_table
 from completion import ARMS, Case, build, dice, plan, predict
 from completion_report import title
 from experiment import Experiment
+from matplotlib.figure import Figure
 from monai.data import CacheDataset, Dataset
 from monai.metrics import DiceMetric
 from monai.networks import one_hot
@@ -43,6 +45,7 @@ from monai_conres import ConResLoss, ConResNet, residual_mask
 from monai_conres.bundle import read_decathlon, seed_everything
 from monai_conres.chain import best_labelling
 from monai_conres.files import write_csv
+from monai_conres.visualize import COLORS, save_figure
 
 PATCHES = 8
 CASES = 8  # of a fold, at most
@@ -153,21 +156,71 @@ def look_inside(network: ConResNet, cases: Dataset, patch: tuple) -> dict[str, f
     return {name: float(np.mean(numbers)) for name, numbers in values.items()}
 
 
+def draw(networks: Mapping[str, Sequence[Mapping[str, str]]]) -> Figure:
+    """Gradients over the training, gates, Dice and residual masks: means over the networks of each data set."""
+    means = {
+        title(name): {key: float(np.mean([float(row[key]) for row in rows])) for key in rows[0]}
+        for name, rows in networks.items()
+    }
+    figure = Figure(figsize=(10, 3.1), layout="constrained")
+    gradients, gates, dice, masks = figure.subplots(1, 4, width_ratios=(1.1, 1.1, 1, 0.8))
+    for (name, values), color in zip(means.items(), COLORS, strict=False):
+        for key, style in (("cosine", "o-"), ("ratio", "s:")):
+            points = [values[f"{key}_{when}"] for when in ("start", "half", "end")]
+            gradients.plot(
+                ("start", "half", "end"), points, style, color=color, label=name if key == "cosine" else None
+            )
+    gradients.plot([], [], "o-", color="0.4", label="cosine")
+    gradients.plot([], [], "s:", color="0.4", label="size: residual loss / segmentation loss")
+    gradients.set_title("gradients at the encoder", fontsize=9)
+    gradients.set_ylim(-0.1, None)
+    bars = {
+        gates: ("gates at the finest scale", ("gate_voxels", "gate_channels", "gate_auroc")),
+        dice: ("Dice, no drawn slice", ("dice_mean_gates", "dice", "dice_true_residuals")),
+        masks: ("Dice of residual masks", ("residual_predicted", "residual_derived")),
+    }
+    words = {
+        "gate_voxels": "spread over\nvoxels",
+        "gate_channels": "spread over\nchannels",
+        "gate_auroc": "AUROC for\ntrue mask",
+        "dice_mean_gates": "mean\ngates",
+        "dice": "network",
+        "dice_true_residuals": "true\nresiduals",
+        "residual_predicted": "decoder",
+        "residual_derived": "from\nsegmentation",
+    }
+    for axes, (text, keys) in bars.items():
+        for number, (values, color) in enumerate(zip(means.values(), COLORS, strict=False)):
+            offsets = np.arange(len(keys)) + 0.26 * (number - (len(means) - 1) / 2)
+            axes.bar(offsets, [values[key] for key in keys], width=0.24, color=color)
+        axes.set_title(text, fontsize=9)
+        axes.set_xticks(range(len(keys)), [words[key] for key in keys], fontsize=7)
+    gates.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
+    gates.text(2.45, 0.51, "chance", fontsize=6.5, color="0.4", ha="right")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=7)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", help="names of the experiments of completion.py")
     parser.add_argument("--data", type=Path, help="folder with dataset.json, of one experiment")
     parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for the figure")
     options = parser.parse_args()
     if options.data is not None:
         measure(Experiment(options.names[0], options.folder), options.data)
-    rows = []
+    rows, networks = [], {}
     for name in options.names:
         with table_file(options.folder, name).open(newline="") as file:
-            networks = list(csv.DictReader(file))
-        means = {text: f"{np.mean([float(row[key]) for row in networks]):.3f}" for key, text in COLUMNS.items()}
-        rows.append({"data": title(name), "networks": str(len(networks)), **means})
+            networks[name] = list(csv.DictReader(file))
+        means = {text: f"{np.mean([float(row[key]) for row in networks[name]]):.3f}" for key, text in COLUMNS.items()}
+        rows.append({"data": title(name), "networks": str(len(networks[name])), **means})
     print(write_table(options.folder / "results", "why", rows))
+    save_figure(draw(networks), options.out / "why.png")
 
 
 def table_file(folder: Path, name: str) -> Path:
