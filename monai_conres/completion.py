@@ -23,7 +23,7 @@ from monai_conres.chain_training import fit_chain
 from monai_conres.decoder import ConResDecoder
 from monai_conres.files import TrainedNetwork, check_same_grid, load_label
 from monai_conres.residual import slice_dim
-from monai_conres.scans import ScanSettings, label_values, paint_structures, structure_masks
+from monai_conres.scans import ScanSettings, check_ignored_value, label_values, paint_structures, structure_masks
 from monai_conres.volumes import HEADER
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
@@ -569,8 +569,7 @@ def _drawn_slices(
 ) -> tuple[list[int], list[int], torch.Tensor]:
     """The drawn slices, others with labels, and the label map ``(1, *spatial)`` in uint8 of the drawn ones."""
     allowed = [0, *sorted(label_values(scans.classes))]
-    if ignore_index in allowed or not 0 <= (ignore_index or 0) <= 255:
-        raise ValueError(f"expected ignore_index up to 255 that is none of {allowed}, got {ignore_index}.")
+    check_ignored_value(ignore_index, allowed)
     label = convert_to_tensor(load_label(file), track_meta=False)
     by_slice = label.movedim(axis + 1, 0)
     nothing = 0 if ignore_index is None else ignore_index  # what slices hold that are not drawn

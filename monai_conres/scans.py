@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from numbers import Integral
@@ -247,6 +247,15 @@ def label_values(structures: Structures) -> list[int]:
         [3, 2, 1]
     """
     return list(dict.fromkeys(value for values in structures.values() for value in values))
+
+
+def check_ignored_value(ignore_index: int | None, values: Collection[int]) -> None:
+    """Raise when the value of voxels without a label is one of the ``values`` in a label map, or not 0 to 255."""
+    if ignore_index in values or not 0 <= (ignore_index or 0) <= 255:
+        raise ValueError(
+            f"expected ignore_index up to 255 that is none of {sorted(values)}, got {ignore_index}; give voxels "
+            "without a label another value, such as 255."
+        )
 
 
 def structure_masks(label: torch.Tensor, structures: Structures, ignore_index: int | None = None) -> torch.Tensor:

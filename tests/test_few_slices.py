@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 
 from monai_conres import ConResNet, ConResOutput, complete_scan
 from monai_conres.__main__ import main
-from monai_conres.bundle import CaseReport, labelled_slices
+from monai_conres.bundle import CaseReport, labelled_slices, read_decathlon
 from monai_conres.completion import fit_completion
 from monai_conres.files import ScanSettings, load_network, save_network
 from monai_conres.phantom import write_phantom_brats, write_phantom_dataset
@@ -92,6 +92,14 @@ def test_few_slices_refuses_scans_without_a_label(run, tmp_path):
         nib.save(nib.Nifti1Image(np.full(label.shape, 255, np.uint8), label.affine), file)
     with pytest.raises(SystemExit, match=r"expected a voxel with a label in .*labelsTr.*, got only 255"):
         run("--data", data, "--out", tmp_path, *SMALL)
+
+
+@pytest.mark.parametrize("value", [1, -1, 300])
+def test_data_check_refuses_ignore_values_of_classes_or_no_label_file(tmp_path, value):
+    write_phantom_dataset(tmp_path / "data", cases=2, size=(12, 14, 10))
+    once = rf"^expected ignore_index up to 255 that is none of \[0, 1, 2, 3\], got {value}; give [^;]*, such as 255\.$"
+    with pytest.raises(ValueError, match=once):  # not for each case
+        read_decathlon(tmp_path / "data").check(ignore_index=value, progress=False)
 
 
 def test_labelled_slices_counts_drawn_slices_along_each_axis():

@@ -17,7 +17,7 @@ from monai.utils import ensure_tuple, optional_import
 
 from monai_conres.bundle.sparse import describe_labelled, labelled_slices
 from monai_conres.files import path_text
-from monai_conres.scans import Structures
+from monai_conres.scans import Structures, check_ignored_value
 from monai_conres.volumes import (
     NIFTI,
     check_same_grid,
@@ -313,11 +313,7 @@ def _check_voxels(
         return "no slices"
     if case.get("label_header", True):
         check_same_grid([ensure_tuple(case["image"])[0], case["label"]])
-    if ignore_index in values:
-        raise ValueError(
-            f"expected ignore_index to be none of the classes {sorted(values)}, got {ignore_index}; give voxels "
-            "without a label another value, such as 255."
-        )
+    check_ignored_value(ignore_index, values)
     label = load_label(case["label"], values if ignore_index is None else {*values, ignore_index})
     if label.shape[1:] != image.shape[1:]:
         raise ValueError(
