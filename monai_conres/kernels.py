@@ -1,4 +1,4 @@
-"""Group normalization and weight standardization in Triton, which torch brings along on a GPU.
+"""Group normalization, weight standardization, Eq. 4 and Eq. 6 in Triton, which torch brings along on a GPU.
 
 ``operations.py`` decides when these functions are used. Each direction of the normalization takes two launches, which
 read the features once each. Features are contiguous, ``(b, c, *spatial)``; a row is one channel of one volume. Each row
@@ -8,11 +8,22 @@ squared deviations, so that a large mean does no harm.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["group_norm", "group_norm_backward", "standardize", "standardize_backward"]
+__all__ = [
+    "gate_features",
+    "gate_features_backward",
+    "group_norm",
+    "group_norm_backward",
+    "sigmoid_change",
+    "sigmoid_change_backward",
+    "standardize",
+    "standardize_backward",
+]
 
 BLOCK = 2048  # values that a program has in hand
 PROGRAMS = 4096  # that share the work, about
@@ -178,6 +189,81 @@ def _standardize_backward(weight, grad, of_weight, size, gain, eps, LENGTH: tl.c
     tl.store(of_weight + index, gradient * (gain / tl.sqrt(variance)), mask=inside)
 
 
+@triton.jit
+def _change(x, y, voxels, chunk, span, inner, BLOCK: tl.constexpr):
+    """Change of the sigmoid since the slice before, in one part of a row.
+
+    The slice before lies ``inner`` values back. After ``span`` values a first slice comes again.
+    """
+    base = tl.program_id(0).to(tl.int64) * voxels
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(begin + chunk, voxels)
+    for start in range(begin, end, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < end
+        has_before = inside & (offsets % span >= inner)
+        value = tl.sigmoid(tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32))
+        before = tl.sigmoid(tl.load(x + base + offsets - inner, mask=has_before, other=0.0).to(tl.float32))
+        tl.store(y + base + offsets, tl.where(has_before, tl.abs(value - before), 0.0), mask=inside)
+
+
+@triton.jit
+def _sign(x):
+    """-1, 0, 1, or NaN for NaN."""
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+
+
+@triton.jit
+def _change_backward(x, grad, of_x, voxels, chunk, span, inner, BLOCK: tl.constexpr):
+    """The gradient: each value is in its own change and in that of the slice after it."""
+    base = tl.program_id(0).to(tl.int64) * voxels
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(begin + chunk, voxels)
+    for start in range(begin, end, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < end
+        position = offsets % span
+        has_before, has_after = inside & (position >= inner), inside & (position < span - inner)
+        value = tl.sigmoid(tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32))
+        before = tl.sigmoid(tl.load(x + base + offsets - inner, mask=has_before, other=0.0).to(tl.float32))
+        after = tl.sigmoid(tl.load(x + base + offsets + inner, mask=has_after, other=0.0).to(tl.float32))
+        own = tl.load(grad + base + offsets, mask=has_before, other=0.0).to(tl.float32)
+        next = tl.load(grad + base + offsets + inner, mask=has_after, other=0.0).to(tl.float32)
+        gradient = tl.where(has_before, _sign(value - before) * own, 0.0)
+        gradient -= tl.where(has_after, _sign(after - value) * next, 0.0)
+        tl.store(of_x + base + offsets, gradient * value * (1.0 - value), mask=inside)
+
+
+@triton.jit
+def _gate(features, logits, y, voxels, chunk, BLOCK: tl.constexpr):
+    """Features times one plus the sigmoid of the logits, in one part of a row."""
+    base = tl.program_id(0).to(tl.int64) * voxels
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(begin + chunk, voxels)
+    for start in range(begin, end, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < end
+        gate = tl.sigmoid(tl.load(logits + base + offsets, mask=inside, other=0.0).to(tl.float32))
+        value = tl.load(features + base + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + base + offsets, value + value * gate, mask=inside)
+
+
+@triton.jit
+def _gate_backward(features, logits, grad, of_features, of_logits, voxels, chunk, BLOCK: tl.constexpr):
+    """Both gradients of one part of a row."""
+    base = tl.program_id(0).to(tl.int64) * voxels
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(begin + chunk, voxels)
+    for start in range(begin, end, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < end
+        gate = tl.sigmoid(tl.load(logits + base + offsets, mask=inside, other=0.0).to(tl.float32))
+        value = tl.load(features + base + offsets, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.load(grad + base + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(of_features + base + offsets, gradient + gradient * gate, mask=inside)
+        tl.store(of_logits + base + offsets, gradient * value * gate * (1.0 - gate), mask=inside)
+
+
 def _parts(rows: int, voxels: int) -> tuple[int, int]:
     """Parts of a row, and the values of a part."""
     blocks = -(-voxels // BLOCK)
@@ -243,3 +329,55 @@ def standardize_backward(grad: torch.Tensor, weight: torch.Tensor, gain: float, 
             weight, grad.contiguous(), of_weight, size, gain, eps, triton.next_power_of_2(size), num_warps=8
         )
     return of_weight
+
+
+def _rows(x: torch.Tensor) -> tuple[tuple[int, int], int, int]:
+    """Rows and their parts, values of a row, values of a part."""
+    rows = math.prod(x.shape[:2])
+    voxels = x.numel() // rows
+    parts, chunk = _parts(rows, voxels)
+    return (rows, parts), voxels, chunk
+
+
+def _slices(x: torch.Tensor, dim: int) -> tuple[int, int]:
+    """Values between two first slices, and between two slices."""
+    inner = math.prod(x.shape[dim + 1 :])
+    return x.shape[dim] * inner, inner
+
+
+def sigmoid_change(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """``|sigmoid(x[i]) - sigmoid(x[i - 1])|`` along the spatial dimension ``dim``, 0 in the first slice."""
+    grid, voxels, chunk = _rows(x)
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _change[grid](x, y, voxels, chunk, *_slices(x, dim), BLOCK // 2)
+    return y
+
+
+def sigmoid_change_backward(grad: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The gradient of ``x``."""
+    grid, voxels, chunk = _rows(x)
+    of_x = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _change_backward[grid](x, grad.contiguous(), of_x, voxels, chunk, *_slices(x, dim), BLOCK // 2)
+    return of_x
+
+
+def gate_features(features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """``features * (1 + sigmoid(logits))``."""
+    grid, voxels, chunk = _rows(features)
+    y = torch.empty_like(features)
+    with torch.cuda.device_of(features):
+        _gate[grid](features, logits, y, voxels, chunk, BLOCK // 2)
+    return y
+
+
+def gate_features_backward(
+    grad: torch.Tensor, features: torch.Tensor, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of features and logits."""
+    grid, voxels, chunk = _rows(features)
+    of_features, of_logits = torch.empty_like(features), torch.empty_like(logits)
+    with torch.cuda.device_of(features):
+        _gate_backward[grid](features, logits, grad.contiguous(), of_features, of_logits, voxels, chunk, BLOCK // 2)
+    return of_features, of_logits

@@ -302,16 +302,18 @@ def sigmoid_change(features: torch.Tensor, *, spatial_axis: int = -1) -> torch.T
     """
     if not is_plain_eager(features):
         return inter_slice_residual(features.sigmoid(), spatial_axis=spatial_axis)
-    return SigmoidChange.apply(features, slice_dim(features.ndim, spatial_axis))
+    return SigmoidChange.apply(features, slice_dim(features.ndim, spatial_axis), triton_kernels(features))
 
 
 class SigmoidChange(torch.autograd.Function):
-    """:func:`sigmoid_change`, called with the features and the tensor dimension of the slice axis."""
+    """:func:`sigmoid_change`, called with features, tensor dimension of the slice axis, and the module ``kernels``."""
 
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, dim: int) -> torch.Tensor:
+    def forward(ctx: Any, features: torch.Tensor, dim: int, kernels: ModuleType | None) -> torch.Tensor:
         ctx.save_for_backward(features)
-        ctx.dim = dim
+        ctx.dim, ctx.kernels = dim, kernels
+        if kernels is not None:
+            return kernels.sigmoid_change(features, dim)
         active = features.sigmoid()
         change = torch.empty_like(active)
         change.narrow(dim, 0, 1).zero_()
@@ -323,7 +325,9 @@ class SigmoidChange(torch.autograd.Function):
         (features,), dim = ctx.saved_tensors, ctx.dim
         if torch.is_grad_enabled():
             plain = partial(inter_slice_residual, spatial_axis=dim - 2)
-            return *differentiable(lambda f: plain(f.sigmoid()), (features,), grad), None
+            return *differentiable(lambda f: plain(f.sigmoid()), (features,), grad), None, None
+        if ctx.kernels is not None:
+            return ctx.kernels.sigmoid_change_backward(grad, features, dim), None, None
         active = features.sigmoid()
         later, earlier = _neighbors(active, dim)
         of_later = (later - earlier).sgn_().mul_(_neighbors(grad, dim)[0])
@@ -331,7 +335,7 @@ class SigmoidChange(torch.autograd.Function):
         of_active.narrow(dim, 0, 1).zero_()
         _neighbors(of_active, dim)[0].copy_(of_later)
         _neighbors(of_active, dim)[1].sub_(of_later)
-        return torch.ops.aten.sigmoid_backward(of_active, active, grad_input=of_active), None
+        return torch.ops.aten.sigmoid_backward(of_active, active, grad_input=of_active), None, None
 
 
 def gate_features(features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -341,17 +345,21 @@ def gate_features(features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         >>> gate_features(torch.tensor([2.0, 2.0]), torch.tensor([0.0, 100.0]))
         tensor([3., 4.])
     """
-    if features.dtype != logits.dtype or not is_plain_eager(features, logits):
+    same = features.dtype == logits.dtype and features.shape == logits.shape
+    if not same or not is_plain_eager(features, logits):
         return torch.addcmul(features, features, logits.sigmoid())
-    return GateFeatures.apply(features, logits)
+    return GateFeatures.apply(features, logits, triton_kernels(features) if logits.is_contiguous() else None)
 
 
 class GateFeatures(torch.autograd.Function):
-    """:func:`gate_features`."""
+    """:func:`gate_features`, called with features, logits, and the module ``kernels``."""
 
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, features: torch.Tensor, logits: torch.Tensor, kernels: ModuleType | None) -> torch.Tensor:
         ctx.save_for_backward(features, logits)
+        ctx.kernels = kernels
+        if kernels is not None:
+            return kernels.gate_features(features, logits)
         gate = logits.sigmoid()
         return torch.addcmul(features, features, gate, out=gate)
 
@@ -359,10 +367,12 @@ class GateFeatures(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         features, logits = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return differentiable(lambda f, x: f * (1 + x.sigmoid()), (features, logits), grad)
+            return *differentiable(lambda f, x: f * (1 + x.sigmoid()), (features, logits), grad), None
+        if ctx.kernels is not None:
+            return *ctx.kernels.gate_features_backward(grad, features, logits), None
         gate, of_gate = logits.sigmoid(), grad * features
         of_logits = torch.ops.aten.sigmoid_backward(of_gate, gate, grad_input=of_gate)
-        return torch.addcmul(grad, grad, gate, out=gate), of_logits
+        return torch.addcmul(grad, grad, gate, out=gate), of_logits, None
 
 
 def _neighbors(volume: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -78,22 +79,31 @@ def test_triton_normalizes_every_size(shape, affine):
         assert relative_error(norm.weight.grad, hat) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equations_4_and_6_equal_their_definitions(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spatial_axis", [0, 1, 2])
+@pytest.mark.parametrize("with_triton", [True, False])
+def test_equations_4_and_6_equal_their_definitions(dtype, spatial_axis, with_triton, monkeypatch):
     torch.manual_seed(0)
-    features, logits = torch.randn(2, 1, 8, 9, 10, 11, device=DEVICE).to(dtype)
+    features, logits = torch.randn(2, 2, 8, 29, 40, 31, device=DEVICE).to(dtype)
+    assert operations.triton_kernels(features) is not None
+    if not with_triton:
+        monkeypatch.setattr(operations, "triton_kernels", lambda x: None)
+    exact = torch.float64 if with_triton else dtype  # torch rounds the sigmoid: in half precision more slices are equal
     inputs = features.requires_grad_(), logits.requires_grad_()
+    references = [x.detach().to(exact).requires_grad_() for x in inputs]
+    change = partial(operations.sigmoid_change, spatial_axis=spatial_axis)
+    residual = partial(inter_slice_residual, spatial_axis=spatial_axis)
     pairs = (
-        (lambda f, x: operations.sigmoid_change(f) + x, lambda f, x: inter_slice_residual(f.sigmoid()) + x),
+        (lambda f, x: change(f) + x, lambda f, x: residual(f.sigmoid()) + x),
         (operations.gate_features, lambda f, x: f * (1 + x.sigmoid())),
     )
     for ours, definition in pairs:
-        got, want = ours(*inputs), definition(*inputs)
+        got, want = ours(*inputs), definition(*references)
+        assert got.dtype == dtype
         assert relative_error(got, want) < 4 * torch.finfo(dtype).eps
-        gradient = torch.randn_like(want)
-        for a, b in zip(
-            torch.autograd.grad(got, inputs, gradient), torch.autograd.grad(want, inputs, gradient), strict=True
-        ):
+        gradient = torch.randn_like(got)
+        gradients = torch.autograd.grad(want, references, gradient.to(exact))
+        for a, b in zip(torch.autograd.grad(got, inputs, gradient), gradients, strict=True):
             assert relative_error(a, b) < 8 * torch.finfo(dtype).eps
 
 

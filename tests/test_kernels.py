@@ -1,15 +1,16 @@
-"""The group normalization in Triton, run by Triton's interpreter, which needs no GPU."""
+"""The kernels in Triton, run by Triton's interpreter, which needs no GPU."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_conres import ConResNet, layers, operations
+from monai_conres import ConResNet, inter_slice_residual, layers, operations
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -17,9 +18,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from monai_conres import kernels
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
 
 @pytest.fixture
-def norm_in_triton(monkeypatch):
+def in_triton(monkeypatch):
     """Let a CPU take the path of a GPU. Small features have several parts, of several blocks."""
     monkeypatch.setattr(kernels, "BLOCK", 64)
     monkeypatch.setattr(kernels, "PROGRAMS", 50)
@@ -33,7 +36,7 @@ def norm_in_triton(monkeypatch):
 )
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_group_norm_equals_torch_in_float64(norm_in_triton, shape, groups, affine, offset):
+def test_group_norm_equals_torch_in_float64(in_triton, shape, groups, affine, offset):
     torch.manual_seed(0)
     norm = layers.GroupNorm(groups, shape[1], affine=affine)
     exact = torch.nn.GroupNorm(groups, shape[1], affine=affine).double()
@@ -51,7 +54,7 @@ def test_group_norm_equals_torch_in_float64(norm_in_triton, shape, groups, affin
         assert (got - want).norm() < 1e-6 * (3 + offset) * want.norm()
 
 
-def test_half_precision_in_and_out(norm_in_triton):
+def test_half_precision_in_and_out(in_triton):
     torch.manual_seed(0)
     x = (torch.randn(2, 4, 7, 8, 9) + 3).half().requires_grad_()
     norm = layers.GroupNorm(2, 4)
@@ -66,7 +69,7 @@ def test_half_precision_in_and_out(norm_in_triton):
     assert (x.grad - exact.grad).norm() < 5e-3 * exact.grad.norm()
 
 
-def test_second_derivatives_are_those_of_torch(norm_in_triton):
+def test_second_derivatives_are_those_of_torch(in_triton):
     torch.manual_seed(0)
     x = torch.randn(1, 4, 3, 4, 5, requires_grad=True)
     norm = layers.GroupNorm(2, 4)
@@ -78,7 +81,7 @@ def test_second_derivatives_are_those_of_torch(norm_in_triton):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_filters_are_standardized_as_by_torch(norm_in_triton, dtype):
+def test_filters_are_standardized_as_by_torch(in_triton, dtype):
     torch.manual_seed(0)
     convolution = layers.WeightStandardizedConv3d(3, 5)
     gradient = torch.randn(convolution.weight.shape).to(dtype)
@@ -93,7 +96,117 @@ def test_filters_are_standardized_as_by_torch(norm_in_triton, dtype):
     torch.testing.assert_close(got.flatten(1).double(), of_exact, rtol=1e-5, atol=1e-6)
 
 
-def test_network_in_triton_trains_as_with_torch(norm_in_triton, monkeypatch):
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def change_by_hand(x, gradient, dim):
+    """Eq. 4 slice by slice in float64, and the gradient of ``x``."""
+    x, gradient = (np.moveaxis(part.detach().double().numpy(), dim, 0) for part in (x, gradient))
+    active = sigmoid(x)
+    change, of_active = np.zeros_like(x), np.zeros_like(x)
+    for k in range(1, len(x)):
+        step = active[k] - active[k - 1]
+        change[k] = np.abs(step)
+        of_active[k] += np.sign(step) * gradient[k]
+        of_active[k - 1] -= np.sign(step) * gradient[k]
+    return tuple(np.moveaxis(part, 0, dim) for part in (change, of_active * active * (1 - active)))
+
+
+def gate_by_hand(features, logits, gradient):
+    """Eq. 6 in float64, and the gradients of features and logits."""
+    features, logits, gradient = (part.detach().double().numpy() for part in (features, logits, gradient))
+    gate = sigmoid(logits)
+    return features * (1 + gate), gradient * (1 + gate), gradient * features * gate * (1 - gate)
+
+
+def assert_equal_but_for_rounding(got, want):
+    got = got.detach()
+    want, eps = torch.from_numpy(want), torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), want, rtol=4 * eps, atol=4e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [2, 3, 4])
+@pytest.mark.parametrize("slices", [1, 2, 7])
+def test_change_in_triton_is_equation_4(in_triton, dtype, dim, slices):
+    torch.manual_seed(0)
+    size = [3, 4, 6]
+    size[dim - 2] = slices
+    x = (3 * torch.randn(2, 3, *size)).to(dtype)
+    x.select(dim, -1).copy_(x.select(dim, max(slices - 2, 0)))  # no change, where the gradient is zero
+    gradient = torch.randn(x.shape).to(dtype)
+    change = operations.sigmoid_change(x.requires_grad_(), spatial_axis=dim - 2)
+    (of_x,) = torch.autograd.grad(change, x, gradient)
+    assert change.dtype == of_x.dtype == dtype
+    for got, want in zip((change, of_x), change_by_hand(x, gradient, dim), strict=True):
+        assert_equal_but_for_rounding(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 3, 4, 7), (1, 2, 1, 1, 129), (5,)])
+def test_gate_in_triton_is_equation_6(in_triton, dtype, shape):
+    torch.manual_seed(0)
+    features, logits, gradient = (3 * torch.randn(3, *shape)).to(dtype)
+    inputs = features.requires_grad_(), logits.requires_grad_()
+    gated = operations.gate_features(*inputs)
+    gradients = torch.autograd.grad(gated, inputs, gradient)
+    assert {part.dtype for part in (gated, *gradients)} == {dtype}
+    for got, want in zip((gated, *gradients), gate_by_hand(*inputs, gradient), strict=True):
+        assert_equal_but_for_rounding(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_equations_4_and_6_of_large_float16_values_and_of_nan(in_triton):
+    torch.manual_seed(0)
+    x = (1e4 * torch.randn(2, 3, 4, 5, 6).clamp(-3, 3)).half()
+    x[0, 0, 1, 2, 3] = torch.nan
+    logits, gradient = x.roll(1, 1).requires_grad_(), torch.randn(()).half().expand(x.shape)  # without strides
+    x.requires_grad_()
+    change, gated = operations.sigmoid_change(x), operations.gate_features(x, logits)
+    pairs = [
+        (change, *torch.autograd.grad(change, x, gradient)),
+        (gated, *torch.autograd.grad(gated, (x, logits), gradient)),
+    ]
+    by_hand = change_by_hand(x, gradient, 4), gate_by_hand(x, logits, gradient)
+    for results, expected in zip(pairs, by_hand, strict=True):
+        for got, want in zip(results, expected, strict=True):
+            assert_equal_but_for_rounding(got, want)
+    assert change[0, 0, 1, 2].isnan().tolist() == [False, False, False, True, True, False]
+
+
+def test_equations_4_and_6_in_triton_have_second_derivatives(in_triton):
+    torch.manual_seed(0)
+    features, logits = torch.randn(2, 1, 2, 3, 4, 5).unbind()
+    inputs = features.requires_grad_(), logits.requires_grad_()
+    seconds = []
+    for change, gate in (
+        (operations.sigmoid_change, operations.gate_features),
+        (lambda f: inter_slice_residual(f.sigmoid()), lambda f, x: f * (1 + x.sigmoid())),
+    ):
+        result = gate(change(features), logits).pow(3).sum()
+        firsts = torch.autograd.grad(result, inputs, create_graph=True)
+        seconds += torch.autograd.grad(sum(first.square().sum() for first in firsts), inputs)
+    for got, want in zip(seconds[:2], seconds[2:], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["noncontiguous", "broadcast"])
+def test_gate_of_other_logits_is_equation_6(in_triton, kind):
+    torch.manual_seed(0)
+    features = torch.randn(2, 3, 3, 4, 5, requires_grad=True)
+    logits = torch.randn(2, 3, 5, 4, 3).transpose(2, 4) if kind == "noncontiguous" else torch.randn(2, 3, 3, 4, 1)
+    gated = operations.gate_features(features, logits.requires_grad_())
+    expanded, gradient = logits.expand(features.shape), torch.randn(features.shape)
+    want, of_features, of_logits = gate_by_hand(features, expanded, gradient)
+    if kind == "broadcast":
+        of_logits = of_logits.sum(-1, keepdims=True)
+    gradients = torch.autograd.grad(gated, (features, logits), gradient)
+    for got, expected in zip((gated, *gradients), (want, of_features, of_logits), strict=True):
+        assert_equal_but_for_rounding(got, expected)
+
+
+def test_network_in_triton_trains_as_with_torch(in_triton, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 2048)  # few programs: interpreting one takes milliseconds
     torch.manual_seed(0)
     network = ConResNet(2, 3, channels=(8, 16), strides=(2,), blocks=(1, 1, 1), dropout=None)

@@ -113,6 +113,22 @@ class Kernels:
         self.counter.launch([weight, grad], [of_weight])
         return of_weight
 
+    def sigmoid_change(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return self.gate_features(x)
+
+    def sigmoid_change_backward(self, grad: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return self.gate_features_backward(grad, x)[0]
+
+    def gate_features(self, *read: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(read[0])
+        self.counter.launch(read, [y])
+        return y
+
+    def gate_features_backward(self, grad: torch.Tensor, *read: torch.Tensor) -> list[torch.Tensor]:
+        gradients = [torch.empty_like(x) for x in read]
+        self.counter.launch([grad, *read], gradients)
+        return gradients
+
 
 def size_in_memory(x: torch.Tensor) -> int:
     """Bytes of the values of ``x``; repeated ones count once."""
