@@ -111,9 +111,9 @@ def fit_chain(
         True
     """
     samples = [_sample(case, drawn, positions, spatial_axis, ignore_index) for case in cases]
-    samples = [sample for sample in samples if sample[0].shape[2]]
+    samples = [sample for sample in samples if (sample[3] >= 0).any()]
     if not samples:
-        raise ValueError("expected a case with foreground, got none; give training cases of the network.")
+        raise ValueError("expected a case with foreground and labels, got none; give training cases of the network.")
     _, residual, image, *_ = samples[0]
     # softplus keeps the weights positive; each of them starts at 1
     weights = torch.ones(3, dtype=torch.float64).expm1().log().requires_grad_()

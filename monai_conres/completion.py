@@ -24,7 +24,7 @@ from monai_conres.decoder import ConResDecoder
 from monai_conres.files import TrainedNetwork, check_same_grid, load_label
 from monai_conres.residual import slice_dim
 from monai_conres.scans import ScanSettings, check_ignored_value, label_values, paint_structures, structure_masks
-from monai_conres.volumes import HEADER
+from monai_conres.volumes import HEADER, ORDINALS
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
@@ -250,9 +250,11 @@ class ScanCompletion:
         known, left_out, values = _drawn_slices(file, slices, self.spatial_axis, self.scans, ignore_index)
         planes = values[0].movedim(self.spatial_axis, 0)
         if ignore_index is not None and (partly := [n for n in known if (planes[n] == ignore_index).any()]):
+            others = f" and {len(partly) - 5} others" if len(partly) > 5 else ""
             raise ValueError(
-                f"expected whole slices to be drawn in {file}, got {ignore_index} in some voxels of {partly}; draw the "
-                "rest, or name the slices that are drawn."
+                f"expected whole slices to be drawn along the {ORDINALS[self.spatial_axis]} axis of {file}, got "
+                f"{ignore_index} in some voxels of {partly[:5]}{others}; draw the rest, or name the slices that are "
+                "drawn. In Python, complete_mask takes single voxels and slices along any axis."
             )
         return {number: planes[number] for number in known}, left_out
 
@@ -578,7 +580,7 @@ def _drawn_slices(
     if known and (known[0] < 0 or known[-1] >= len(by_slice)):
         raise ValueError(
             f"expected slices from 0 to {len(by_slice) - 1}, got {known}; they count from 0 along the "
-            f"{('first', 'second', 'third')[axis]} axis of the file."
+            f"{ORDINALS[axis]} axis of the file."
         )
     values = torch.zeros_like(label, dtype=torch.uint8)
     drawn = by_slice[known]
@@ -587,7 +589,8 @@ def _drawn_slices(
         found = ", ".join(sorted({f"{value:.9g}" for value in wrong[:10000].tolist()}, key=float)[:5])
         raise ValueError(
             f"expected the values {allowed} in the drawn slices of {file}, which the network knows as "
-            f"{dict(scans.classes)}, got {found}; map the others to these, or to 0."
+            f"{dict(scans.classes)}, got {found}; map the others to these, or to 0, or name the value of slices "
+            "that are not drawn (--ignore, in Python ignore_index)."
         )
     values.movedim(axis + 1, 0)[known] = drawn.to(torch.uint8)
     return known, sorted(labelled - set(known)), values

@@ -42,6 +42,7 @@ __all__ = [
 File = str | os.PathLike
 Files = File | Sequence[File]
 
+ORDINALS = ("first", "second", "third")  # axes of a file
 TOLERANCE = 0.1  # voxels by which two statements about the place of a voxel may differ
 FRACTION = 1e-3  # by which a stored number of a label may differ from a whole one
 LARGEST = 1e9  # no scanner gives larger numbers; voxels without data are often -1e30 or the smallest float32

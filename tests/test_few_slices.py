@@ -240,5 +240,5 @@ def test_completion_reads_labels_with_ignored_slices(tmp_path):
     values = np.asarray(half.dataobj).copy()
     values[:8, :, 6] = 255
     nib.save(nib.Nifti1Image(values, half.affine), tmp_path / "half.nii.gz")
-    with pytest.raises(ValueError, match=r"got 255 in some voxels of \[6\]"):
+    with pytest.raises(ValueError, match=r"slices to be drawn along the third .* got 255 in some voxels of \[6\]; "):
         complete_scan(trained, image, tmp_path / "half.nii.gz", ignore_index=255)

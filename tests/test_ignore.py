@@ -319,6 +319,17 @@ def test_fit_chain_sees_labelled_slices_only():
         fit_chain(whole, ignore_index=1)
 
 
+def test_fit_chain_passes_over_cases_without_a_label():
+    torch.manual_seed(0)
+    label = torch.zeros(1, 1, 3, 4, 6)
+    label[:, :, 1:, 2:, 2:4] = 1
+    case = {"segmentation": 4 * label - 2 + torch.randn(label.shape), "label": label}
+    empty = {**case, "label": torch.full_like(label, IGNORE)}
+    assert fit_chain([case, empty], ignore_index=IGNORE) == fit_chain([case])
+    with pytest.raises(ValueError, match="a case with foreground and labels, got none"):
+        fit_chain([empty], ignore_index=IGNORE)
+
+
 def test_completion_of_three_orthogonal_slices(random):
     """A voxel of a drawn plane along the slices keeps its label; the network decides far from all planes."""
     label = np.full((1, 1, *SIZE), IGNORE)

@@ -10,7 +10,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_tensor
 
-ORDINALS = ("first", "second", "third")
+from monai_conres.volumes import ORDINALS
 
 
 def labelled_slices(label: torch.Tensor, ignore_index: int, file: Any = "the label map") -> str:

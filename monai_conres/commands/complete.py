@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from monai_conres.completion import CompletedScan, Files
     from monai_conres.scans import Structures
 
-ORDINALS = ("first", "second", "third")
 ROWS = 6  # of the preview
 
 
@@ -88,6 +87,7 @@ def complete_files(
     """
     from monai_conres.completion import complete_scan
     from monai_conres.files import check_writable, path_text, write_label_map
+    from monai_conres.volumes import ORDINALS
 
     images = [Path(path_text(file)) for file in (image if isinstance(image, (list, tuple)) else [image])]
     network, drawn, out = path_text(network), Path(path_text(drawn)), Path(path_text(out))
