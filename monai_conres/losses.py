@@ -390,7 +390,7 @@ class CompoundBoundaryLoss(nn.Module):
             raise ValueError(
                 f"expected max_steps of 1 or more and final_alpha in [0, 1], got {max_steps} and {final_alpha}."
             )
-        if any(isinstance(part, ContextResidualLoss) and part.ignore_index is not None for part in loss.modules()):
+        if any(getattr(part, "ignore_index", None) not in (None, IGNORED) for part in loss.modules()):
             raise ValueError(
                 "expected a loss without ignore_index, because a boundary loss takes a label for each voxel, got one; "
                 "complete the label first (complete_mask)."

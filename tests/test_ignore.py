@@ -461,8 +461,10 @@ def test_own_losses_must_ignore_the_same_voxels(random, around):
         own(output, label)
 
 
-def test_boundary_losses_refuse_ignored_voxels():
+@pytest.mark.parametrize(
+    "loss",
+    [ConResLoss(sigmoid=True, ignore_index=IGNORE), DiceLoss(softmax=True, to_onehot_y=True, ignore_index=IGNORE)],
+)
+def test_boundary_losses_refuse_ignored_voxels(loss):
     with pytest.raises(ValueError, match="a boundary loss takes a label for each voxel"):
-        CompoundBoundaryLoss(
-            ConResLoss(sigmoid=True, ignore_index=IGNORE), DeviceBoundaryLoss(sigmoid=True), max_steps=2
-        )
+        CompoundBoundaryLoss(loss, DeviceBoundaryLoss(sigmoid=True), max_steps=2)
