@@ -55,8 +55,25 @@ def _moments(x, moments, voxels, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _normalize(x, y, moments, statistics, weight, bias, voxels, chunk, channels, groups, eps, BLOCK: tl.constexpr):
-    """Normalize one part of a row. Each program joins the moments of its group, which has ``channels`` rows."""
+def _scale_and_offset(channel, reciprocal, weight, bias):
+    """What multiplies the values of a channel less their mean, and what is added then."""
+    scale, offset = reciprocal, 0.0
+    if weight is not None:
+        scale *= tl.load(weight + channel).to(tl.float32)
+    if bias is not None:
+        offset += tl.load(bias + channel).to(tl.float32)
+    return scale, offset
+
+
+@triton.jit
+def _normalize(
+    x, y, moments, statistics, weight, bias, voxels, chunk, channels, groups, eps,
+    RELU: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Normalize one part of a row. Each program joins the moments of its group, which has ``channels`` rows.
+
+    ``RELU`` also sets negative values to zero, in this kernel and in those of the gradients.
+    """
     row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     group, entries = row // channels, channels * parts
     moments += group * entries
@@ -79,27 +96,29 @@ def _normalize(x, y, moments, statistics, weight, bias, voxels, chunk, channels,
     if part == 0 and row % channels == 0:
         tl.store(statistics + group, mean)
         tl.store(statistics + rows // channels + group, reciprocal)
-    channel = row % (channels * groups)
-    scale, offset = reciprocal, 0.0
-    if weight is not None:
-        scale *= tl.load(weight + channel).to(tl.float32)
-    if bias is not None:
-        offset += tl.load(bias + channel).to(tl.float32)
+    scale, offset = _scale_and_offset(row % (channels * groups), reciprocal, weight, bias)
     base = row.to(tl.int64) * voxels
     end = tl.minimum(part * chunk + chunk, voxels)
     for start in range(part * chunk, end, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < end
         value = tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + base + offsets, (value - mean) * scale + offset, mask=inside)
+        value = (value - mean) * scale + offset
+        if RELU:
+            value = tl.where(value < 0.0, 0.0, value)  # NaN stays
+        tl.store(y + base + offsets, value, mask=inside)
 
 
 @triton.jit
-def _products(x, grad, products, statistics, voxels, chunk, channels, BLOCK: tl.constexpr):
+def _products(
+    x, grad, products, statistics, weight, bias, voxels, chunk, channels, groups,
+    RELU: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Sum of the gradient times the normalized values, and of the gradient, of one part of a row."""
     row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     statistics += row // channels
     mean, reciprocal = tl.load(statistics), tl.load(statistics + rows // channels)
+    scale, offset = _scale_and_offset(row % (channels * groups), reciprocal, weight, bias)
     base = row.to(tl.int64) * voxels
     end = tl.minimum(part * chunk + chunk, voxels)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -108,8 +127,11 @@ def _products(x, grad, products, statistics, voxels, chunk, channels, BLOCK: tl.
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < end
         gradient = tl.load(grad + base + offsets, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32) - mean
+        if RELU:
+            gradient = tl.where(value * scale + offset <= 0.0, 0.0, gradient)
         total += gradient
-        product += gradient * (tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32) - mean)
+        product += gradient * value
     products += row * parts + part
     tl.store(products, tl.sum(product) * reciprocal)
     tl.store(products + rows * parts, tl.sum(total))
@@ -117,7 +139,8 @@ def _products(x, grad, products, statistics, voxels, chunk, channels, BLOCK: tl.
 
 @triton.jit
 def _gradients(
-    x, grad, of_x, products, of_parameters, statistics, weight, voxels, chunk, channels, groups, BLOCK: tl.constexpr
+    x, grad, of_x, products, of_parameters, statistics, weight, bias, voxels, chunk, channels, groups,
+    RELU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The gradient of one part of a row, and from the first part of each row those of weight and bias."""
     row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
@@ -148,10 +171,8 @@ def _gradients(
         tl.store(of_parameters + row, tl.sum(own_second))
         tl.store(of_parameters + rows + row, tl.sum(own_first))
     size = voxels * 1.0 * channels  # their product may exceed 32 bits
-    offset, slope = tl.sum(first) / size, tl.sum(second) * reciprocal / size
-    factor = 1.0
-    if weight is not None:
-        factor *= tl.load(weight + row % (channels * groups)).to(tl.float32)
+    constant, slope = tl.sum(first) * reciprocal / size, tl.sum(second) * reciprocal * reciprocal / size
+    scale, offset = _scale_and_offset(row % (channels * groups), reciprocal, weight, bias)
     base = row.to(tl.int64) * voxels
     end = tl.minimum(part * chunk + chunk, voxels)
     for start in range(part * chunk, end, BLOCK):
@@ -159,7 +180,9 @@ def _gradients(
         inside = offsets < end
         value = tl.load(x + base + offsets, mask=inside, other=0.0).to(tl.float32) - mean
         gradient = tl.load(grad + base + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(of_x + base + offsets, (factor * gradient - offset - value * slope) * reciprocal, mask=inside)
+        if RELU:
+            gradient = tl.where(value * scale + offset <= 0.0, 0.0, gradient)
+        tl.store(of_x + base + offsets, scale * gradient - constant - value * slope, mask=inside)
 
 
 @triton.jit
@@ -272,9 +295,12 @@ def _parts(rows: int, voxels: int) -> tuple[int, int]:
 
 
 def group_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float, relu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalized ``x``, and mean and reciprocal deviation of each group, ``(2, b * groups)`` in float32."""
+    """The normalized ``x``, with ``relu`` its ReLU, and mean and reciprocal deviation of each group.
+
+    The last two are one tensor ``(2, b * groups)`` in float32.
+    """
     batch, width = x.shape[:2]
     channels, rows = width // groups, batch * width
     voxels = x.numel() // rows
@@ -285,13 +311,19 @@ def group_norm(
     with torch.cuda.device_of(x):
         _moments[(rows, parts)](x, moments, voxels, chunk, BLOCK)
         _normalize[(rows, parts)](
-            x, y, moments, statistics, weight, bias, voxels, chunk, channels, groups, eps, BLOCK // 2
+            x, y, moments, statistics, weight, bias, voxels, chunk, channels, groups, eps, relu, BLOCK // 2
         )
     return y, statistics
 
 
 def group_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, statistics: torch.Tensor, groups: int
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    statistics: torch.Tensor,
+    groups: int,
+    relu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``x``, weight and bias; the last two of shape ``(c,)`` in float32."""
     batch, width = x.shape[:2]
@@ -303,10 +335,9 @@ def group_norm_backward(
     products = torch.empty((2, rows, parts), dtype=torch.float32, device=x.device)
     of_parameters = torch.empty((2, batch, width), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _products[(rows, parts)](x, grad, products, statistics, voxels, chunk, channels, BLOCK)
-        _gradients[(rows, parts)](
-            x, grad, of_x, products, of_parameters, statistics, weight, voxels, chunk, channels, groups, BLOCK // 2
-        )
+        settings = statistics, weight, bias, voxels, chunk, channels, groups, relu
+        _products[(rows, parts)](x, grad, products, *settings, BLOCK)
+        _gradients[(rows, parts)](x, grad, of_x, products, of_parameters, *settings, BLOCK // 2)
     of_weight, of_bias = (of_parameters.sum(1) if batch > 1 else of_parameters[:, 0]).unbind()
     return of_x, of_weight, of_bias
 

@@ -25,6 +25,7 @@ from monai_conres.operations import (
     group_norm,
     holds_values,
     is_plain_eager,
+    norms_with_relu,
     standardized,
 )
 
@@ -138,6 +139,8 @@ _FILTERS: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor, torch.Tensor]]
 class NormActConv(nn.Sequential):
     """Normalization, activation, optional dropout, weight-standardized convolution: the network's one unit.
 
+    On a GPU the group norm also computes the ReLU after it: hooks on ``act`` are not called there.
+
     Args:
         in_channels: number of input channels.
         out_channels: number of output channels.
@@ -174,6 +177,10 @@ class NormActConv(nn.Sequential):
             self.dropout = get_dropout_layer(("dropout", {"p": dropout}) if isinstance(dropout, float) else dropout, 3)
         self.conv = WeightStandardizedConv3d(in_channels, out_channels, **kwargs)
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``(b, in_channels, d, h, w)`` to the shape of the convolution's output."""
+        return in_turn(self, input)
+
 
 class PreActivationBlock(nn.Module):
     """Two pre-activation convolutions and a skip connection from input to output (Section III.A of the paper).
@@ -201,8 +208,14 @@ class PreActivationBlock(nn.Module):
 
 def in_turn(layers: Iterable[Callable[[torch.Tensor], torch.Tensor]], features: torch.Tensor) -> torch.Tensor:
     """``features`` after one layer after the other. A module that calls its layers keeps its input in memory."""
-    for layer in layers:
-        features = layer(features)
+    waiting = list(layers)
+    while waiting:
+        layer, *waiting = waiting
+        if type(layer) is GroupNorm and waiting and type(waiting[0]) is nn.ReLU and norms_with_relu(features):
+            features = layer(features, relu=True)
+            del waiting[0]
+        else:
+            features = layer(features)
     return features
 
 
@@ -224,14 +237,14 @@ class GroupNorm(nn.GroupNorm):
         True
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(b, c, *spatial)`` to the same shape."""
+    def forward(self, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
+        """``(b, c, *spatial)`` to the same shape; with ``relu`` the ReLU of the result."""
         if not torch.jit.is_tracing() and x.numel() == self.num_groups:
             raise ValueError(
                 f"expected more than one value in each of {self.num_groups} groups, got shape {tuple(x.shape)}; give a "
                 "larger image or fewer groups."
             )
-        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, relu)
 
 
 def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:

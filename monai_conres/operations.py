@@ -164,9 +164,14 @@ def _multiply_adds(input: list[int], weight: list[int], *args: Any, out_shape: l
 
 
 def group_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    relu: bool = False,
 ) -> torch.Tensor:
-    """``F.group_norm`` that uses all of an accelerator for a batch of one volume.
+    """``F.group_norm``, with ``relu`` its ReLU; it uses all of an accelerator for a batch of one volume.
 
     Example:
         >>> x = torch.randn(1, 8, 4, 5, 6)
@@ -174,11 +179,17 @@ def group_norm(
         True
     """
     if not on_accelerator(x) or not is_plain_eager(x, weight, bias):
-        return F.group_norm(x, groups, weight, bias, eps)
-    kernels = triton_kernels(x)
-    if kernels is None:
-        return NormalizeGroups.apply(x, weight, bias, groups, eps)
-    return NormalizeInTriton.apply(x, weight, bias, groups, eps, kernels)
+        y = F.group_norm(x, groups, weight, bias, eps)
+    elif (kernels := triton_kernels(x)) is not None:
+        return NormalizeInTriton.apply(x, weight, bias, groups, eps, relu, kernels)
+    else:
+        y = NormalizeGroups.apply(x, weight, bias, groups, eps)
+    return F.relu(y) if relu else y
+
+
+def norms_with_relu(x: torch.Tensor) -> bool:
+    """Whether :func:`group_norm` of ``x`` takes no longer with the ReLU than without."""
+    return on_accelerator(x) and is_plain_eager(x) and triton_kernels(x) is not None
 
 
 class NormalizeGroups(torch.autograd.Function):
@@ -242,19 +253,29 @@ class NormalizeGroups(torch.autograd.Function):
 
 
 def _differentiable_group_norm(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    relu: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of group normalization that can be differentiated again."""
+    """Gradients of :func:`group_norm` that can be differentiated again."""
     wide = torch.promote_types(x.dtype, torch.float32)
 
     def normalize(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.group_norm(x.to(wide), groups, weight, bias, eps).to(x.dtype)
+        y = F.group_norm(x.to(wide), groups, weight, bias, eps)
+        return (F.relu(y) if relu else y).to(x.dtype)
 
     return *differentiable(normalize, (x, weight, bias), grad), None, None
 
 
 class NormalizeInTriton(torch.autograd.Function):
-    """:class:`NormalizeGroups` by the module ``kernels``, the last argument. A large mean makes it no less exact."""
+    """:class:`NormalizeGroups`, with ``relu`` and then its ReLU, by the module ``kernels``.
+
+    A large mean makes it no less exact.
+    """
 
     @staticmethod
     def forward(
@@ -264,20 +285,22 @@ class NormalizeInTriton(torch.autograd.Function):
         bias: torch.Tensor | None,
         groups: int,
         eps: float,
+        relu: bool,
         kernels: ModuleType,
     ) -> torch.Tensor:
-        y, statistics = kernels.group_norm(x, weight, bias, groups, eps)
+        y, statistics = kernels.group_norm(x, weight, bias, groups, eps, relu)
         ctx.save_for_backward(x, weight, bias, statistics)
-        ctx.settings, ctx.kernels = (groups, eps), kernels
+        ctx.settings, ctx.kernels = (groups, eps, relu), kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_group_norm(grad, x, weight, bias, *ctx.settings), None
-        of_x, of_weight, of_bias = ctx.kernels.group_norm_backward(grad, x, weight, statistics, ctx.settings[0])
-        return of_x, None if weight is None else of_weight, None if bias is None else of_bias, None, None, None
+            return *_differentiable_group_norm(grad, x, weight, bias, *ctx.settings), None, None
+        groups, _, relu = ctx.settings
+        of_x, of_weight, of_bias = ctx.kernels.group_norm_backward(grad, x, weight, bias, statistics, groups, relu)
+        return of_x, None if weight is None else of_weight, None if bias is None else of_bias, *(None,) * 4
 
 
 def _scale(reciprocal: torch.Tensor, weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
@@ -432,7 +455,8 @@ def _tried_kernels(device: torch.device) -> ModuleType | None:
         from monai_conres import kernels
 
         x = torch.ones(1, 2, 4, device=device)
-        kernels.group_norm_backward(x, x, None, kernels.group_norm(x, None, None, 1, 1e-5)[1], 1)
+        statistics = kernels.group_norm(x, None, None, 1, 1e-5, relu=True)[1]
+        kernels.group_norm_backward(x, x, None, None, statistics, 1, relu=True)
     except Exception as error:
         if not isinstance(error, ImportError):
             warnings.warn(

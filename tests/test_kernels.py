@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -69,12 +71,51 @@ def test_half_precision_in_and_out(in_triton):
     assert (x.grad - exact.grad).norm() < 5e-3 * exact.grad.norm()
 
 
-def test_second_derivatives_are_those_of_torch(in_triton):
+def normalize_by_hand(x, gradient, weight, bias, groups):
+    """Group norm and ReLU in float64, and the gradients of all three inputs."""
+    exact = [part.detach().double().requires_grad_() for part in (x, weight, bias)]
+    parts = exact[0].reshape(len(x), groups, -1)
+    deviation = (parts.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    normalized = ((parts - parts.mean(-1, keepdim=True)) / deviation).reshape(len(x), x.shape[1], -1)
+    y = (normalized * exact[1][:, None] + exact[2][:, None]).reshape(x.shape)
+    y = y * (y.detach() > 0)
+    return y, *torch.autograd.grad(y, exact, gradient.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 3.0), (1e4, 2e4)])
+def test_norm_with_relu_equals_its_formula(in_triton, dtype, scale, offset):
+    torch.manual_seed(0)
+    norm = layers.GroupNorm(2, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (scale * torch.randn(2, 6, 5, 3, 7).clamp(-3, 3) + offset).to(dtype).requires_grad_()
+    gradient = torch.randn(x.shape).to(dtype)
+    y = norm(x, relu=True)
+    gradients = torch.autograd.grad(y, (x, norm.weight, norm.bias), gradient)
+    assert [part.dtype for part in (y, *gradients)] == [dtype, dtype, torch.float32, torch.float32]
+    for got, want in zip((y, *gradients), normalize_by_hand(x, gradient, norm.weight, norm.bias, 2), strict=True):
+        assert (got - want).norm() < 3 * torch.finfo(got.dtype).eps * want.norm() + 1e-5 * (got.dtype == torch.float32)
+
+
+def test_norm_with_relu_keeps_nan(in_triton):
+    x = torch.randn(1, 4, 3, 4, 5)
+    x[0, 0, 0, 0, 0] = torch.nan
+    x.requires_grad_()
+    y = layers.GroupNorm(2, 4)(x, relu=True)
+    (of_x,) = torch.autograd.grad(y.sum(), x)
+    for part in (y, of_x):
+        assert part[0, :2].isnan().all()
+        assert not part[0, 2:].isnan().any()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_second_derivatives_are_those_of_torch(in_triton, relu):
     torch.manual_seed(0)
     x = torch.randn(1, 4, 3, 4, 5, requires_grad=True)
     norm = layers.GroupNorm(2, 4)
     seconds = []
-    for function in (norm, lambda x: F.group_norm(x, 2)):
+    for function in (partial(norm, relu=relu), lambda x: F.group_norm(x, 2).clamp(min=0 if relu else -torch.inf)):
         (first,) = torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)
         seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
     torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-4)
@@ -206,6 +247,68 @@ def test_gate_of_other_logits_is_equation_6(in_triton, kind):
         assert_equal_but_for_rounding(got, expected)
 
 
+def called(unit, x):
+    """Names of the layers whose hooks a unit calls, and its output."""
+    names = []
+    handles = [
+        layer.register_forward_hook(lambda *_, name=name: names.append(name)) for name, layer in unit.named_children()
+    ]
+    y = unit(x)
+    for handle in handles:
+        handle.remove()
+    return names, y
+
+
+def test_norm_computes_the_relu_only_where_kernels_run(in_triton, monkeypatch):
+    torch.manual_seed(0)
+    unit, x = layers.NormActConv(4, 6, dropout=0.5).eval(), torch.randn(2, 4, 3, 4, 5)
+    names, y = called(copy.deepcopy(unit), x)
+    assert names == ["norm", "dropout", "conv"]
+    monkeypatch.setattr(operations, "triton_kernels", lambda x: None)
+    names, want = called(unit, x)
+    assert names == ["norm", "act", "dropout", "conv"]
+    torch.testing.assert_close(y, want)
+
+
+def test_compiled_unit_does_not_ask_for_kernels(in_triton, monkeypatch):
+    torch.manual_seed(0)
+    unit, x = layers.NormActConv(4, 6), torch.randn(2, 4, 3, 4, 5)
+    want = unit(x)
+    monkeypatch.setattr(operations, "triton_kernels", lambda x: pytest.fail("torch.compile sees a kernel"))
+    compiled = torch.compile(unit, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), want)
+    torch.testing.assert_close(torch.jit.trace(unit, x, check_trace=False)(x), want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unit: setattr(unit, "act", torch.nn.ELU()),
+        lambda unit: setattr(unit, "norm", torch.nn.GroupNorm(2, 4)),
+        lambda unit: setattr(unit, "norm", torch.nn.Identity()),
+        lambda unit: setattr(unit, "act", torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.ReLU())),
+    ],
+)
+def test_changed_unit_calls_every_layer(in_triton, change):
+    torch.manual_seed(0)
+    unit, x = layers.NormActConv(4, 6, act=("relu", {"inplace": False})), torch.randn(2, 4, 3, 4, 5)
+    change(unit)
+    names, y = called(unit.eval(), x)
+    assert names == [name for name, _ in unit.named_children()]
+    want = x
+    for layer in unit:
+        want = layer(want)
+    torch.testing.assert_close(y, want)
+
+
+def test_norm_without_parameters_computes_the_relu(in_triton):
+    torch.manual_seed(0)
+    unit, x = layers.NormActConv(4, 6, norm=("group", {"affine": False})), torch.randn(2, 4, 3, 4, 5)
+    names, y = called(unit, x)
+    assert names == ["norm", "conv"]
+    torch.testing.assert_close(y, unit.conv(F.group_norm(x, 4).relu()))
+
+
 def test_network_in_triton_trains_as_with_torch(in_triton, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 2048)  # few programs: interpreting one takes milliseconds
     torch.manual_seed(0)
@@ -241,7 +344,7 @@ def test_torch_normalizes_without_triton(untried, monkeypatch):
 
 
 def test_a_warning_says_why_triton_does_not_run(untried, monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(kernels, "group_norm", fail)

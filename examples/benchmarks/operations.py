@@ -90,7 +90,13 @@ class Kernels:
         self.counter = counter
 
     def group_norm(
-        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        groups: int,
+        eps: float,
+        relu: bool,
     ) -> tuple[torch.Tensor, ...]:
         y, statistics = torch.empty_like(x), x.new_empty(2, x.shape[0] * groups, dtype=torch.float32)
         self.counter.launch([x], [statistics])
