@@ -5,7 +5,8 @@
 The command runs the tests that need a GPU. Then it times each network in bf16, first as it is, later compiled:
 
 - forward pass and training step of one image of 4 x 80 x 160 x 160, with the peak of the memory that torch allocated;
-- a training step of two images of 4 x 48 x 64 x 48, where starting operations takes most of the time;
+- a training step of two images of 4 x 48 x 64 x 48, where starting operations takes most of the time; of ConResNet also
+  compiled, and compiled with mode="reduce-overhead", which starts all operations at once (CUDA graphs);
 - one case of 4 x 155 x 240 x 240 in twelve windows, four at a time, and its completion from three drawn slices.
 
 Every measurement is one small file in ``--out``. When the minutes are over or the command is interrupted, the next call
@@ -44,13 +45,14 @@ NETWORKS = (
     "ConResNet, bf16",
     "SegResNet (32), bf16",
     "DynUNet (nnU-Net, 32-320), bf16",
-    "ConResNet, baseline, bf16",
+    "ConResNet, bf16, compiled",
+    "ConResNet, bf16, reduce-overhead",
     "DynUNet (nnU-Net, 32-320) with decoder, bf16",
     "SegResNet (32) with decoder, bf16",
+    "ConResNet, without Triton, bf16",
+    "ConResNet, baseline, bf16",
     "ConResNet, use_checkpoint, bf16",
     "ConResNet, channels last, bf16",
-    "ConResNet, bf16, compiled",
-    "ConResNet, without Triton, bf16",
     "ConResNet, torch's group norm, bf16",
     "AttentionUnet (32-512), bf16",
     "released structure, baseline, bf16",
@@ -59,6 +61,8 @@ NETWORKS = (
     "ConResNet, baseline, bf16, compiled",
     "AttentionUnet (32-512), bf16, compiled",
 )
+# ConResNet's small step, compiled; the second name has no other measurement
+MODES = {"ConResNet, bf16, compiled": "default", "ConResNet, bf16, reduce-overhead": "reduce-overhead"}
 WINDOWS = 4  # at a time
 
 
@@ -97,6 +101,7 @@ class Session:
             values = function()
         except Exception as error:  # a network that does not run leaves the others
             values = {"error": f"{type(error).__name__}: {error}"[:500]}
+        torch.compiler.reset()  # another size would be compiled for any size
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -175,15 +180,26 @@ def network_values(session: Session, name: str) -> dict:
         values[f"{run} kernels (s)"] = session.kernels(function)
     values["multiply-adds"] = multiply_adds(speed.NETWORKS[case.name](case.size).eval(), case.image.shape)
     if case.compiled:
-        return values  # a small image would compile the network once more
+        return values
     for run in ("forward", "step"):
         if run == "forward" or "use_checkpoint" not in name:  # casts are only imitated in the first computation
             network = speed.NETWORKS[case.name](case.size)
             values[f"{run} bytes"] = operations.count(network, tuple(case.image.shape), step=run == "step").moved
     del case
-    small = session.case(name, tuple(options.small), 2, None)
-    values["small step (s)"] = session.seconds(small.step)
-    return values
+    return values | small_values(session, session.case(name, tuple(options.small), 2, None))
+
+
+def small_values(session: Session, case: speed.Case) -> dict:
+    """Seconds of a training step of two small images."""
+    return {"small step (s)": session.seconds(case.step), "small step kernels (s)": session.kernels(case.step)}
+
+
+def compiled_small_values(session: Session, mode: str) -> dict:
+    """The same of ConResNet after ``torch.compile``, and the seconds of the first step."""
+    case = session.case("ConResNet, bf16", tuple(session.options.small), 2, None)
+    case.network = torch.compile(case.network, mode=mode)
+    first = case.seconds("step")
+    return {"first small step (s)": first, **small_values(session, case)}
 
 
 def volume_values(session: Session, name: str) -> dict:
@@ -219,7 +235,8 @@ def table(session: Session, rate: dict | None) -> list[dict[str, str]]:
     first = session.stored(NETWORKS[0]) or {}
     rows = []
     for name in session.options.networks:
-        values = {**(session.stored(name) or {}), **(session.stored(f"{name}, volume") or {})}
+        parts = (session.stored(name + part) for part in ("", ", volume", ", small step"))
+        values = {key: value for part in parts for key, value in (part or {}).items()}
         if not values:
             continue
         row = {"network": name}
@@ -237,8 +254,10 @@ def table(session: Session, rate: dict | None) -> list[dict[str, str]]:
             ):
                 share = total / own / rate[key] if own and rate and key in rate else 0
                 row[f"{run}, share of the {title}"] = f"{100 * share:.0f} %" if share else "-"
-        small, volume = values.get("small step (s)"), values.get("volume (s)")
-        row["small step (ms)"] = f"{1e3 * small:.1f}" if small else "-"
+        volume = values.get("volume (s)")
+        for title in ("small step", "small step kernels"):
+            small = values.get(f"{title} (s)")
+            row[f"{title} (ms)".replace(" k", ", k")] = f"{1e3 * small:.1f}" if small else "-"
         row["one case (s)"] = f"{volume:.3f}" if volume else "-"
         row["error"] = values.get("error", "-")
         rows.append(row)
@@ -258,6 +277,10 @@ def remark(session: Session, rate: dict | None) -> str:
     tests = session.stored("tests")
     if tests:
         lines.append(f"Tests: {tests.get('result') or tests.get('error')}\n")
+    for name, mode in MODES.items():
+        first = (session.stored(f"{name}, small step") or {}).get("first small step (s)")
+        if first:
+            lines.append(f'The first small step after torch.compile(mode="{mode}"): {first:.0f} s.\n')
     completion = session.stored("completion")
     if completion and "chain (s)" in completion:
         values = tuple(completion[key] for key in ("prediction (s)", "chain (s)"))
@@ -285,9 +308,14 @@ def main() -> None:
         session.measure("tests", run_tests, needed=60 * estimate)
     rate = session.measure("rates", lambda: rates(session), needed=5 * estimate)
     for name in options.networks:
-        compiled = name.endswith(speed.COMPILED)
+        compiled = name.endswith(speed.COMPILED) or name in MODES
         needed = (60 if compiled else 15) * estimate
-        session.measure(name, lambda name=name: network_values(session, name), needed)
+        if MODES.get(name) != "reduce-overhead":
+            session.measure(name, lambda name=name: network_values(session, name), needed)
+        if name in MODES:
+            session.measure(
+                f"{name}, small step", lambda name=name: compiled_small_values(session, MODES[name]), needed
+            )
         if not compiled and not any(trick in name for trick in (*speed.TRICKS, "use_checkpoint")):
             session.measure(f"{name}, volume", lambda name=name: volume_values(session, name), needed)
         if name == "ConResNet, bf16":
