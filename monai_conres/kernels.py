@@ -142,37 +142,41 @@ def _gradients(
     x, grad, of_x, products, of_parameters, statistics, weight, bias, voxels, chunk, channels, groups,
     RELU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The gradient of one part of a row, and from the first part of each row those of weight and bias."""
+    """The gradient of one part of a row, and from the first part of each row of the first volume weight and bias."""
     row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
+    width = channels * groups
+    if part == 0 and row < width:
+        sum_of_weight = tl.zeros((BLOCK,), tl.float32)
+        sum_of_bias = tl.zeros((BLOCK,), tl.float32)
+        count = rows // width * parts
+        for start in range(0, count, BLOCK):  # this channel of all volumes
+            index = start + tl.arange(0, BLOCK)
+            entry = (index // parts * width + row) * parts + index % parts
+            sum_of_weight += tl.load(products + entry, mask=index < count, other=0.0)
+            sum_of_bias += tl.load(products + rows * parts + entry, mask=index < count, other=0.0)
+        tl.store(of_parameters + row, tl.sum(sum_of_weight))
+        tl.store(of_parameters + width + row, tl.sum(sum_of_bias))
     group, entries = row // channels, channels * parts
     statistics += group
     mean, reciprocal = tl.load(statistics), tl.load(statistics + rows // channels)
     products += group * entries
     first = tl.zeros((BLOCK,), tl.float32)  # sums over the group, weighted
     second = tl.zeros((BLOCK,), tl.float32)
-    own_first = tl.zeros((BLOCK,), tl.float32)  # over the row
-    own_second = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, entries, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < entries
         of_weight = tl.load(products + index, mask=inside, other=0.0)
         of_bias = tl.load(products + rows * parts + index, mask=inside, other=0.0)
-        channel = index // parts
-        own = channel == row % channels
-        own_second += tl.where(own, of_weight, 0.0)
-        own_first += tl.where(own, of_bias, 0.0)
         if weight is not None:
-            factor = tl.load(weight + group % groups * channels + channel, mask=inside, other=0.0).to(tl.float32)
+            channel = group % groups * channels + index // parts
+            factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
             of_weight *= factor
             of_bias *= factor
         second += of_weight
         first += of_bias
-    if part == 0:
-        tl.store(of_parameters + row, tl.sum(own_second))
-        tl.store(of_parameters + rows + row, tl.sum(own_first))
     size = voxels * 1.0 * channels  # their product may exceed 32 bits
     constant, slope = tl.sum(first) * reciprocal / size, tl.sum(second) * reciprocal * reciprocal / size
-    scale, offset = _scale_and_offset(row % (channels * groups), reciprocal, weight, bias)
+    scale, offset = _scale_and_offset(row % width, reciprocal, weight, bias)
     base = row.to(tl.int64) * voxels
     end = tl.minimum(part * chunk + chunk, voxels)
     for start in range(part * chunk, end, BLOCK):
@@ -333,12 +337,12 @@ def group_norm_backward(
     grad = grad.contiguous()
     of_x = torch.empty_like(x)
     products = torch.empty((2, rows, parts), dtype=torch.float32, device=x.device)
-    of_parameters = torch.empty((2, batch, width), dtype=torch.float32, device=x.device)
+    of_parameters = torch.empty((2, width), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         settings = statistics, weight, bias, voxels, chunk, channels, groups, relu
         _products[(rows, parts)](x, grad, products, *settings, BLOCK)
         _gradients[(rows, parts)](x, grad, of_x, products, of_parameters, *settings, BLOCK // 2)
-    of_weight, of_bias = (of_parameters.sum(1) if batch > 1 else of_parameters[:, 0]).unbind()
+    of_weight, of_bias = of_parameters.unbind()
     return of_x, of_weight, of_bias
 
 

@@ -107,7 +107,7 @@ class Kernels:
         of_x, products = torch.empty_like(x), x.new_empty(2, *x.shape[:2], dtype=torch.float32)
         self.counter.launch([x, grad], [products])
         self.counter.launch([x, grad], [of_x])
-        return of_x, *(products.sum(1) if len(x) > 1 else products[:, 0]).unbind()
+        return of_x, *products[:, 0].unbind()
 
     def standardize(self, weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtype) -> torch.Tensor:
         filters = torch.empty_like(weight, dtype=dtype)
