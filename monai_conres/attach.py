@@ -41,11 +41,11 @@ def attach_conres(
     """Attach a context residual decoder to a network. The network keeps its code and its parameters.
 
     The features of the network's own decoder are ``F`` of Eq. 4 of Zhang et al., 2021, at each scale. Context residual
-    modules run next to that decoder, and the gated features of Eq. 6 flow on inside the network. The network is run
-    once to find these features and its number of output channels.
+    modules run next to that decoder, and the gated features of Eq. 6 flow on inside the network. The function runs the
+    network once to find these features and the number of output channels.
 
     Args:
-        network: a 3D encoder-decoder that takes one image. It is not copied.
+        network: a 3D encoder-decoder that takes one image. The wrapper holds this network, not a copy.
         in_channels: number of channels of the image.
         include_background: True predicts a residual mask for each output channel, for networks with a sigmoid for each
             channel. False predicts none for channel 0, the background, for networks with a softmax.
@@ -55,8 +55,7 @@ def attach_conres(
             the number of channels of the network's features.
         context: ``"attention"`` gates the network's features. ``"mapping"`` leaves them unchanged and only learns the
             residual masks.
-        zero_init: True attaches to a trained network: its output stays exactly the same until the gates open in
-            training.
+        zero_init: True is for a trained network: its output does not change until training opens the gates.
         spatial_axis: index of the slice axis among the three spatial axes.
         spatial_size: spatial size of an image that the network takes; ``None`` tries a few sizes.
         norm: MONAI's name of a normalization layer of the decoder, or ``(name, arguments)``.
@@ -146,7 +145,7 @@ class ConResWrapper(nn.Module):
         stages: names of the backbone's modules whose outputs are gated, coarse to fine.
 
     Attributes:
-        backbone: the network itself, with the ``state_dict`` that it had. Called directly, it gives its old output.
+        backbone: the network itself, with its own ``state_dict``. A direct call returns what the plain network returns.
         decoder: the context residual decoder.
         stages: names of the gated modules, coarse to fine.
 
@@ -180,7 +179,7 @@ class ConResWrapper(nn.Module):
 
     @without_metadata
     def forward(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Segment ``image``; other arguments go to the backbone. :func:`attach_conres` says what is returned."""
+        """Segment ``image``; other arguments go to the backbone. :func:`attach_conres` says what each mode returns."""
         if self.training:
             return self.heads(image, *args, **kwargs)
         if self.decoder.context == "mapping" and self._attached:  # the residual path does not change the segmentation
@@ -189,7 +188,7 @@ class ConResWrapper(nn.Module):
 
     @without_metadata
     def heads(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> ConResOutput:
-        """All outputs in either mode: the backbone's, and logits of the residual masks, fine to coarse."""
+        """All outputs in either mode: the backbone's output, and logits of the residual masks, fine to coarse."""
         segmentation, residuals = self._run(image, *args, **kwargs)
         return ConResOutput(segmentation, self.decoder.predict(residuals))
 
@@ -197,9 +196,9 @@ class ConResWrapper(nn.Module):
     def with_residual(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the segmentation and of its residual mask at the resolution of the image, in either mode.
 
-        Give this method to an inferer to stitch both: ``SlidingWindowInferer(roi_size)(image, network.with_residual)``.
-        Dropout and batch statistics follow the mode, which does not change. With deep supervision the segmentation is
-        the output at full resolution: the first of DynUNet's stack, the last of BasicUNetPlusPlus.
+        An inferer stitches both: ``SlidingWindowInferer(roi_size)(image, network.with_residual)``. Dropout and batch
+        statistics follow the mode, which does not change. With deep supervision the segmentation is the output at full
+        resolution: the first of DynUNet's stack, the last of BasicUNetPlusPlus.
 
         Args:
             image: ``(b, in_channels, d, h, w)``; other arguments go to the backbone.
@@ -226,9 +225,9 @@ class ConResWrapper(nn.Module):
         return full[0], resize_features(residuals[0], image.shape[2:])
 
     def unwrap(self) -> nn.Module:
-        """Take the decoder off and return the backbone, a plain network with the parameters that it has now.
+        """Remove the decoder and return the backbone, a plain network with its present parameters.
 
-        The wrapper cannot be used afterwards.
+        Afterwards the wrapper only raises errors.
         """
         for handle in self._handles:
             handle.remove()

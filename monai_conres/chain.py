@@ -1,14 +1,14 @@
 """The slice chain: what the residuals are for. Draw one slice, get the volume.
 
-Each in-plane position is a chain along the slices, a linear-chain conditional random field. With classes ``y_s`` of the
-slices ``s`` of one position, the unary potentials ``u_s(c)`` of the segmentation and the log-odds ``rho_s(k)`` that
-membership of class ``k`` changes between the slices ``s - 1`` and ``s``,
+Each in-plane position is a chain along the slices, a linear-chain conditional random field. ``y_s`` is the class of the
+position in slice ``s``, and ``u_s(c)`` are the unary potentials of the segmentation. ``rho_s(k)`` is the log-odds that
+membership of class ``k`` changes between the slices ``s - 1`` and ``s``. Then
 
 ``log p(y) = sum_s u_s(y_s) + sum_{s > 0, k > 0} rho_s(k) * [(y_s = k) != (y_{s-1} = k)] - log Z``.
 
 The bracket is the residual mask of the labelling (Eq. 1 and 13 of Zhang et al., 2021). The background, state 0, has no
-residual: ``rho_s(0) = 0``. A change from ``a`` to ``c`` adds ``rho_s(a) + rho_s(c)``, one term for each state, so
-that a message along the chain costs O(C) for C states. Drawn voxels are clamped to what was drawn.
+residual: ``rho_s(0) = 0``. A change from ``a`` to ``c`` adds ``rho_s(a) + rho_s(c)``, one term for each state. So a
+message along the chain costs O(C) for C states. Drawn voxels are clamped to what was drawn.
 
 ``R`` residual channels with ``C = R + 1`` segmentation channels are classes of a softmax, one chain of ``C`` states for
 each position. ``R`` residual channels with ``C = R`` are independent sigmoids, ``R`` chains of two states.
@@ -54,11 +54,12 @@ PARTS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ChainSettings:
-    """Weights of the chain: how far it trusts segmentation, residual decoder and image.
+    """Weights of the chain: how far the chain trusts segmentation, residual decoder and image.
 
-    ``u = tau * logits`` and ``rho = residual_scale * residual logits + image_contrast * |I_s - I_{s-1}| + offset``,
-    with the image ``I`` as the network sees it, averaged over its channels. ``dataclasses.asdict(settings)`` gives
-    plain values for a JSON file; ``ChainSettings(**values)`` reads them.
+    ``u = tau * logits`` and ``rho = residual_scale * residual logits + image_contrast * |I_s - I_{s-1}| + offset``.
+    ``I`` is the image as the network sees it, and the contrast is the mean over its channels.
+    ``dataclasses.asdict(settings)`` gives plain values for a JSON file, and ``ChainSettings(**values)`` reads these
+    values.
 
     Args:
         tau: weight of the segmentation, 0 or more.
@@ -287,8 +288,8 @@ def slice_marginals(
     Args:
         unary: ``(b, c, *spatial)``, the unary potentials: logits of the segmentation, or log probabilities of a
             softmax. They may carry a weight.
-        residual: ``(b, r, *spatial)``, the log-odds ``rho`` that a voxel differs from the slice before it. Those of the
-            first slice are never used. ``c = r + 1`` is a softmax, ``c = r`` are sigmoids.
+        residual: ``(b, r, *spatial)``, the log-odds ``rho`` that a voxel differs from the slice before it. The chain
+            never uses the values of the first slice. ``c = r + 1`` is a softmax, ``c = r`` are sigmoids.
         drawn: voxels to clamp, of an integer dtype; negative where nothing is drawn. ``(b, 1, *spatial)`` class indices
             for a softmax, ``(b, c, *spatial)`` zeros and ones for sigmoids.
         spatial_axis: index of the slice axis among the spatial axes.
@@ -530,21 +531,21 @@ def complete_mask(
         residual: ``(b, r, *spatial)`` logits of the residual masks, from the same call. ``c = r + 1`` is a softmax,
             ``c = r`` are sigmoids. ``None``: only the image's contrast tells where the mask changes.
         drawn: what was drawn, of any dtype. ``(b, 1, *spatial)`` class indices for a softmax, ``(b, c, *spatial)``
-            zeros and ones for sigmoids. Slices that are not drawn may hold anything.
-        slices: indices of the drawn slices, from 0: one list for all cases, or one for each. ``None``: the slices with
-            any label. With a slice that is drawn empty, name all drawn slices.
+            zeros and ones for sigmoids. Slices that are not drawn may hold any values.
+        slices: indices of the drawn slices, from 0: one list for all cases, or one list for each case. ``None`` takes
+            the slices with any label. If a drawn slice is empty, name all drawn slices.
         image: ``(b, i, *spatial)`` as the network sees it, for the image contrast.
         settings: weights of the chain; ``None`` is ``ChainSettings()``.
         spatial_axis: index of the slice axis among the spatial axes.
-        sigmoid: True says that the segmentation has sigmoids, where ``residual`` is ``None``.
-        softmax: True says that the segmentation has a softmax, where ``residual`` is ``None``.
+        sigmoid: True says that the segmentation has sigmoids, if ``residual`` is ``None``.
+        softmax: True says that the segmentation has a softmax, if ``residual`` is ``None``.
         ignore_index: value of voxels that are not drawn, in slices that are drawn partly.
 
     Returns:
         The completed volume with the shape and dtype of ``drawn``. Drawn voxels keep what was drawn.
 
     Note:
-        Where slices are drawn one after the other, :class:`SliceChain` computes only what changes.
+        If you draw one slice after another, :class:`SliceChain` computes only what changes.
 
     Raises:
         ValueError: when shapes do not fit each other, no slice is drawn, a slice is outside the volume, logits are not
@@ -582,13 +583,14 @@ def next_slice(
     Arguments and errors are those of :func:`complete_mask`.
 
     Returns:
-        For each case, the slices that are not drawn, and how many voxels of each one :func:`complete_mask` probably
-        gets wrong: the sum of ``1 - max p`` over the voxels where this is more than 0.05, in descending order.
-        ``next(iter(ranking))`` is the slice to draw next. Empty when all slices are drawn.
+        A dictionary for each case. Its keys are the slices that are not drawn. Its values say how many voxels
+        :func:`complete_mask` probably gets wrong, in descending order: the sum of ``1 - max p`` over the voxels where
+        ``1 - max p`` is more than 0.05. ``next(iter(ranking))`` is the slice to draw next. The dictionary is empty when
+        all slices are drawn.
 
     Note:
         A volume has many thousand voxels of almost certain background, above all in its first and last slices, which
-        have one neighbor only. The sum of all entropies would propose these slices.
+        have only one neighbor. The sum of all entropies would propose these slices.
 
     Example:
         >>> segmentation, residual = torch.tensor([[[9.0, 2.0, 0.0, -1.0, -9.0]]]), torch.zeros(1, 1, 5)
@@ -618,11 +620,12 @@ class SliceChain:
         segmentation: ``(c, *spatial)`` logits of one case.
         residual: ``(r, *spatial)`` logits, or ``None``, as in :func:`complete_mask`.
         image: ``(i, *spatial)`` as the network sees it, for the image contrast.
-        drawn: drawn slices, as :meth:`draw` takes them. Without any, the result is what the chain makes of the network.
+        drawn: drawn slices, as :meth:`draw` takes them. Without drawn slices, the chain completes from the network's
+            output.
         settings: weights of the chain; ``None`` is ``ChainSettings()``.
         spatial_axis: index of the slice axis among the spatial axes.
-        sigmoid: True says that the segmentation has sigmoids, where ``residual`` is ``None``.
-        softmax: True says that the segmentation has a softmax, where ``residual`` is ``None``.
+        sigmoid: True says that the segmentation has sigmoids, if ``residual`` is ``None``.
+        softmax: True says that the segmentation has a softmax, if ``residual`` is ``None``.
 
     Attributes:
         drawn: numbers of the drawn slices, in order.

@@ -78,22 +78,22 @@ def fit_chain(
     spatial_axis: int = -1,
     ignore_index: int | None = None,
 ) -> ChainSettings:
-    """Fit the weights of the chain by the likelihood of the slices that are not drawn, given the drawn ones.
+    """Fit the weights of the chain by the likelihood of the slices that are not drawn, given the drawn slices.
 
-    It minimizes ``log Z_drawn - log Z_label``, the negative log likelihood, for each voxel that is not drawn. The drawn
-    slices are evenly spaced within the extent of the label. The result is the same in each run. Take training cases,
-    never the ones that are scored.
+    The function minimizes ``log Z_drawn - log Z_label``, the negative log likelihood, for each voxel that is not drawn.
+    The drawn slices are evenly spaced within the extent of the label. The result is the same in each run. Take training
+    cases, never cases that you score.
 
     Args:
         cases: mappings with ``segmentation`` ``(b, c, *spatial)`` and ``residual`` ``(b, r, *spatial)``, logits as
             ``network.with_residual(image)`` gives them; ``label``, class indices ``(b, 1, *spatial)`` for a softmax or
             zeros and ones ``(b, c, *spatial)`` for sigmoids; ``image`` for the image contrast. Without ``residual`` or
             ``image`` their weight is 0. All cases have the same keys.
-        drawn: numbers of drawn slices, fitted together.
+        drawn: how many slices are drawn: one or more numbers, all in one fit.
         positions: largest number of in-plane positions that are taken from each case.
         max_iterations: largest number of steps of the optimizer (L-BFGS).
         spatial_axis: index of the slice axis among the spatial axes.
-        ignore_index: value of voxels without a label. Slices with a label are drawn or scored, one of them at least is
+        ignore_index: value of voxels without a label. Slices with a label are drawn or scored. At least one of them is
             scored.
 
     Returns:
@@ -148,22 +148,23 @@ def fit_chain(
 class ChainLoss(nn.Module):
     """Training through the chain: the residual decoder learns what the segmentation does not know.
 
-    Add it to :class:`~monai_conres.ConResLoss`: ``loss(output, label) + weight * chain_loss(output, label)``.
+    Add the loss to :class:`~monai_conres.ConResLoss`: ``loss(output, label) + weight * chain_loss(output, label)``.
 
     Args:
         segmentation_loss: loss of ``(logits, label)`` for the marginals. In each call and case, 0 to ``max_drawn``
             random slices are clamped to the label. ``None`` takes the negative log likelihood of the label under the
             chain for each voxel, ``log Z - log Z_label``, which needs no random slices.
-        settings: weights of the chain, fixed in training; ``None`` is ``ChainSettings()``. There is no image here.
+        settings: weights of the chain, fixed in training; ``None`` is ``ChainSettings()``. The loss does not use the
+            image.
         max_drawn: largest number of drawn slices.
         spatial_axis: index of the slice axis among the spatial axes, the same as the network's.
-        ignore_index: value of voxels without a label. Slices with a label are clamped or scored. The likelihood is that
-            of the labelled voxels, for each of them. ``segmentation_loss`` gets the label with this value.
+        ignore_index: value of voxels without a label. Slices with a label are clamped or scored. The likelihood counts
+            only labelled voxels and is divided by their number. ``segmentation_loss`` gets the label with this value.
 
     Shape:
-        ``output``: a :class:`~monai_conres.ConResOutput`. Of several segmentation outputs the last one of the label's
-        size counts. ``label``: class indices ``(b, 1, *spatial)`` or one-hot ``(b, c, *spatial)`` for a softmax, zeros
-        and ones ``(b, c, *spatial)`` for sigmoids. The result is a scalar in float32 or wider.
+        ``output``: a :class:`~monai_conres.ConResOutput`. If there are several segmentation outputs, the last output of
+        the label's size counts. ``label``: class indices ``(b, 1, *spatial)`` or one-hot ``(b, c, *spatial)`` for a
+        softmax, zeros and ones ``(b, c, *spatial)`` for sigmoids. The result is a scalar in float32 or wider.
 
     Raises:
         ValueError: when shapes do not fit each other, the output has no residuals, ``ignore_index`` is a class, or
@@ -172,8 +173,8 @@ class ChainLoss(nn.Module):
     Note:
         A voxel without a label has a gradient where its chain has a label: the chain carries the label there.
 
-        Residual logits of a lower resolution are resized linearly. Such a head tells changes over two slices or more,
-        so the chain sees each change more than once; the decoder learns to allow for that.
+        The loss resizes residual logits of a lower resolution linearly. Such logits tell changes over two slices or
+        more, so the chain sees each change more than once. The decoder learns to allow for this.
 
     Example:
         >>> from monai_conres import ConResOutput

@@ -49,22 +49,24 @@ def predict_with_residual(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``(segmentation, residual)`` of whole volumes by sliding windows, without a wrong residual at the borders.
 
-    A residual tells the change to the slice before. The first slice of a window has none before it, so its residual
-    gets no weight where windows overlap. ``inferer(image, network.with_residual)`` would blend it in.
+    A residual tells the change from the slice before. The first slice of a window has no slice before it, so its
+    residual is wrong and gets no weight where windows overlap. ``inferer(image, network.with_residual)`` would blend in
+    this residual.
 
     Args:
         image: ``(b, c, *spatial)``.
         network: a network with the method ``with_residual``, in ``eval()`` mode.
-        inferer: any inferer of MONAI, such as ``SlidingWindowInferer``. Its windows overlap by one slice or more along
-            the slice axis.
+        inferer: any inferer of MONAI, such as ``SlidingWindowInferer``. Its windows must overlap by one slice or more
+            along the slice axis.
         flip_axes: sets of spatial axes to flip each window along, such as ``[[0], [0, 1]]``. The window without a flip
             always counts. The softmax or sigmoid of the segmentation is the mean probability, and the residual is the
-            mean of the logits. The shift of the residual in a flip is undone.
-        spatial_axis: index of the slice axis among the spatial axes; ``None`` takes that of the residual decoder.
+            mean of the logits. The function undoes the shift of the residual in a flip.
+        spatial_axis: index of the slice axis among the spatial axes; ``None`` takes the slice axis of the residual
+            decoder.
 
     Returns:
         ``(b, c, *spatial)`` and ``(b, r, *spatial)``. The first slice of the volume has the smallest residual logit of
-        the volume, because nothing is before it.
+        the volume, because no slice is before it.
 
     Raises:
         ValueError: when windows do not overlap along the slice axis, or the network has no residual decoder.
@@ -116,8 +118,8 @@ class CompletedScan:
         image: the image as the network sees it, ``(c, *spatial)``.
         slices: the drawn slices, from 0.
         left_out: slices with labels in the drawn file that do not count, because others were named.
-        proposed: the slices to draw next, the most uncertain first. Each one is chosen as if those before it were drawn
-            as they are completed now.
+        proposed: the slices to draw next, the most uncertain first. Each choice assumes that all slices earlier in the
+            list are drawn exactly as they are completed now.
         spatial_axis: the axis of the file along which slices count.
         direction: the anatomical direction of that axis, such as ``"inferior to superior"``.
         uses_residual: False for a network without residual decoder, where only the image's contrast tells changes.
@@ -147,7 +149,7 @@ def complete_scan(
     ignore_index: int | None = None,
     progress: bool = False,
 ) -> CompletedScan:
-    """Complete the label map of a scan file from a few slices of it that are drawn.
+    """Complete the label map of a scan file from a few drawn slices.
 
     The network sees the scan as in its training. Segmentation and residual go back to the voxels of the scan file,
     where the chain runs. The network computes on its own device.
@@ -156,10 +158,10 @@ def complete_scan(
         trained: what :func:`~monai_conres.files.load_network` returns.
         image: the NIfTI file of the scan, or one file for each channel in the order of ``trained.scans.channels``.
         drawn: a NIfTI label map on the voxels of the scan, with the label values of ``trained.scans.classes``.
-        slices: all drawn slices, from 0, along the axis of the file that is the network's slice axis. ``None``: the
-            slices with any label. With a slice that is drawn empty, name all drawn slices: labels in other slices do
+        slices: all drawn slices, from 0, along the axis of the file that is the network's slice axis. ``None`` takes
+            the slices with any label. If a drawn slice is empty, name all drawn slices. Labels in other slices then do
             not count.
-        settings: weights of the chain; ``None`` takes those that were saved with the network, or the defaults.
+        settings: weights of the chain; ``None`` takes the weights saved with the network, or the defaults.
         propose: how many slices to propose for drawing next.
         ignore_index: value of all voxels in slices that are not drawn. Drawn slices may then be empty.
         progress: True shows a progress bar of the windows.
@@ -169,7 +171,8 @@ def complete_scan(
 
     Raises:
         ValueError: when a file cannot be read, the files do not lie on the same voxels, no slice is drawn, a slice is
-            outside the scan, a drawn value is none of the network's, or the network resamples along the slice axis.
+            outside the scan, a drawn value is no label value of the network, or the network resamples along the slice
+            axis.
     """
     scan = ScanCompletion(trained, image, settings=settings)
     planes, left_out = scan.read_drawn(drawn, slices, ignore_index)
@@ -203,7 +206,7 @@ class ScanCompletion:
     Args:
         trained: what :func:`~monai_conres.files.load_network` returns.
         image: the NIfTI file of the scan, or one file for each channel in the order of ``trained.scans.channels``.
-        settings: weights of the chain; ``None`` takes those that were saved with the network, or the defaults.
+        settings: weights of the chain; ``None`` takes the weights saved with the network, or the defaults.
 
     Attributes:
         shape: spatial shape of the scan file.
@@ -244,7 +247,7 @@ class ScanCompletion:
 
         Raises:
             ValueError: when the file does not lie on the voxels of the scan, a slice is outside the scan or drawn in
-                part, or a value is none of the network's.
+                part, or a value is no label value of the network.
         """
         check_same_grid([*self.files, file])
         known, left_out, values = _drawn_slices(file, slices, self.spatial_axis, self.scans, ignore_index)
@@ -375,7 +378,7 @@ def fit_completion(
         trained: what :func:`~monai_conres.files.load_network` returns.
         cases: training cases of the network: ``image``, a NIfTI file or one for each channel, and ``label``, the label
             map. The function holds one case at a time.
-        drawn: numbers of drawn slices, fitted together.
+        drawn: how many slices are drawn: one or more numbers, all in one fit.
         ignore_index: value of voxels without a label, where only some slices of the training cases are drawn.
 
     Returns:

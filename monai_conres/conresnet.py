@@ -30,9 +30,9 @@ __all__ = ["ConResNet"]
 class ConResNet(nn.Module):
     """ConResNet (Zhang, Xie, Wang and Xia, IEEE TMI 2021): 3D segmentation with inter-slice context residuals.
 
-    In ``train()`` mode it returns a :class:`~monai_conres.ConResOutput`: the logits of the segmentation and of the
-    residual masks. In ``eval()`` mode it returns only the logits of the segmentation, one tensor, so that MONAI's
-    inferers, evaluators and exports take it like any other network. :meth:`with_residual` returns segmentation and
+    In ``train()`` mode the network returns a :class:`~monai_conres.ConResOutput`: the logits of the segmentation and of
+    the residual masks. In ``eval()`` mode the network returns one tensor, the logits of the segmentation. So MONAI's
+    inferers, evaluators and exports take the network like any other. :meth:`with_residual` returns segmentation and
     residual in either mode.
 
     Args:
@@ -43,20 +43,21 @@ class ConResNet(nn.Module):
         channels: number of channels at each resolution, fine to coarse.
         strides: down-sampling between the resolutions, a number or one number per axis. For thick slices, down-sample
             in plane first: ``strides=((2, 2, 1), (2, 2, 1), (2, 2, 2))``.
-        blocks: number of residual blocks at each resolution, and of those with dilation 2 that follow at the last.
+        blocks: number of residual blocks at each resolution, then the number of blocks with dilation 2 that follow at
+            the last resolution.
         context: ``"attention"`` is ConResNet, ``"mapping"`` predicts residual masks but does not gate the features,
             ``"none"`` is the paper's baseline without a residual decoder (Table III of the paper).
         spatial_axis: index of the slice axis among the three spatial axes; -1 is the axial view after
-            ``Orientationd("RAS")``, 0 the sagittal and 1 the coronal one.
+            ``Orientationd("RAS")``, 0 the sagittal view, 1 the coronal view.
         norm: MONAI's name of a normalization layer, or ``(name, arguments)``.
         act: MONAI's name of an activation layer, or ``(name, arguments)``.
         dropout: probability of dropping a channel of the encoder's output in training.
         fan_in_scaling: see :class:`~monai_conres.layers.WeightStandardizedConv3d`.
         inner_norm: see :class:`ContextResidualModule`.
         align_corners: how features are up-sampled; True in the released code of the authors.
-        use_checkpoint: True computes features again in the backward pass instead of keeping them. A training step
-            takes less memory and more time. ``torch.func.grad`` does not work with it. The attribute of this name may
-            be changed later.
+        use_checkpoint: True computes features again in the backward pass instead of keeping them. A training step takes
+            less memory and more time. ``torch.func.grad`` does not work with True. You may change the attribute
+            ``use_checkpoint`` later.
 
     Attributes:
         arguments: the arguments above by name, for ``network.json``.
@@ -64,8 +65,7 @@ class ConResNet(nn.Module):
     Shape:
         ``(b, in_channels, d, h, w)``, each size at least the product of the strides along its axis. Where a group of
         ``norm`` has one channel (8 channels at the coarsest resolution, or instance norm), the coarsest features need
-        two voxels. Logits
-        of the segmentation and of the finest residual have the same ``d, h, w``.
+        two voxels. Logits of the segmentation and of the finest residual have the size ``d, h, w`` of the image.
 
     Raises:
         ValueError: when the arguments do not fit each other, or an image does not fit the network.
@@ -168,7 +168,7 @@ class ConResNet(nn.Module):
 
     @classmethod
     def released(cls, in_channels: int, out_channels: int, spatial_axis: int = 0, **kwargs: Any) -> ConResNet:
-        """The network as its authors released it, number for number, with slices on the first spatial axis.
+        """The network of the authors' released code, with slices on the first spatial axis.
 
         Checkpoints of the original code load through :func:`~monai_conres.convert_released_state_dict`.
 
@@ -182,7 +182,7 @@ class ConResNet(nn.Module):
 
     @without_metadata
     def forward(self, image: torch.Tensor) -> ConResOutput | torch.Tensor:
-        """Segment ``image``; see the class for what is returned in which mode."""
+        """Segment ``image``. The class says what each mode returns."""
         if self.training:
             return self.heads(image)
         # without the gate the residual path does not reach the segmentation
@@ -193,9 +193,9 @@ class ConResNet(nn.Module):
     def with_residual(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the segmentation and of the finest residual masks, in either mode.
 
-        Hand the method to an inferer for whole volumes: ``inferer(image, network.with_residual)``. The mode stays as
-        it is: call ``network.eval()`` first to switch dropout off. A flip along the slice axis shifts the residual by
-        one slice.
+        Hand the method to an inferer for whole volumes: ``inferer(image, network.with_residual)``. The method does not
+        change the mode: call ``network.eval()`` first to switch dropout off. A flip along the slice axis shifts the
+        residual by one slice.
 
         Args:
             image: ``(b, in_channels, d, h, w)``.

@@ -66,7 +66,8 @@ class ContextResidualModule(nn.Module):
         channels: number of channels of ``F``.
         width: number of channels of the incoming and the outgoing context residual; ``None`` is ``channels``, as in
             the paper. A 1x1x1 convolution brings a narrower residual back to ``channels`` in front of the gate.
-        entry: layer that brings the incoming residual to ``width`` channels; ``None`` where it has them already.
+        entry: layer that brings the incoming residual to ``width`` channels; ``None`` if the residual has ``width``
+            channels already.
         context: ``"attention"`` computes Eq. 4 to 6, ``"mapping"`` leaves out Eq. 6, so that features pass unchanged.
             With ``"none"`` features and residual both pass unchanged.
         zero_init: True multiplies the gate by a learned strength for each channel, ``F * (1 + strength *
@@ -79,19 +80,19 @@ class ContextResidualModule(nn.Module):
         align_corners: how the incoming residual is resampled; True in the released code.
 
     Shape:
-        ``features`` ``(b, channels, d, h, w)`` in and out, ``residual`` ``(b, width, d, h, w)`` out. An incoming
-        residual of another resolution is resampled to that of the features.
+        ``features`` ``(b, channels, d, h, w)`` in and out, ``residual`` ``(b, width, d, h, w)`` out. The module
+        resamples an incoming residual to the resolution of the features.
 
     Raises:
-        ValueError: when ``context`` has another value, or ``zero_init`` is asked for without the gate.
+        ValueError: when ``context`` has another value, or ``zero_init`` is True without the gate.
 
     Note:
-        The paper's "Conv" is convolution, normalization, activation. As in the released code, the outer one of Eq. 5
-        is normalization, activation, convolution, so that the gate sees values of both signs, and the inner one is
+        The paper's "Conv" is convolution, normalization, activation. As in the released code, the outer "Conv" of Eq. 5
+        is normalization, activation, convolution, so that the gate sees values of both signs. The inner "Conv" is
         1x1x1. The released code leaves out the inner normalization. ``G``, a difference of sigmoids, is then small
         compared with ``I_res``.
 
-        Hooks on ``outer`` are not called, only those on its layers, such as ``outer.conv``.
+        Hooks on ``outer`` are not called. Put hooks on its layers, such as ``outer.conv``.
 
     Example:
         >>> module = ContextResidualModule(8)
@@ -142,7 +143,7 @@ class ContextResidualModule(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gated features ``O_seg`` and the context residual features ``O_res``.
 
-        ``run(part, *arguments)`` computes Eq. 4 and 5: a network with ``use_checkpoint`` gives its own.
+        ``run(part, *arguments)`` computes Eq. 4 and 5. A network with ``use_checkpoint`` gives its own ``run``.
         """
         if self.context == "none":
             return features, residual
@@ -192,10 +193,10 @@ class ConResDecoder(nn.Module):
         in_channels: number of channels of the image.
         channels: number of channels of the segmentation decoder's features, coarse to fine.
         out_channels: number of residual masks to predict.
-        width: largest number of channels of the context residual path at any scale; ``None`` is that of the features,
-            as in the paper.
+        width: largest number of channels of the context residual path at any scale; ``None`` is the number of channels
+            of the features, as in the paper.
         context: ``"attention"``, or ``"mapping"`` without the gate of Eq. 6.
-        zero_init: True opens the gates from zero in training, see :class:`ContextResidualModule`.
+        zero_init: True starts with closed gates, which training opens, see :class:`ContextResidualModule`.
         spatial_axis: index of the slice axis among the three spatial axes.
         norm: MONAI's name of a normalization layer, or ``(name, arguments)``.
         act: MONAI's name of an activation layer, or ``(name, arguments)``.
@@ -207,8 +208,8 @@ class ConResDecoder(nn.Module):
         arguments: the arguments above by name, for ``network.json``.
 
     Raises:
-        ValueError: when ``channels`` is empty, a number of channels is too small, ``norm`` does not fit them, or
-            ``context`` has another value.
+        ValueError: when ``channels`` is empty, a number of channels is too small, ``norm`` does not fit the channels,
+            or ``context`` has another value.
 
     Example:
         >>> decoder = ConResDecoder(1, (16, 8), 2)

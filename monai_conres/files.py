@@ -90,7 +90,7 @@ class TrainedNetwork:
         network: the network in ``eval()`` mode on the CPU.
         scans: how a scan becomes the network's input, and the output a label map.
         training: what the saver noted about the training, such as the names of the training cases.
-        chain: weights of the slice chain for this network, if they were fitted.
+        chain: weights of the slice chain for this network; ``None`` before they are fitted.
     """
 
     network: nn.Module
@@ -114,12 +114,13 @@ def save_network(
     ``network.json``, or one that belongs to ``model.pt``.
 
     Args:
-        folder: the run folder. Files that are there are replaced.
+        folder: the run folder. The two new files replace older files.
         network: a :class:`~monai_conres.ConResNet`, or what :func:`~monai_conres.attach_conres` returns. Any other
             network needs ``backbone``.
         scans: how a scan becomes the network's input, and the output a label map.
         backbone: class and arguments of the network that the decoder was attached to, such as
-            ``("monai.networks.nets.SegResNet", {"init_filters": 8})``. ``None``: :func:`load_network` asks for them.
+            ``("monai.networks.nets.SegResNet", {"init_filters": 8})``. With ``None``, :func:`load_network` needs its
+            argument ``backbone``.
         training: plain values about the training. ``"cases"`` are the names of the training cases.
         chain: weights of the slice chain. :func:`save_chain` adds them later.
 
@@ -145,7 +146,7 @@ def save_network(
 
 
 def save_chain(folder: str | os.PathLike, chain: ChainSettings) -> None:
-    """Add the weights of the slice chain to ``network.json``, or replace those that are there.
+    """Add the weights of the slice chain to ``network.json``, or replace older weights.
 
     Args:
         folder: a folder that :func:`save_network` has written.
@@ -189,8 +190,8 @@ def load_network(
 
     Args:
         folder: a folder that :func:`save_network` has written.
-        backbone: the backbone of an attached network, or a function that makes it; needed where ``network.json`` does
-            not have it.
+        backbone: the backbone of an attached network, or a function that makes it; needed if ``network.json`` does not
+            have the backbone.
         weights: name of the file of weights in the folder.
 
     Raises:
@@ -363,8 +364,8 @@ def _check_fit(entry: Mapping[str, Any], scans: ScanSettings) -> None:
 def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTensor, *, writer: str = WRITER) -> None:
     """Write a label map ``(1, *spatial)`` as 8-bit NIfTI in the geometry of a loaded image.
 
-    On the voxels of a NIfTI scan the file gets the scan's own qform, sform, codes, unit and pixdim, so every viewer
-    puts both in one place. Nothing else of the scan's header is copied.
+    On the voxels of a NIfTI scan the file gets the scan's own qform, sform, codes, unit and pixdim. So every viewer
+    shows the label map on the scan. Nothing else of the scan's header is copied.
 
     Args:
         path: name of the file, ``.nii`` or ``.nii.gz``.
@@ -432,8 +433,8 @@ def _geometry(like: MetaTensor) -> Any:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path for a file or folder, which is renamed to ``path`` when the block ends without an error.
 
-    The new file replaces a file at ``path``. Missing parent folders are made. What killed writers left behind in this
-    folder is removed.
+    The new file replaces a file at ``path``. The function makes missing parent folders, and removes what killed writers
+    left in this folder.
 
     Raises:
         OSError: when ``path`` is a folder with files in it.

@@ -32,16 +32,16 @@ class ContextResidualLoss(nn.Module):
     """Loss of the predicted residual masks: weighted binary cross entropy at every scale.
 
     Eq. 8 of Zhang et al., 2021, for one scale, with ``w_k = log(V / V_k)``. A residual mask has ``V`` voxels, and
-    ``V_k`` of them have the value ``k``, counted for each channel over the batch. Eq. 9 adds the scales up: the finest
-    with weight 1, the others with ``deep_supervision_weight``. The target of each scale is the residual mask of the
-    label resized to that scale. The loss makes the targets on the label's device and does not wait for it.
+    ``V_k`` of them have the value ``k``, counted for each channel over the batch. Eq. 9 adds up the scales: the finest
+    scale with weight 1, the others with ``deep_supervision_weight``. The target of each scale is the residual mask of
+    the label resized to that scale. The loss makes the targets on the label's device and does not wait for the device.
 
     Args:
         spatial_axis: index of the slice axis among the spatial axes, the same as the network's.
         deep_supervision_weight: weight of each coarser scale (the paper's lambda).
         background_weight: ``w_0``; ``None`` is the paper's ``log(V / V_0)``.
         ignore_index: value of voxels without a label. Only voxels whose residual is known count, in ``V``, in ``V_k``
-            and in the mean: see :func:`~monai_conres.residual_mask`. Without any, the loss is zero.
+            and in the mean: see :func:`~monai_conres.residual_mask`. Without such voxels the loss is zero.
 
     Attributes:
         mean_w_1: mean of the finest scale's ``w_1`` for each channel, ``(r)``, over the calls with gradients. It
@@ -56,12 +56,12 @@ class ContextResidualLoss(nn.Module):
 
     Raises:
         ValueError: when shapes do not fit each other, ``ignore_index`` is a class or does not fit the dtype of the
-            label, or on label values that are not classes (on the CPU only).
+            label, or label values are not classes (checked only on the CPU).
 
     Note:
-        The cross entropy is the mean over voxels where the paper has the sum. The paper's ``w_0`` is about 0.005 for
-        a tumor, which leaves voxels outside the residual nearly without gradient; its released code has 1, the
-        default here. The released code compares every scale with the full-resolution mask of one-slice steps.
+        The cross entropy is the mean over voxels; the paper has the sum. The paper's ``w_0`` is about 0.005 for a
+        tumor: voxels outside the residual then have nearly no gradient. The released code has ``w_0 = 1``, the default
+        here. The released code compares every scale with the full-resolution mask of one-slice steps.
 
     Example:
         >>> label = torch.zeros(1, 1, 2, 2, 4)
@@ -179,8 +179,8 @@ def _share(counted: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class ConResLoss(nn.Module):
     """Joint loss of segmentation and residual masks: ``segmentation loss + residual_weight * residual loss``.
 
-    It takes what a network of this package returns. In training that is a :class:`~monai_conres.ConResOutput`. For a
-    plain tensor, as in validation, and for a network without residuals it is only the segmentation loss.
+    The loss takes what a network of this package returns, in training a :class:`~monai_conres.ConResOutput`. For a
+    plain tensor, as in validation, and for a network without residuals, the loss is only the segmentation loss.
 
     The number ``c`` of segmentation channels and ``r`` of residual channels say what the channels mean:
 
@@ -192,8 +192,8 @@ class ConResLoss(nn.Module):
     ===========  ==================================  ===================================================
 
     Args:
-        segmentation_loss: any loss of ``(logits, label)``; it gets the network's output and the label as plain tensors.
-            ``None`` is Eq. 7 of Zhang et al., 2021, in one of two forms:
+        segmentation_loss: any loss of ``(logits, label)``, which gets the network's output and the label as plain
+            tensors. ``None`` is Eq. 7 of Zhang et al., 2021: choose ``sigmoid`` or ``softmax``.
         sigmoid: True is binary cross entropy and Dice loss, a sigmoid for each channel.
         softmax: True is cross entropy and Dice loss, a softmax over the channels.
         residual_weight: weight of the residual loss.
@@ -201,29 +201,31 @@ class ConResLoss(nn.Module):
         deep_supervision_weight: see :class:`ContextResidualLoss`.
         background_weight: see :class:`ContextResidualLoss`.
         ignore_index: value of voxels without a label, such as 255. Neither the default losses nor the residual loss see
-            these voxels. An own ``segmentation_loss`` gets the label with this value and must ignore the voxels, too.
+            these voxels. Your own ``segmentation_loss`` gets the label with this value and must also ignore these
+            voxels.
 
     Shape:
         ``output``: a :class:`~monai_conres.ConResOutput` or logits ``(b, c, *spatial)``; ``label``: see above. The
         result is a scalar.
 
     Raises:
-        ValueError: when not exactly one of ``segmentation_loss``, ``sigmoid`` and ``softmax`` is given, shapes or
-            label values do not fit, or an own loss ignores other voxels.
+        ValueError: when not exactly one of ``segmentation_loss``, ``sigmoid`` and ``softmax`` is given, shapes or label
+            values do not fit, or your own loss ignores other voxels.
         TypeError: when the segmentation is a deep supervision output, and ``segmentation_loss`` is ``None``.
 
     Note:
-        The first of several deep supervision outputs is taken to be the final one when shapes are checked. A stacked
-        tensor ``(b, n, c, *spatial)``, as of MONAI's ``DynUNet``, is given to ``segmentation_loss`` as a list of ``n``.
+        The check of shapes takes the first of several deep supervision outputs as the final output.
+        ``segmentation_loss`` gets a stacked tensor ``(b, n, c, *spatial)``, which MONAI's ``DynUNet`` returns, as a
+        list of ``n`` tensors.
 
-        An own loss with a softmax belongs to a network with ``include_background=False``. The joint loss cannot see
-        which activation an own loss has: with ``c = r`` it trains a residual mask of the background, too.
+        If your own loss has a softmax, build the network with ``include_background=False``. The joint loss cannot see
+        the activation of your own loss: with ``c = r`` it also trains a residual mask of the background.
 
-        MONAI's ``DiceCELoss(sigmoid=True)`` has a softmax in its cross entropy when there are several channels; the
-        default here has a binary cross entropy for each.
+        MONAI's ``DiceCELoss(sigmoid=True)`` has a softmax in its cross entropy when there are several channels. The
+        default loss here has a binary cross entropy for each channel.
 
-        Of MONAI's losses, Dice, focal and Tversky loss take an ``ignore_index``, for class indices in one channel. In
-        labels of several channels they ignore voxels of zeros instead, so only the default losses take such labels.
+        MONAI's Dice, focal and Tversky losses take an ``ignore_index`` for class indices in one channel. In labels of
+        several channels these losses ignore voxels of zeros instead. So only the default losses here take such labels.
 
     Example:
         >>> from monai_conres import ConResNet
@@ -356,20 +358,20 @@ class CompoundBoundaryLoss(nn.Module):
 
     Args:
         loss: a loss of ``(output, label)``, such as :class:`ConResLoss`.
-        boundary_loss: a loss of ``(logits, label)``, such as ``DeviceBoundaryLoss(sigmoid=True)``. It gets only the
-            segmentation. From deep supervision outputs it gets the first, unless it is a
+        boundary_loss: a loss of ``(logits, label)``, such as ``DeviceBoundaryLoss(sigmoid=True)``. This loss gets only
+            the segmentation: of deep supervision outputs only the first, unless the loss is a
             ``monai.losses.DeepSupervisionLoss``.
         max_steps: number of iterations after which ``alpha`` stays at ``final_alpha``.
         final_alpha: weight of ``loss`` at the end.
 
     Raises:
         ValueError: when ``max_steps`` is not positive, ``final_alpha`` is outside [0, 1], or ``loss`` ignores voxels:
-            the distance to a boundary takes a label for each voxel.
+            the distance to a boundary needs a label for each voxel.
         TypeError: when the segmentation is a dictionary.
 
     Note:
-        MONAI's ``BoundaryLoss`` copies the label from the GPU and computes its distances with scipy, which takes
-        seconds, unless cupy and cucim are installed. :class:`DeviceBoundaryLoss` does not.
+        Without cupy and cucim, MONAI's ``BoundaryLoss`` copies the label from the GPU and computes distances with
+        scipy, which takes seconds. :class:`DeviceBoundaryLoss` computes the distances on the GPU.
 
     Example:
         >>> loss = CompoundBoundaryLoss(nn.MSELoss(), nn.L1Loss(), max_steps=10)
@@ -427,8 +429,8 @@ class CompoundBoundaryLoss(nn.Module):
 class DeviceBoundaryLoss(nn.Module):
     """Boundary loss (Kervadec et al., MIDL 2019): the mean of probability times signed distance to the label's surface.
 
-    The values are those of MONAI's ``BoundaryLoss``. The distances are exact, and the label's device computes them:
-    nothing waits for a GPU, which needs neither scipy nor cupy.
+    The values are those of MONAI's ``BoundaryLoss``. The label's device computes exact distances. A GPU needs neither
+    scipy nor cupy, and nothing waits for the GPU.
 
     Args:
         sigmoid: True for a sigmoid of each channel.
@@ -480,7 +482,7 @@ def signed_distance(masks: torch.Tensor) -> torch.Tensor:
     """Distance in voxels to the nearest voxel of a mask, negative inside: 2, 1, 0, -1, ... from outside to inside.
 
     Zero everywhere for a mask that is empty or full, as in MONAI's ``BoundaryLoss``. A GPU computes
-    :func:`squared_distance`, a CPU takes scipy, if it is installed.
+    :func:`squared_distance`, a CPU takes scipy, if scipy is installed.
 
     Args:
         masks: booleans ``(b, c, *spatial)``.

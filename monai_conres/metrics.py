@@ -1,6 +1,6 @@
-"""Surface distances in which every case counts, also where a mask is empty.
+"""Surface distances in which every case counts, also a case with an empty mask.
 
-MONAI's distance metrics leave out a case where one mask is empty, so a structure that the network missed does not lower
+MONAI's distance metrics leave out a case if one mask is empty. So a structure that the network missed does not count in
 the mean. The rules of the BraTS challenge count every case:
 
 ================  ==================  =============
@@ -12,8 +12,8 @@ one empty         the worst possible  0
 
 For the Dice coefficient MONAI has these rules: ``DiceMetric(ignore_empty=False)``.
 
-Where only some slices are drawn, ``ignore_index`` is the value of all other voxels in the reference. A surface is then
-where a voxel of the mask has a labelled neighbor outside the mask, so a drawn slice has its outline. For the Dice
+Where only some slices are drawn, ``ignore_index`` is the value of all other voxels in the reference. The surface then
+consists of voxels of the mask with a labelled neighbor outside the mask. So a drawn slice has its outline. For the Dice
 coefficient, give class indices to ``DiceMetric(ignore_empty=False, num_classes=..., ignore_index=...)``.
 """
 
@@ -112,13 +112,13 @@ class _DistanceMetric(CumulativeIterationMetric):
 
 
 class BratsHausdorffDistanceMetric(_DistanceMetric):
-    """95th percentile of the Hausdorff distance, in mm: 0 where both masks are empty, the worst where one is.
+    """95th percentile of the Hausdorff distance, in mm: 0 if both masks are empty, the worst value if one is empty.
 
     Args:
         include_background: False leaves out channel 0.
         percentile: percentile of the surface distances, 0 to 100. 100 is the maximum (Eq. 12 of Zhang et al., 2021).
-        empty_distance: value where one mask is empty, in mm. ``None`` is the diagonal of the volume, which is 373.1287
-            for BraTS.
+        empty_distance: value where one mask is empty, in mm. ``None`` is the diagonal of the volume, 373.1287 mm for
+            BraTS.
         reduction: MONAI's name of a reduction. ``"mean_batch"`` is the mean over the cases for each channel.
         ignore_index: value of voxels without a label, in the channels of the reference. A mask without any labelled
             voxel has the value NaN, which the reduction leaves out.
@@ -169,7 +169,7 @@ class BratsHausdorffDistanceMetric(_DistanceMetric):
 
 
 class BratsSurfaceDiceMetric(_DistanceMetric):
-    """Share of both surfaces within a tolerance of the other surface: 1 where both masks are empty, 0 where one is.
+    """Share of both surfaces within a tolerance of the other surface: 1 if both masks are empty, 0 if one is empty.
 
     Args:
         tolerance: largest distance that counts as agreement, in mm.

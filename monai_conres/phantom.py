@@ -37,7 +37,7 @@ def tumor_phantom(
 
     Args:
         size: number of voxels along x, y and z.
-        spacing: voxel size in mm. The shapes in mm do not depend on it.
+        spacing: voxel size in mm. The shapes in mm do not depend on the spacing.
         seed: seed of the random numbers.
 
     Returns:

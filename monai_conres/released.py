@@ -33,12 +33,12 @@ _UNUSED = re.compile(
 def convert_released_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the parameters of a checkpoint of the released code to those of :meth:`ConResNet.released`.
 
-    The released network holds 422,464 parameters that its forward pass never uses. They are left out. The output
-    channels of a checkpoint for BraTS are ET, WT, TC; MONAI's transform gives TC, WT, ET.
+    The released network holds 422,464 parameters that its forward pass never uses. The function leaves these out. The
+    output channels of a checkpoint for BraTS are ET, WT, TC; MONAI's transform gives TC, WT, ET.
 
     Args:
-        state_dict: ``torch.load(path, map_location="cpu")`` of the original file. A ``module.`` prefix of
-            ``DataParallel`` is removed.
+        state_dict: ``torch.load(path, map_location="cpu")`` of the original file. The function removes a ``module.``
+            prefix of ``DataParallel``.
 
     Returns:
         A state dict for ``ConResNet.released(in_channels, out_channels)``.

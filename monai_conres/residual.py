@@ -3,9 +3,9 @@
 Every function takes tensors of shape ``(b, c, *spatial)``. The slice axis is ``spatial_axis``, an index among the
 *spatial* axes. The default ``-1`` is the last one: the axial view after ``Orientationd("RAS")``.
 
-Where only some slices are drawn, the others have the value ``ignore_index``, which is no class. In a label with one
-channel for each class, each channel has its own ignored voxels. A one-hot label with a background channel ignores a
-voxel where any of its channels does.
+Where only some slices are drawn, the other slices have the value ``ignore_index``, which is no class. In a label with
+one channel for each class, each channel has its own ignored voxels. A one-hot label with a background channel ignores a
+voxel if any channel ignores the voxel.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def inter_slice_residual(volume: torch.Tensor, *, spatial_axis: int = -1) -> tor
     """Absolute difference of each slice to the slice before it; zero for the first slice.
 
     ``residual[s + 1] = |volume[s + 1] - volume[s]|`` and ``residual[0] = 0``: Eq. 4 of Zhang et al., 2021, without its
-    sigmoid, and Eq. 1 where ``volume`` is a binary mask. Differentiable.
+    sigmoid, and Eq. 1 where ``volume`` is a binary mask. The function is differentiable.
 
     Args:
         volume: ``(b, c, *spatial)`` of any real or boolean dtype. Unsigned integers do not wrap around. The difference
-            of signed integers has to fit their dtype, and ``uint64`` the range of ``int64``.
+            of signed integers must fit their dtype. Values of ``uint64`` must fit ``int64``.
         spatial_axis: index of the slice axis among the spatial axes.
 
     Returns:
@@ -59,7 +59,8 @@ def residual_mask(
         label: either channels of zeros and ones ``(b, c, *spatial)`` (binary, multi-hot or one-hot), or, with
             ``num_classes``, class indices ``(b, 1, *spatial)``.
         num_classes: number of classes, background included, when ``label`` holds class indices.
-        include_background: False leaves out channel 0 of a one-hot label. Class indices always leave it out.
+        include_background: False leaves out channel 0 of a one-hot label. Class indices always leave out the
+            background.
         spatial_axis: index of the slice axis among the spatial axes.
         ignore_index: value of voxels without a label. A residual is known where the voxel and its neighbor in the slice
             before have a label. For the first slice, the slice after counts.
@@ -71,8 +72,8 @@ def residual_mask(
 
     Raises:
         ValueError: when shape, ``spatial_axis``, ``num_classes`` and values do not fit each other, or ``ignore_index``
-            is a class or does not fit the dtype of ``label``. Values are checked on the CPU only, because reading them
-            on an accelerator waits for the device.
+            is a class or does not fit the dtype of ``label``. The function checks values only on the CPU, because
+            reading values from an accelerator waits for the device.
 
     Example:
         >>> label = torch.tensor([[[0, 2, 2, 1]]])
@@ -100,7 +101,7 @@ def restore_mask(first_slice: torch.Tensor, residual: torch.Tensor, *, spatial_a
     """Rebuild a mask from its first slice and its residual mask: the exact inverse of :func:`residual_mask`.
 
     One slice and the residuals hold the whole shape (Section I of Zhang et al., 2021). A voxel that was inside in the
-    first slice is inside again after an even number of changes; a voxel that was outside, after an odd number.
+    first slice is inside again after an even number of changes. A voxel that was outside is inside after an odd number.
 
     Args:
         first_slice: ``(b, c, *spatial)`` of zeros and ones, with one slice along the slice axis.

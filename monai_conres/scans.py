@@ -43,14 +43,14 @@ class ScanSettings:
         activation: ``"sigmoid"``: the network has one channel for each class. ``"softmax"``: the network has a channel
             for the background and one for each of :func:`label_values`.
         orientation: directions of the three axes, as MONAI's ``Orientation`` names them.
-        spacing: size of a voxel in mm along each axis; ``None`` keeps the scan's own.
+        spacing: size of a voxel in mm along each axis; ``None`` keeps the scan's own size.
         normalization: MONAI's intensity transforms by name, in order, with their arguments:
             ``{"name": "NormalizeIntensity", "nonzero": True}``.
         overlap: overlap of neighboring windows, as a fraction of the window.
-        flip_axes: sets of spatial axes to flip the image along at test time. :meth:`inferer` does not flip; give them
-            to ``monai_conres.bundle.MeanProbability``.
+        flip_axes: sets of spatial axes to flip the image along at test time. :meth:`inferer` does not flip: give the
+            axes to ``monai_conres.bundle.MeanProbability``.
         seen_spacing: smallest and largest size of a voxel in the training, as :func:`spacing_range` finds them, for
-            :meth:`check_spacing`; ``None``: they are not known.
+            :meth:`check_spacing`; ``None`` if the sizes are not known.
 
     Raises:
         ValueError: when a setting has a wrong value. The error names the setting.
@@ -149,11 +149,11 @@ class ScanSettings:
         return Compose([*steps, *self.normalize("image").transforms, typed])
 
     def check_spacing(self, case: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A transform that warns when the voxels of ``"image"``, in :attr:`orientation`, have other sizes than trained.
+        """A transform that warns when voxels of ``"image"`` have other sizes than in the training.
 
-        A size may be up to 1.5 times as large as the largest one of the training, or as small as the smallest one
-        divided by 1.5. The result on other scans may still be good, so this is no error. Networks whose scans are
-        resampled to :attr:`spacing` see no other sizes.
+        Sizes are compared along the axes of :attr:`orientation`. A size may be up to 1.5 times as large as the largest
+        one of the training, or as small as the smallest one divided by 1.5. The result on other scans may still be
+        good, so other sizes give no error. Networks whose scans are resampled to :attr:`spacing` see no other sizes.
         """
         if self.spacing is None and self.seen_spacing is not None:
             image = case["image"]
@@ -172,14 +172,15 @@ class ScanSettings:
         return case
 
     def inferer(self, **kwargs: Any) -> SlidingWindowInferer:
-        """MONAI's ``SlidingWindowInferer`` with these windows and Gaussian weights. ``kwargs`` go to it, too."""
+        """MONAI's ``SlidingWindowInferer`` with these windows, Gaussian weights and ``kwargs``."""
         settings = {"roi_size": self.patch_size, "overlap": self.overlap, "mode": "gaussian"}
         return SlidingWindowInferer(**{**settings, **kwargs})
 
     def to_scan(self, prediction: torch.Tensor, image: MetaTensor) -> MetaTensor:
         """Bring logits or probabilities ``(c, *spatial)`` back to the voxels of the scan file.
 
-        The inverse of orientation and spacing of ``image``, as :meth:`preprocessing` returns it; resampling is linear.
+        The method inverts orientation and spacing of ``image``, which :meth:`preprocessing` returned. Resampling is
+        linear.
         """
         stored = image.meta["original_affine"]
         here = MetaTensor(convert_to_tensor(prediction, track_meta=False), meta=image.meta)
@@ -210,7 +211,7 @@ def spacing_range(cases: Iterable[Mapping[str, Any]]) -> list[tuple[float, float
     """Smallest and largest size of a voxel in mm from left to right, back to front, and feet to head.
 
     Args:
-        cases: ``"image"`` of each is a file, or several files. The header of the first one is read.
+        cases: ``"image"`` of each is a file, or several files. The function reads the header of the first file.
 
     Raises:
         ValueError: when there is no case, or a header cannot be read.

@@ -1,7 +1,8 @@
-"""Find the features of a network's decoder with one forward pass and the graph that autograd builds of it.
+"""Find the features of a network's decoder with one forward pass and its autograd graph.
 
-A mark in that graph stands for the output of each module. A walk from the network's output shows which marks reach it,
-and whether anything from coarser scales gets past a mark. A gated feature must be the only way onward.
+A mark in that graph stands for the output of each module. A walk from the network's output shows which marks reach the
+output, and whether anything from coarser scales gets past a mark. Everything from coarser scales must pass through the
+gated feature.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Feature:
     node: Any = field(repr=False)
 
     def is_coarser(self, other: Feature) -> bool:
-        """Whether an up-sampling lies between the two; a border that a convolution cuts off is none."""
+        """Whether up-sampling lies between the two features. A border that a convolution cuts off does not count."""
         return any(3 * a <= 2 * b for a, b in zip(self.size, other.size, strict=True))
 
 
@@ -104,11 +105,12 @@ def decoder_stages(
 
     Networks of MONAI and nnU-Net are known by the names of their modules. For any other network the graph decides. The
     finest stage is the last feature that everything from coarser scales passes through and that a layer with parameters
-    follows. Each coarser stage is the last feature of a smaller size before that. The coarsest feature of all is the
-    encoder's.
+    follows. Each coarser stage is the last feature of a smaller size before the finer stage. The coarsest feature of
+    all belongs to the encoder.
 
     Args:
-        network: any 3D encoder-decoder that takes one image. It runs once in eval mode; nothing in it changes.
+        network: any 3D encoder-decoder that takes one image. The function runs the network once in eval mode and
+            changes nothing in it.
         in_channels: number of channels of the image.
         stages: ``"auto"``, or names of modules whose outputs are the stages.
         spatial_size: spatial size of an image that the network takes. ``None`` tries a few sizes.
@@ -117,8 +119,8 @@ def decoder_stages(
         The stages, coarse to fine, together with every candidate.
 
     Raises:
-        ValueError: when the network cannot run, no stages are found, or a given stage does not reach the output or has
-            a way past it. The error lists the candidates.
+        ValueError: when the network cannot run, no stages are found, a given stage does not reach the output, or
+            coarser features reach the output past a given stage. The error lists the candidates.
 
     Example:
         >>> from monai.networks.nets import BasicUNet

@@ -183,11 +183,12 @@ class CompleteMaskd(MapTransform):
     """Complete a volume from a few drawn slices (:func:`~monai_conres.chain.complete_mask`), one case at a time.
 
     Args:
-        keys: keys of drawn masks or label maps. They are replaced by the completed ones.
+        keys: keys of drawn masks or label maps. Completed masks or label maps replace them.
         segmentation_key: key of the segmentation's logits.
-        residual_key: key of the residual's logits, ``None`` for a network without them.
-        image_key: key of the image as the network sees it, ``None`` leaves out its contrast.
-        slices_key: key of the list of drawn slices. Where ``data`` does not have it, slices with any label are drawn.
+        residual_key: key of the residual's logits, ``None`` for a network without residual decoder.
+        image_key: key of the image as the network sees it, ``None`` leaves out the image contrast.
+        slices_key: key of the list of drawn slices. If ``data`` does not have the key, slices with any label count as
+            drawn.
         settings: see :func:`~monai_conres.chain.complete_mask`.
         spatial_axis: see :func:`~monai_conres.chain.complete_mask`.
         sigmoid: see :func:`~monai_conres.chain.complete_mask`.

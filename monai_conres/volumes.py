@@ -115,8 +115,8 @@ def check_same_grid(files: Sequence[File]) -> None:
     """Raise unless the voxels of NIfTI files or DICOM series lie in the same places, up to a tenth of a voxel.
 
     Raises:
-        ValueError: as :func:`read_grid`, or when a size or an affine differs from that of the first file. The error
-            names both files.
+        ValueError: as :func:`read_grid`, or when a size or an affine differs from the first file. The error names both
+            files.
     """
     first, *others = map(read_grid, files)
     for other in others:
@@ -139,7 +139,7 @@ def _check_same(first: Grid, other: Grid) -> None:
 def load_volume(file: Files) -> MetaTensor:
     """Load an image or label ``(c, *spatial)`` in float32 from a NIfTI file or from a folder with one DICOM series.
 
-    Several files give the channels of one image. The affine is that of the first file, in mm.
+    Several files give the channels of one image. The first file gives the affine, in mm.
 
     Raises:
         ValueError: as :func:`read_grid`, or when a file cannot be read to its end, has voxels that are not finite or
@@ -165,15 +165,16 @@ def load_volume(file: Files) -> MetaTensor:
 def load_label(file: File, values: Collection[int] | None = None) -> MetaTensor:
     """Load a label map ``(1, *spatial)`` of whole numbers in float32.
 
-    Programs that store scaled numbers write 0.99999 for 1. So a number up to 0.001 from a whole one becomes this one.
+    Programs that store scaled numbers write 0.99999 for 1. So a number up to 0.001 from a whole number becomes the
+    whole number.
 
     Args:
         file: a NIfTI file or a folder with one DICOM series.
         values: the values that the label may have; ``None`` accepts whole numbers from 0 to 255.
 
     Raises:
-        ValueError: as :func:`load_volume`, or when there are several channels, numbers between the whole ones, or
-            other values than ``values``.
+        ValueError: as :func:`load_volume`, or when there are several channels, numbers that are not whole, or other
+            values than ``values``.
     """
     label = load_volume(file)
     if len(label) != 1:

@@ -1,4 +1,4 @@
-"""Scans in which only some slices are drawn: how many slices have labels, and transforms that keep the others apart."""
+"""Scans with few drawn slices: how many slices have labels, and transforms that ignore the other slices."""
 
 from __future__ import annotations
 

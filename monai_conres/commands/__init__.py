@@ -1,7 +1,7 @@
-"""Commands of ``python -m monai_conres``, one file each. The file's docstring is the command's help.
+"""Commands of ``python -m monai_conres``, one file for each command. The file's docstring is the command's help.
 
 Each file defines ``add_arguments(parser)`` and ``run(options)``. ``run`` imports what only this command needs, and
-raises ``ValueError`` for what the user got wrong.
+raises ``ValueError`` for a mistake of the user.
 """
 
 from __future__ import annotations

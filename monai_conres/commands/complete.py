@@ -5,7 +5,7 @@ python -m monai_conres complete --network run --image T1.nii.gz T2.nii.gz --draw
     --slices 12 40 --preview preview.png
 
 The drawn file has the voxels of the scan and the label values of the training. Slices that are not drawn are empty.
-Slices count from 0. The command prints along which axis of the file they count, and which slices to draw next.
+Slices count from 0. The command prints along which axis of the file slices count, and which slices to draw next.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ python -m monai_conres draw --network run scan.nii.gz
 python -m monai_conres draw --network run T1.nii.gz T2.nii.gz --out volume.nii.gz --drawn slices.nii.gz
 
 The page opens at once, and the network runs in the background. Each slice that is done completes the volume again.
-Every stroke is written to a file next to --out: the same command continues the drawing. Nothing leaves this machine.
+Every stroke is written to a file next to --out. Run the command again to continue the drawing. Nothing leaves this
+machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Show the feature maps of a network, and mark with * those that attach_conres would use.
+"""Show the feature maps of a network, and mark with * the maps that attach_conres would use.
 
 python -m monai_conres stages monai.networks.nets:SegResNet --arguments init_filters=8 out_channels=3
 python -m monai_conres stages my_networks.py:build_unet --in-channels 4 --size 64 64 32

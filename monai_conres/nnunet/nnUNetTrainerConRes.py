@@ -5,12 +5,12 @@
     nnUNetv2_predict -d DATASET -c 3d_fullres -f 0 -tr nnUNetTrainerConRes -i SCANS -o PREDICTIONS
 
 Data, plans, augmentation, segmentation loss and inference are nnU-Net's. The trainer adds a residual mask for each
-foreground class or region, and their loss. nnU-Net logs the joint loss in training and only the segmentation loss in
-validation. Voxels with nnU-Net's ignore label count in neither loss.
+foreground class or region, and the residual loss. nnU-Net logs the joint loss in training and only the segmentation
+loss in validation. Voxels with nnU-Net's ignore label count in neither loss.
 
 At the end of the training the folder of the fold also holds ``model.pt`` and ``network.json`` for
-``monai_conres.files.load_network``. They describe nnU-Net's preprocessing with MONAI's transforms: scans are not
-cropped, and resampled linearly.
+``monai_conres.files.load_network``. ``network.json`` describes nnU-Net's preprocessing with MONAI's transforms, which
+do not crop, and resample linearly.
 """
 
 from __future__ import annotations
