@@ -258,7 +258,7 @@ class ConResWrapper(nn.Module):
         current = self._passes.get(_thread())
         if current is None:
             return None  # somebody calls the backbone directly
-        if current.wrapper is not self and not torch.compiler.is_compiling():  # torch.export copies it, too
+        if current.wrapper is not self and not torch.compiler.is_compiling():  # torch.export also copies it
             raise RuntimeError("expected the wrapper, got a copy of it by DataParallel; use DistributedDataParallel.")
         if current.with_gradients and not torch.is_grad_enabled():
             raise RuntimeError(

@@ -662,7 +662,7 @@ class SliceChain:
         self._dim = slice_dim(logits[0].ndim, spatial_axis) - 1
         self._classes = logits[0].shape[1]
         self._is_softmax = self._classes > logits[1].shape[1]
-        # (1, c, slices, *plane, 1), of which a part of the plane at a time: results in between need memory, too
+        # (1, c, slices, *plane, 1); one part of the plane at a time, because results in between also need memory
         volumes = [x.movedim(self._dim + 1, 2)[..., None] for x in logits if x is not None]
         self._plane = volumes[0].shape[3:-1]
         rows = volumes[0].shape[3]
