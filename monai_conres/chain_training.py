@@ -239,7 +239,7 @@ class ChainLoss(nn.Module):
         return self.segmentation_loss(slice_marginals(unary, rho, drawn, spatial_axis=self.spatial_axis), label)
 
     def _random_slices(self, labelled: torch.Tensor) -> torch.Tensor:
-        """Which slices to clamp, ``(b, slices)``: some labelled slices; at least one labelled slice is left to score."""
+        """Which slices to clamp, ``(b, slices)``: some labelled slices, so that at least one is left to score."""
         size = labelled.shape[1]
         numbers, orders = [], []
         for _ in labelled:
