@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 
 from monai_conres.operations import (
     add_into,
-    autocasts,
     convolution_dtype,
     convolve,
     filters_for_convolution,
@@ -26,6 +23,7 @@ from monai_conres.operations import (
     holds_values,
     is_plain_eager,
     norms_with_relu,
+    resample,
     standardized,
 )
 
@@ -280,8 +278,4 @@ def resize_features(features: torch.Tensor, size: Sequence[int], *, align_corner
         >>> resize_features(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5)).shape
         torch.Size([1, 2, 6, 7, 5])
     """
-    resample = partial(F.interpolate, size=tuple(size), mode="trilinear", align_corners=align_corners)
-    if torch.is_grad_enabled() or not autocasts(features):
-        return resample(features).to(features.dtype)  # the backward pass adds up in float32
-    with torch.autocast(features.device.type, enabled=False):
-        return resample(features)
+    return resample(features, tuple(size), align_corners)

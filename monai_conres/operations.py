@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial, wraps
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "filters_for_convolution",
     "gate_features",
     "group_norm",
+    "resample",
     "sigmoid_change",
     "without_metadata",
 ]
@@ -402,6 +404,35 @@ def _neighbors(volume: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tens
     """All slices but the first, and the slice before each of them."""
     count = volume.shape[dim] - 1
     return volume.narrow(dim, 1, count), volume.narrow(dim, 0, count)
+
+
+def resample(features: torch.Tensor, size: tuple[int, ...], align_corners: bool) -> torch.Tensor:
+    """Trilinear ``F.interpolate`` in the precision of the features. Under autocast torch makes copies in float32.
+
+    Example:
+        >>> resample(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5), align_corners=False).shape
+        torch.Size([1, 2, 6, 7, 5])
+    """
+    rounds_twice = torch.is_grad_enabled() and not on_accelerator(features)  # some layouts on a CPU
+    if not autocasts(features) or not is_plain_eager(features) or rounds_twice:
+        plain = F.interpolate(features, size=size, mode="trilinear", align_corners=align_corners)
+        return plain.to(features.dtype)
+    return Resample.apply(features, size, align_corners)
+
+
+class Resample(torch.autograd.Function):
+    """:func:`resample`, whose gradients are added up in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor, size: tuple[int, ...], align_corners: bool) -> torch.Tensor:
+        ctx.settings = size, features.shape, align_corners
+        with torch.autocast(features.device.type, enabled=False) if autocasts(features) else nullcontext():
+            return torch.ops.aten.upsample_trilinear3d(features, size, align_corners)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return torch.ops.aten.upsample_trilinear3d_backward(wide, *ctx.settings).to(grad.dtype), None, None
 
 
 def add_into(fresh: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -125,6 +125,22 @@ def test_equations_4_and_6_equal_their_definitions(dtype, spatial_axis, with_tri
             assert relative_error(a, b) < 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_resampling_under_autocast_rounds_only_once(align_corners, layout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 9, 10, 11, device=DEVICE, dtype=BF16).contiguous(memory_format=layout).requires_grad_()
+    exact, gradient = x.detach().double().requires_grad_(), torch.randn(2, 8, 18, 21, 15, device=DEVICE, dtype=BF16)
+    with torch.autocast(DEVICE, BF16):
+        got = layers.resize_features(x, (18, 21, 15), align_corners=align_corners)
+    want = F.interpolate(exact, (18, 21, 15), mode="trilinear", align_corners=align_corners)
+    got.backward(gradient)
+    want.backward(gradient.double())
+    for part, reference in ((got, want), (x.grad, exact.grad)):
+        assert part.dtype == BF16
+        assert relative_error(part, reference) < 2**-8
+
+
 def test_use_checkpoint_under_autocast_gives_the_same_gradients():
     image = torch.randn(1, 2, 20, 24, 16, device=DEVICE)
     gradients = []
