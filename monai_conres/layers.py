@@ -137,7 +137,8 @@ _FILTERS: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor, torch.Tensor]]
 class NormActConv(nn.Sequential):
     """Normalization, activation, optional dropout, weight-standardized convolution: the network's one unit.
 
-    On a GPU the group norm also computes the ReLU after it: hooks on ``act`` are not called there.
+    On a GPU the group norm computes the ReLU after it. Hooks on ``act`` are not called there, and those on ``norm`` see
+    the values after the ReLU.
 
     Args:
         in_channels: number of input channels.

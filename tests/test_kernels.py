@@ -313,7 +313,7 @@ def test_network_in_triton_trains_as_with_torch(in_triton, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 2048)  # few programs: interpreting one takes milliseconds
     torch.manual_seed(0)
     network = ConResNet(2, 3, channels=(8, 16), strides=(2,), blocks=(1, 1, 1), dropout=None)
-    image = torch.randn(2, 2, 6, 8, 7)
+    image = torch.randn(1, 2, 6, 8, 7)
 
     def run() -> torch.Tensor:
         network.zero_grad()
