@@ -23,7 +23,7 @@ from monai_conres.operations import (
     holds_values,
     is_plain_eager,
     norms_with_relu,
-    resample,
+    resample_trilinearly,
     standardized,
 )
 
@@ -279,4 +279,4 @@ def resize_features(features: torch.Tensor, size: Sequence[int], *, align_corner
         >>> resize_features(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5)).shape
         torch.Size([1, 2, 6, 7, 5])
     """
-    return resample(features, tuple(size), align_corners)
+    return resample_trilinearly(features, tuple(size), align_corners)

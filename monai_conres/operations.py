@@ -30,7 +30,7 @@ __all__ = [
     "filters_for_convolution",
     "gate_features",
     "group_norm",
-    "resample",
+    "resample_trilinearly",
     "sigmoid_change",
     "without_metadata",
 ]
@@ -406,22 +406,22 @@ def _neighbors(volume: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tens
     return volume.narrow(dim, 1, count), volume.narrow(dim, 0, count)
 
 
-def resample(features: torch.Tensor, size: tuple[int, ...], align_corners: bool) -> torch.Tensor:
+def resample_trilinearly(features: torch.Tensor, size: tuple[int, ...], align_corners: bool) -> torch.Tensor:
     """Trilinear ``F.interpolate`` in the precision of the features. Under autocast torch makes copies in float32.
 
     Example:
-        >>> resample(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5), align_corners=False).shape
+        >>> resample_trilinearly(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5), align_corners=False).shape
         torch.Size([1, 2, 6, 7, 5])
     """
     rounds_twice = torch.is_grad_enabled() and not on_accelerator(features)  # some layouts on a CPU
     if not autocasts(features) or not is_plain_eager(features) or rounds_twice:
         plain = F.interpolate(features, size=size, mode="trilinear", align_corners=align_corners)
         return plain.to(features.dtype)
-    return Resample.apply(features, size, align_corners)
+    return ResampleTrilinearly.apply(features, size, align_corners)
 
 
-class Resample(torch.autograd.Function):
-    """:func:`resample`, whose gradients are added up in float32."""
+class ResampleTrilinearly(torch.autograd.Function):
+    """:func:`resample_trilinearly`, whose gradients are added up in float32."""
 
     @staticmethod
     def forward(ctx: Any, features: torch.Tensor, size: tuple[int, ...], align_corners: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 
 from monai_conres import inter_slice_residual, operations
 from monai_conres.layers import WeightStandardizedConv3d
-from monai_conres.operations import ConvolveOneVolume, NormalizeGroups, Resample, torch_convolves_slowly
+from monai_conres.operations import ConvolveOneVolume, NormalizeGroups, ResampleTrilinearly, torch_convolves_slowly
 
 
 def test_slow_convolutions_are_found_for_subclasses_of_tensors():
@@ -127,7 +127,7 @@ def test_resample_has_the_gradients_of_torch(align_corners):
     want = F.interpolate(x, (3, 4, 5), mode="trilinear", align_corners=align_corners)
 
     def function(x):
-        return Resample.apply(x, (3, 4, 5), align_corners)
+        return ResampleTrilinearly.apply(x, (3, 4, 5), align_corners)
 
     assert torch.equal(function(x), want)
     assert torch.autograd.gradcheck(function, x)
@@ -138,11 +138,11 @@ def test_resample_under_autocast_on_an_accelerator_rounds_only_once(monkeypatch)
     torch.manual_seed(0)
     x = torch.randn(1, 8, 4, 5, 6).bfloat16().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     gradient, exact = torch.randn(1, 8, 9, 10, 11).bfloat16(), x.detach().double().requires_grad_()
-    plain = operations.resample(exact, (9, 10, 11), align_corners=False)
+    plain = operations.resample_trilinearly(exact, (9, 10, 11), align_corners=False)
     plain.backward(gradient.double())
     monkeypatch.setattr(operations, "on_accelerator", lambda x: True)
     with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
-        got = operations.resample(x, (9, 10, 11), align_corners=False)
+        got = operations.resample_trilinearly(x, (9, 10, 11), align_corners=False)
     got.backward(gradient)
     assert "aten::_to_copy" not in {event.key for event in profile.key_averages()}
     for part, want in ((got, plain), (x.grad, exact.grad)):
