@@ -21,6 +21,7 @@ from monai_conres.operations import (
     filters_for_convolution,
     group_norm,
     holds_values,
+    is_captured,
     is_plain_eager,
     norms_with_relu,
     resample_trilinearly,
@@ -104,13 +105,13 @@ class WeightStandardizedConv3d(nn.Conv3d):
         """The same in the layout and precision of the convolution; without gradients computed once in ``eval()``.
 
         The filters are computed again when the weights change, and after each call of ``train()`` or ``eval()``. torch
-        does not see a change through ``weight.data``: call ``eval()`` after it.
+        does not see a change through ``weight.data``: call ``eval()`` after it. A CUDA graph always computes them.
         """
         settings = self.weight, self.gain, self.eps
         if not holds_values(self.weight) or not is_plain_eager(self.weight):
             return filters_for_convolution(*settings)
         dtype = convolution_dtype(self.weight)
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or is_captured(self.weight):
             return filters_for_convolution(*settings, dtype)
         weight = self.weight.detach()  # keeps the memory, so that its address belongs to no other tensor
         state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, dtype)
@@ -273,7 +274,7 @@ def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:
 def resize_features(features: torch.Tensor, size: Sequence[int], *, align_corners: bool = False) -> torch.Tensor:
     """Trilinear resampling of ``(b, c, d, h, w)`` to the spatial size ``size``, whatever the factor along each axis.
 
-    The result has the precision of ``features``, also under autocast, which resamples in float32.
+    The result has the precision of ``features``, also under autocast, where torch's own is in float32.
 
     Example:
         >>> resize_features(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5)).shape

@@ -504,6 +504,11 @@ def on_accelerator(x: torch.Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+def is_captured(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph records what is computed from ``x`` now, to compute it again later in the same memory."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def autocasts(tensor: torch.Tensor) -> bool:
     """Whether autocast is on where ``tensor`` is."""
     device = tensor.device.type

@@ -169,6 +169,19 @@ def test_filters_kept_in_eval_are_those_of_autocast():
     assert stitched.shape == (1, 3, 24, 24, 24)
 
 
+def test_cuda_graph_keeps_its_filters():
+    network, image = small_network().eval(), torch.randn(1, 2, 16, 16, 16, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        want = network(image)
+        with torch.cuda.graph(graph):
+            got = network(image)
+        network.train()  # forgets the filters that the network keeps
+        others = [torch.full((n,), torch.nan, device=DEVICE) for n in range(1, 20000, 100)]  # noqa: F841
+        graph.replay()
+    assert relative_error(got, want) < 5e-3
+
+
 def test_monai_trains_in_mixed_precision_on_images_with_metadata():
     computation = Computation.on(DEVICE)
     image = torch.randn(2, 16, 16, 16)

@@ -321,6 +321,15 @@ def test_filters_are_standardized_once_until_the_weights_change():
     check(2)
 
 
+@torch.no_grad()
+def test_filters_kept_by_the_network_enter_no_cuda_graph(monkeypatch):
+    """A graph goes on reading their memory, which the network frees when its weights change."""
+    network, image = torch.nn.Sequential(WeightStandardizedConv3d(2, 4)).eval(), torch.randn(1, 2, 5, 6, 7)
+    assert standardizations(network, image) == 1
+    monkeypatch.setattr("monai_conres.layers.is_captured", lambda weight: True)
+    assert standardizations(network, image) == 1
+
+
 def test_filters_follow_autocast_and_gradients():
     convolution, image = WeightStandardizedConv3d(2, 4).eval(), torch.randn(2, 2, 5, 6, 7)
     with torch.no_grad():
