@@ -36,7 +36,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 def test_group_norm_is_close_to_float64(dtype, layout, scale, offset, with_triton, monkeypatch):
     torch.manual_seed(0)
     if not with_triton:
-        monkeypatch.setattr(operations, "triton_kernels", lambda x: None)
+        monkeypatch.setattr(operations, "triton_kernels", lambda *tensors: None)
     elif layout == torch.channels_last_3d:
         pytest.skip("Triton's kernels read contiguous features")
     norm = layers.GroupNorm(8, 32).to(DEVICE)
@@ -93,7 +93,7 @@ def test_network_gives_the_same_with_kernels_and_without(monkeypatch):
         return torch.cat([output.segmentation.flatten(), *(p.grad.flatten() for p in network.parameters())])
 
     ours = run()
-    monkeypatch.setattr(operations, "triton_kernels", lambda x: None)
+    monkeypatch.setattr(operations, "triton_kernels", lambda *tensors: None)
     assert relative_error(ours, run()) < 0.01
 
 
@@ -102,10 +102,11 @@ def test_network_gives_the_same_with_kernels_and_without(monkeypatch):
 @pytest.mark.parametrize("with_triton", [True, False])
 def test_equations_4_and_6_equal_their_definitions(dtype, spatial_axis, with_triton, monkeypatch):
     torch.manual_seed(0)
-    features, logits = torch.randn(2, 2, 8, 29, 40, 31, device=DEVICE).to(dtype)
+    # of multiples of 1/16 rounding does not change which of two slices has the larger sigmoid
+    features, logits = (torch.randn(2, 2, 8, 29, 40, 31, device=DEVICE) * 16).round().div(16).to(dtype)
     assert operations.triton_kernels(features) is not None
     if not with_triton:
-        monkeypatch.setattr(operations, "triton_kernels", lambda x: None)
+        monkeypatch.setattr(operations, "triton_kernels", lambda *tensors: None)
     exact = torch.float64 if with_triton else dtype  # torch rounds the sigmoid: in half precision more slices are equal
     inputs = features.requires_grad_(), logits.requires_grad_()
     references = [x.detach().to(exact).requires_grad_() for x in inputs]
