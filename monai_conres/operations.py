@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 LONGEST_FILTER = 16384  # weights, for the kernels
+TRITON_DEVICES = ("cuda",)
 
 
 def standardized(weight: torch.Tensor, gain: float, eps: float) -> torch.Tensor:
@@ -182,7 +183,7 @@ def group_norm(
     """
     if not on_accelerator(x) or not is_plain_eager(x, weight, bias):
         y = F.group_norm(x, groups, weight, bias, eps)
-    elif (kernels := triton_kernels(x)) is not None:
+    elif (kernels := triton_kernels(x, weight, bias)) is not None:
         return NormalizeInTriton.apply(x, weight, bias, groups, eps, relu, kernels)
     else:
         y = NormalizeGroups.apply(x, weight, bias, groups, eps)
@@ -373,7 +374,7 @@ def gate_features(features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     same = features.dtype == logits.dtype and features.shape == logits.shape
     if not same or not is_plain_eager(features, logits):
         return torch.addcmul(features, features, logits.sigmoid())
-    return GateFeatures.apply(features, logits, triton_kernels(features) if logits.is_contiguous() else None)
+    return GateFeatures.apply(features, logits, triton_kernels(features, logits))
 
 
 class GateFeatures(torch.autograd.Function):
@@ -472,10 +473,15 @@ def _with_metadata(output: Any, image: MetaTensor) -> Any:
     return output
 
 
-def triton_kernels(x: torch.Tensor) -> ModuleType | None:
-    """The module ``kernels``, where Triton runs and the layout and precision of ``x`` are those of its functions."""
-    if not (x.is_cuda and x.is_contiguous() and x.numel() and x.dtype != torch.float64 and holds_values(x)):
+def triton_kernels(x: torch.Tensor, *others: torch.Tensor | None) -> ModuleType | None:
+    """The module ``kernels``, where Triton runs and layout and precision of the tensors are those of its functions."""
+    if x.device.type not in TRITON_DEVICES:
         return None
+    for part in (x, *others):
+        if part is not None and not (
+            part.is_contiguous() and part.numel() and part.dtype != torch.float64 and holds_values(part)
+        ):
+            return None
     return _tried_kernels(x.device)
 
 
@@ -491,7 +497,7 @@ def _tried_kernels(device: torch.device) -> ModuleType | None:
     except Exception as error:
         if not isinstance(error, ImportError):
             warnings.warn(
-                f"Triton does not run on {device}, so that group normalization is slower: {type(error).__name__}: "
+                f"Triton does not run on {device}, so that the network is slower: {type(error).__name__}: "
                 f"{str(error).strip()[:300]}",
                 stacklevel=2,
             )

@@ -150,7 +150,7 @@ def size_in_memory(x: torch.Tensor) -> int:
 def as_on_a_gpu(counter: Counter, dtype: torch.dtype) -> Iterator[None]:
     """The package takes kernels, which the counter counts, and filters of ``dtype``, and resamples in one operation."""
 
-    def kernels(x: torch.Tensor) -> Kernels:
+    def kernels(*tensors: torch.Tensor | None) -> Kernels:
         return Kernels(counter)
 
     with (

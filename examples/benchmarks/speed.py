@@ -136,7 +136,7 @@ NETWORKS: dict[str, Callable[[tuple], nn.Module]] = {
     "ConResNet, torch's convolution": lambda size: Without("torch_convolves_slowly", lambda x: False),
     "ConResNet, torch's group norm": lambda size: Without("on_accelerator", lambda x: False),
     "ConResNet, channels last": lambda size: Without("fast_layout", channels_last),
-    "ConResNet, without Triton": lambda size: Without("triton_kernels", lambda x: None),
+    "ConResNet, without Triton": lambda size: Without("triton_kernels", lambda *tensors: None),
     "ConResNet, use_checkpoint": lambda size: ConResNet(CHANNELS, CLASSES, use_checkpoint=True),
     "released structure, baseline": lambda size: ReleasedStructure(context="none"),
     "ConResNet, baseline": lambda size: ConResNet(CHANNELS, CLASSES, context="none"),
