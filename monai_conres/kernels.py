@@ -27,6 +27,7 @@ __all__ = [
 
 BLOCK = 2048  # values that a program has in hand
 PROGRAMS = 4096  # that share the work, about
+COUNTS = ["channels", "groups"]  # one compilation for all values of these arguments
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _scale_and_offset(channel, reciprocal, weight, bias):
     return scale, offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _normalize(
     x, y, moments, statistics, weight, bias, voxels, chunk, channels, groups, eps,
     RELU: tl.constexpr, BLOCK: tl.constexpr
@@ -109,7 +110,7 @@ def _normalize(
         tl.store(y + base + offsets, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _products(
     x, grad, products, statistics, weight, bias, voxels, chunk, channels, groups,
     RELU: tl.constexpr, BLOCK: tl.constexpr
@@ -137,7 +138,7 @@ def _products(
     tl.store(products + rows * parts, tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gradients(
     x, grad, of_x, products, of_parameters, statistics, weight, bias, voxels, chunk, channels, groups,
     RELU: tl.constexpr, BLOCK: tl.constexpr
