@@ -27,7 +27,6 @@ __all__ = [
 
 BLOCK = 2048  # values that a program has in hand
 PROGRAMS = 4096  # that share the work, about
-COUNTS = ["channels", "groups"]  # one compilation for all values of these arguments
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def _scale_and_offset(channel, reciprocal, weight, bias):
     return scale, offset
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=["channels", "groups"])  # compiled once for all values
 def _normalize(
     x, y, moments, statistics, weight, bias, voxels, chunk, channels, groups, eps,
     RELU: tl.constexpr, BLOCK: tl.constexpr
@@ -110,7 +109,7 @@ def _normalize(
         tl.store(y + base + offsets, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=["channels", "groups"])
 def _products(
     x, grad, products, statistics, weight, bias, voxels, chunk, channels, groups,
     RELU: tl.constexpr, BLOCK: tl.constexpr
@@ -138,7 +137,7 @@ def _products(
     tl.store(products + rows * parts, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=["channels", "groups"])
 def _gradients(
     x, grad, of_x, products, of_parameters, statistics, weight, bias, voxels, chunk, channels, groups,
     RELU: tl.constexpr, BLOCK: tl.constexpr
@@ -190,7 +189,7 @@ def _gradients(
         tl.store(of_x + base + offsets, scale * gradient - constant - value * slope, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _standardize(weight, filters, size, gain, eps, LENGTH: tl.constexpr):
     """One filter with mean zero and the deviation ``gain``."""
     index = tl.arange(0, LENGTH)
@@ -202,7 +201,7 @@ def _standardize(weight, filters, size, gain, eps, LENGTH: tl.constexpr):
     tl.store(filters + index, value * (gain / deviation), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _standardize_backward(weight, grad, of_weight, size, gain, eps, LENGTH: tl.constexpr):
     """The gradient of one filter."""
     index = tl.arange(0, LENGTH)
@@ -347,12 +346,17 @@ def group_norm_backward(
     return of_x, of_weight, of_bias
 
 
+def _length(size: int) -> int:
+    """A power of two for filters of ``size`` weights. All short filters share one compilation."""
+    return max(1024, triton.next_power_of_2(size))
+
+
 def standardize(weight: torch.Tensor, gain: float, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """``gain * (w - mean(w)) / sqrt(var(w) + eps)`` for each filter ``w`` of ``(out_channels, ...)``, as ``dtype``."""
     filters = torch.empty_like(weight, dtype=dtype)
     size = weight.numel() // len(weight)
     with torch.cuda.device_of(weight):
-        _standardize[(len(weight),)](weight, filters, size, gain, eps, triton.next_power_of_2(size), num_warps=8)
+        _standardize[(len(weight),)](weight, filters, size, gain, eps, _length(size), num_warps=8)
     return filters
 
 
@@ -362,7 +366,7 @@ def standardize_backward(grad: torch.Tensor, weight: torch.Tensor, gain: float, 
     size = weight.numel() // len(weight)
     with torch.cuda.device_of(weight):
         _standardize_backward[(len(weight),)](
-            weight, grad.contiguous(), of_weight, size, gain, eps, triton.next_power_of_2(size), num_warps=8
+            weight, grad.contiguous(), of_weight, size, gain, eps, _length(size), num_warps=8
         )
     return of_weight
 
