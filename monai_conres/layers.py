@@ -229,7 +229,7 @@ class GroupNorm(nn.GroupNorm):
     this class is torch's own group normalization.
 
     Raises:
-        ValueError: when a batch of one has only one value in each group.
+        ValueError: when the input has other channels, or a batch of one has only one value in each group.
 
     Example:
         >>> x = torch.randn(1, 8, 4, 5, 6)
@@ -239,6 +239,11 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
         """``(b, c, *spatial)`` to the same shape; with ``relu`` the ReLU of the result."""
+        if not torch.jit.is_tracing() and x.shape[1] != self.num_channels:
+            raise ValueError(
+                f"expected {self.num_channels} channels, got shape {tuple(x.shape)}; build the norm with the channels "
+                "of its input."
+            )
         if not torch.jit.is_tracing() and x.numel() == self.num_groups:
             raise ValueError(
                 f"expected more than one value in each of {self.num_groups} groups, got shape {tuple(x.shape)}; give a "

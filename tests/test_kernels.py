@@ -73,6 +73,12 @@ def test_group_norm_equals_torch_in_float64(in_small_blocks, shape, groups, affi
         assert (got - want).norm() < 1e-6 * (3 + offset) * want.norm()
 
 
+@pytest.mark.parametrize("channels", [4, 16])
+def test_norm_refuses_other_channels_than_its_own(in_triton, channels):
+    with pytest.raises(ValueError, match=f"expected 8 channels, got shape .1, {channels}, 3, 4, 5"):
+        layers.GroupNorm(2, 8)(torch.randn(1, channels, 3, 4, 5))
+
+
 def test_half_precision_in_and_out(in_triton):
     torch.manual_seed(0)
     x = (torch.randn(2, 4, 3, 5, 7) + 3).half().requires_grad_()
