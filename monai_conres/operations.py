@@ -26,12 +26,18 @@ from monai_conres.residual import inter_slice_residual, slice_dim
 
 __all__ = [
     "add_into",
+    "convolution_dtype",
     "convolve",
     "filters_for_convolution",
     "gate_features",
     "group_norm",
+    "holds_values",
+    "is_captured",
+    "is_plain_eager",
+    "norms_with_relu",
     "resample_trilinearly",
     "sigmoid_change",
+    "standardized",
     "without_metadata",
 ]
 
