@@ -298,6 +298,14 @@ def _parts(rows: int, voxels: int) -> tuple[int, int]:
     return -(-voxels // chunk), chunk
 
 
+def _rows(x: torch.Tensor) -> tuple[tuple[int, int], int, int]:
+    """Rows and their parts, values of a row, values of a part."""
+    rows = math.prod(x.shape[:2])
+    voxels = x.numel() // rows
+    parts, chunk = _parts(rows, voxels)
+    return (rows, parts), voxels, chunk
+
+
 def group_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float, relu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,17 +313,14 @@ def group_norm(
 
     The last two are one tensor ``(2, b * groups)`` in float32.
     """
-    batch, width = x.shape[:2]
-    channels, rows = width // groups, batch * width
-    voxels = x.numel() // rows
-    parts, chunk = _parts(rows, voxels)
+    grid, voxels, chunk = _rows(x)
     y = torch.empty_like(x)
-    moments = torch.empty((2, rows, parts), dtype=torch.float32, device=x.device)
-    statistics = torch.empty((2, batch * groups), dtype=torch.float32, device=x.device)
+    moments = torch.empty((2, *grid), dtype=torch.float32, device=x.device)
+    statistics = torch.empty((2, len(x) * groups), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _moments[(rows, parts)](x, moments, voxels, chunk, BLOCK)
-        _normalize[(rows, parts)](
-            x, y, moments, statistics, weight, bias, voxels, chunk, channels, groups, eps, relu, BLOCK // 2
+        _moments[grid](x, moments, voxels, chunk, BLOCK)
+        _normalize[grid](
+            x, y, moments, statistics, weight, bias, voxels, chunk, x.shape[1] // groups, groups, eps, relu, BLOCK // 2
         )
     return y, statistics
 
@@ -330,18 +335,15 @@ def group_norm_backward(
     relu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``x``, weight and bias; the last two of shape ``(c,)`` in float32."""
-    batch, width = x.shape[:2]
-    channels, rows = width // groups, batch * width
-    voxels = x.numel() // rows
-    parts, chunk = _parts(rows, voxels)
+    grid, voxels, chunk = _rows(x)
     grad = grad.contiguous()
     of_x = torch.empty_like(x)
-    products = torch.empty((2, rows, parts), dtype=torch.float32, device=x.device)
-    of_parameters = torch.empty((2, width), dtype=torch.float32, device=x.device)
+    products = torch.empty((2, *grid), dtype=torch.float32, device=x.device)
+    of_parameters = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        settings = statistics, weight, bias, voxels, chunk, channels, groups, relu
-        _products[(rows, parts)](x, grad, products, *settings, BLOCK)
-        _gradients[(rows, parts)](x, grad, of_x, products, of_parameters, *settings, BLOCK // 2)
+        settings = statistics, weight, bias, voxels, chunk, x.shape[1] // groups, groups, relu
+        _products[grid](x, grad, products, *settings, BLOCK)
+        _gradients[grid](x, grad, of_x, products, of_parameters, *settings, BLOCK // 2)
     of_weight, of_bias = of_parameters.unbind()
     return of_x, of_weight, of_bias
 
@@ -369,14 +371,6 @@ def standardize_backward(grad: torch.Tensor, weight: torch.Tensor, gain: float, 
             weight, grad.contiguous(), of_weight, size, gain, eps, _length(size), num_warps=8
         )
     return of_weight
-
-
-def _rows(x: torch.Tensor) -> tuple[tuple[int, int], int, int]:
-    """Rows and their parts, values of a row, values of a part."""
-    rows = math.prod(x.shape[:2])
-    voxels = x.numel() // rows
-    parts, chunk = _parts(rows, voxels)
-    return (rows, parts), voxels, chunk
 
 
 def _slices(x: torch.Tensor, dim: int) -> tuple[int, int]:

@@ -20,7 +20,6 @@ A variant of ConResNet was written together with what would show that it is not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from ablation import dynunet
+from monai.utils import ensure_tuple_rep
 
 from monai_conres import ChainLoss, ConResDecoder, ConResLoss, ConResNet, ConResOutput, attach_conres
 from monai_conres import inter_slice_residual as difference
@@ -82,14 +82,13 @@ def first_half(arm: Arm) -> str:
 
 def build(arm: Arm, in_channels: int, classes: int, size: dict[str, Any], strides: tuple) -> nn.Module:
     """The network of an arm. ``in_channels`` counts those of the image, ``classes`` the background, too."""
-    further = {"segmentation": classes - 1, "residual": classes - 1}
-    in_channels += sum(further[name] for name in arm.cascade)
+    in_channels += len(arm.cascade) * (classes - 1)
     if arm.variant == "dynunet":
         network = dynunet(in_channels, classes, list(size["channels"]), strides)
         return network if arm.context == "none" else attach_conres(network, in_channels, include_background=False)
     options = {"channels": size["channels"], "blocks": size["blocks"], "context": arm.context}
     if arm.variant == "in_plane":
-        strides = tuple((*ensure_three(stride)[:2], 1) for stride in strides)
+        strides = tuple((*ensure_tuple_rep(stride, 3)[:2], 1) for stride in strides)
     network = ConResNet(in_channels, classes, include_background=False, strides=strides, **options)
     if arm.variant == "plain_head":
         return PlainHead(network)
@@ -99,10 +98,6 @@ def build(arm: Arm, in_channels: int, classes: int, size: dict[str, Any], stride
         decoders = {"logit_gate": LogitGate, "image_difference": ImageDifference}
         network.residual_decoder = decoders[arm.variant](**network.residual_decoder.arguments)
     return network
-
-
-def ensure_three(stride: int | Iterable[int]) -> tuple[int, ...]:
-    return (stride,) * 3 if isinstance(stride, int) else tuple(stride)
 
 
 def has_residuals(network: nn.Module) -> bool:
