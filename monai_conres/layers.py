@@ -26,6 +26,7 @@ from monai_conres.operations import (
     norms_with_relu,
     resample_trilinearly,
     standardized,
+    stream_of,
 )
 
 __all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "resize_features"]
@@ -114,7 +115,8 @@ class WeightStandardizedConv3d(nn.Conv3d):
         if self.training or torch.is_grad_enabled() or is_captured(self.weight):
             return filters_for_convolution(*settings, dtype)
         weight = self.weight.detach()  # keeps the memory, so that its address belongs to no other tensor
-        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, dtype)
+        version = 0 if weight.is_inference() else weight._version
+        state = (weight.data_ptr(), version, dtype, stream_of(weight))
         kept = _FILTERS.get(self)
         if kept is None or kept[0] != state:
             kept = _FILTERS[self] = (state, weight, filters_for_convolution(*settings, dtype).to(dtype))

@@ -38,10 +38,12 @@ __all__ = [
     "resample_trilinearly",
     "sigmoid_change",
     "standardized",
+    "stream_of",
     "without_metadata",
 ]
 
 LONGEST_FILTER = 16384  # weights, for the kernels
+LONGEST_ROW = 2**30  # voxels, which the kernels count in 32 bits
 TRITON_DEVICES = ("cuda",)
 
 
@@ -488,6 +490,8 @@ def triton_kernels(x: torch.Tensor, *others: torch.Tensor | None) -> ModuleType 
             part.is_contiguous() and part.numel() and part.dtype != torch.float64 and holds_values(part)
         ):
             return None
+    if math.prod(x.shape[2:]) > LONGEST_ROW:
+        return None
     return _tried_kernels(x.device)
 
 
@@ -519,6 +523,11 @@ def on_accelerator(x: torch.Tensor) -> bool:
 def is_captured(x: torch.Tensor) -> bool:
     """Whether a CUDA graph records what is computed from ``x`` now, to compute it again later in the same memory."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(x: torch.Tensor) -> int:
+    """The CUDA stream that computes with ``x`` now, 0 on other devices. One stream does not wait for another."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
 def autocasts(tensor: torch.Tensor) -> bool:

@@ -372,6 +372,14 @@ def test_kernels_are_used_after_a_trial(untried):
     assert operations._tried_kernels(torch.device("cpu")) is kernels
 
 
+def test_torch_takes_images_with_too_many_voxels_for_the_kernels(in_triton, monkeypatch):
+    monkeypatch.setattr(operations, "LONGEST_ROW", 60)
+    fits, too_long = torch.ones(2, 3, 3, 4, 5), torch.ones(1, 1, 1, 1, 61)
+    assert operations.triton_kernels(fits) is kernels
+    assert operations.triton_kernels(too_long) is None
+    torch.testing.assert_close(operations.sigmoid_change(too_long), torch.zeros_like(too_long))
+
+
 def test_torch_normalizes_without_triton(untried, monkeypatch):
     monkeypatch.setitem(sys.modules, "monai_conres.kernels", None)  # importing it fails
     monkeypatch.delattr("monai_conres.kernels", raising=False)

@@ -330,6 +330,14 @@ def test_filters_kept_by_the_network_enter_no_cuda_graph(monkeypatch):
     assert standardizations(network, image) == 1
 
 
+@torch.no_grad()
+def test_filters_are_not_read_before_another_stream_has_written_them(monkeypatch):
+    network, image = torch.nn.Sequential(WeightStandardizedConv3d(2, 4)).eval(), torch.randn(1, 2, 5, 6, 7)
+    for stream, count in ((0, 1), (7, 1), (7, 0), (0, 1)):
+        monkeypatch.setattr("monai_conres.layers.stream_of", lambda weight, stream=stream: stream)
+        assert standardizations(network, image) == count
+
+
 def test_filters_follow_autocast_and_gradients():
     convolution, image = WeightStandardizedConv3d(2, 4).eval(), torch.randn(2, 2, 5, 6, 7)
     with torch.no_grad():
