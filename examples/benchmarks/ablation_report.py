@@ -147,7 +147,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def report(
     results: Mapping[str, Results], common: str | None = None
 ) -> tuple[str, str, list[tuple[str, float, float, float]]]:
-    """The main table and the table of details in Markdown, and arm, mean difference and interval for the figure."""
+    """The main table and that of details in Markdown, and for the figure: arm and seeds, difference, interval."""
     references = {arm: reference_of(arm, results, common) for arm in results}
     differences = {arm: difference(results, arm, other) for arm, other in references.items() if other is not None}
     p_values = holm([wilcoxon(values.mean(0)).pvalue for values in differences.values()])
@@ -170,7 +170,7 @@ def report(
             low, high = interval(values, own.folds)
             reference = references[arm]
             reference = f"{reference}, {results[reference].dice(shared_seeds(results, arm, reference)).mean():.4f}"
-            bars.append((arm, float(values.mean()), low, high))
+            bars.append((f"{arm}, {len(values)}", float(values.mean()), low, high))
             paired = f"{values.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
             improved = f"{(values.mean(1) > 0).sum()} of {len(values)}, {100 * (values.mean(0) > 0).mean():.0f} %"
             p = f"{corrected[arm]:.3f}"
@@ -211,7 +211,8 @@ def draw(bars: Sequence[tuple[str, float, float, float]]) -> Figure:
         axes.plot(mean, row, "o", color=color)
     axes.axvline(0, color="0.7", linewidth=1, zorder=0)
     axes.set_yticks(range(len(bars)), [bar[0] for bar in reversed(bars)])
-    axes.set_xlabel("difference in mean Dice to the reference, 95 % interval")
+    text = "difference in mean Dice to the reference, 95 % interval"
+    axes.set_xlabel(f"{text}\nblue: above zero, orange: below; behind each arm: seeds")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
