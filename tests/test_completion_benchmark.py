@@ -16,6 +16,7 @@ from tests.test_benchmarks import ROOT, SMALL, STRIDES, read_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 import completion
+import completion_picture
 import completion_report as report
 import why
 
@@ -177,11 +178,35 @@ def test_cascade_takes_the_predictions_of_all_folds(tmp_path):
     assert len(predicted) == len(set(predicted)) == 5  # each scan once
 
 
+def test_picture_shows_the_median_case_and_the_ends_of_the_object(tmp_path):
+    experiment = completion.Experiment("toy_completion", tmp_path, completion.COLUMNS)
+    gains = {0: {"a": 0.5, "b": 0.0}, 1: {"c": 0.25, "d": 0.125, "e": 0.75}}
+    for fold, own in gains.items():
+        rows = [
+            {"arm": "conres", "fold": fold, "seed": 0, "case": case, "method": method, "slices": 9, "even_1": dice}
+            for case, gain in own.items()
+            for method, dice in (("network", 0.125), ("both", 0.125 + gain))
+        ]
+        experiment.write_run(("conres", fold, 0), {"iterations": 1}, rows)
+    assert completion_picture.median_case(report.Results.read("toy_completion", tmp_path), 0) == (1, "c")
+    label = torch.zeros(1, 1, 4, 4, 40)
+    label[..., 1, 1, 5:30] = 1
+    assert completion_picture.slices_to_show(label, 16) == [5, 9, 13, 16, 21, 25, 29]
+
+
 def test_auroc_counts_ordered_pairs():
     random = np.random.default_rng(0)
     score, truth = torch.as_tensor(random.normal(size=(5, 6))), torch.as_tensor(random.integers(0, 2, (5, 6)))
     pairs = [a > b for a in score[truth > 0].tolist() for b in score[truth == 0].tolist()]
     assert why.auroc(score, truth) == pytest.approx(np.mean(pairs))
+
+
+def test_average_precision_is_the_mean_of_the_precision_at_each_hit():
+    random = np.random.default_rng(0)
+    score, truth = torch.as_tensor(random.normal(size=(5, 6))), torch.as_tensor(random.integers(0, 2, (5, 6)))
+    precisions = [(truth[score >= least] > 0).double().mean().item() for least in score[truth > 0]]
+    assert why.average_precision(score, truth) == pytest.approx(np.mean(precisions))
+    assert np.isnan(why.average_precision(score, truth * 0))
 
 
 def test_mean_gates_change_only_gates_that_vary():
@@ -211,13 +236,15 @@ def test_true_residuals_give_the_label_where_one_slice_is_certain():
 def test_figure_of_the_networks_shows_the_means_of_the_table():
     names = ("hippocampus_completion", "chaos_completion", "sts_completion")
     rows = {name: read_table(why.table_file(completion.Experiment.folder, name)) for name in names}
-    gradients, gates, *_ = why.draw(rows).axes
+    gradients, gates, _, masks = why.draw(rows).axes
     table = (completion.Experiment.folder / "results/why.md").read_text().splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")] for line in table]
     cosine = [line.get_ydata()[-1] for line in gradients.lines[:6:2]]
     assert [f"{value:.3f}" for value in cosine] == [row[3] for row in cells]
     heights = [bar.get_height() for bar in gates.patches]
     assert [f"{value:.3f}" for value in heights] == [cell for row in cells for cell in row[5:8]]
+    heights = [bar.get_height() for bar in masks.patches]
+    assert [f"{value:.3f}" for value in heights] == [cell for row in cells for cell in row[11:13]]
 
 
 @pytest.mark.slow

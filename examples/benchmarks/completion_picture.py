@@ -1,9 +1,10 @@
 """Draw one case of completion.py: the drawn slice, the network, the completed volume and the reference.
 
-    python examples/benchmarks/completion_picture.py sts_completion --data STS_MR_CT_PET --fold 0 --out docs/images
+    python examples/benchmarks/completion_picture.py sts_completion --data STS_MR_CT_PET --out docs/images
 
-It takes the network of the arm ``conres``, and of its validation cases the one with the median gain: the Dice of the
-slices that are not drawn, completed from one slice, less that of the network. It writes ``completion.png``.
+It takes the arm ``conres``, and of all cases the one with the median gain: the Dice of the slices that are not drawn,
+completed from one slice, less that of the network. It writes ``completion.png``: the drawn slice, the first and the
+last slice of the object, and slices between them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from ablation import SIZES
 from completion import ARMS, CHAINS, FIT_CASES, Case, Completion, build, dice, evenly_spaced, fit, plan, predict
+from completion_report import Results
 from experiment import Experiment
 from matplotlib.figure import Figure
 from monai.data import Dataset
@@ -25,7 +27,24 @@ from monai.transforms import Compose
 from monai_conres.bundle import read_decathlon
 from monai_conres.visualize import COLORS, save_figure
 
+COLUMNS = 7  # slices
 ROWS = ("drawn slice", "network", "completed", "reference")
+
+
+def median_case(results: Results, seed: int) -> tuple[int, str]:
+    """Fold and name of the case with the median gain from one drawn slice."""
+    both, network = (results.values(("conres", method), "even_1", [seed])[0] for method in ("both", "network"))
+    gains = both - network
+    order = [number for number in np.argsort(gains) if np.isfinite(gains[number])]
+    return results.cases[order[len(order) // 2]]
+
+
+def slices_to_show(label: torch.Tensor, drawn: int) -> list[int]:
+    """The drawn slice, the first and the last slice of the object, and slices between them, evenly spaced."""
+    inside = (label[0, 0] > 0).flatten(0, 1).any(0).nonzero()[:, 0].tolist()
+    shown = np.linspace(inside[0], inside[-1], COLUMNS).round().astype(int)
+    shown[np.abs(shown - drawn).argmin()] = drawn
+    return sorted(set(shown.tolist()))
 
 
 def panels(case: Case, completed: torch.Tensor, drawn: int) -> dict[str, np.ndarray]:
@@ -47,7 +66,7 @@ def show(axes, image: np.ndarray, label: np.ndarray, window: tuple[float, float]
 
 
 def strip(case: Case, rows: dict[str, np.ndarray], slices: Sequence[int], drawn: int) -> Figure:
-    """Slices in columns; the column of the drawn slice has a frame."""
+    """Slices in columns; the drawn slice has a frame."""
     image = case.image[0, 0].numpy()
     window = tuple(np.percentile(image, (1, 99.7)))
     aspect = case.spacing[1] / case.spacing[0]
@@ -58,7 +77,7 @@ def strip(case: Case, rows: dict[str, np.ndarray], slices: Sequence[int], drawn:
     for line, (name, label) in zip(grid, rows.items(), strict=True):
         for axes, number in zip(line, slices, strict=True):
             show(axes, image[..., number], label[..., number], window, aspect)
-            if number == drawn:
+            if number == drawn and name == ROWS[0]:
                 for spine in axes.spines.values():
                     spine.set(visible=True, color="#F0E442", linewidth=2)
         line[0].set_ylabel(name, fontsize=9)
@@ -72,7 +91,6 @@ def main() -> None:
     parser.add_argument("name", help="name of the experiment")
     parser.add_argument("--data", type=Path, required=True, help="folder with dataset.json")
     parser.add_argument("--folder", type=Path, default=Experiment.folder, help="folder of results and runs")
-    parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for completion.png")
     options = parser.parse_args()
@@ -83,25 +101,20 @@ def main() -> None:
     data = read_decathlon(options.data)
     prepare, patch, strides = plan(data, settings)
     network = build(ARMS["conres"], data.channels, len(data.classes), SIZES[settings["size"]], strides)
-    weights = experiment.run_file(("conres", options.fold, options.seed)).with_suffix(".pt")
+    fold, name = median_case(Results.read(options.name, options.folder), options.seed)
+    weights = experiment.run_file(("conres", fold, options.seed)).with_suffix(".pt")
     network.load_state_dict(torch.load(weights)["network"])
-    training, validation = data.split(options.fold)
+    training, validation = data.split(fold)
     training = training[:: max(1, len(training) // FIT_CASES)][:FIT_CASES]
     fit_set, cases = (Dataset(part, Compose(prepare)) for part in (training, validation))
     chain = fit(list(predict(network, fit_set, patch)), CHAINS["both"])
-    results = []
-    for case in predict(network, cases, patch):
-        slices, classes = evenly_spaced(case.label, 1), len(data.classes)
-        completed = Completion(case, "both", chain)(slices)
-        own, new = (np.nanmean(dice(x, case.label, classes, slices)) for x in (case.predicted, completed))
-        results.append((new - own, case, completed, slices[0], f"{case.name}: Dice {own:.3f}, completed {new:.3f}"))
-    results.sort(key=lambda result: result[0])
-    _, case, completed, drawn, text = results[len(results) // 2]
-    print(f"{text}, slice {drawn} drawn")
-    rows = panels(case, completed, drawn)
-    inside = (case.label[0, 0] > 0).flatten(0, 1).any(0).nonzero()[:, 0]
-    shown = sorted({*np.linspace(int(inside[0]), int(inside[-1]), 6).round().astype(int).tolist()[1:-1], drawn})
-    save_figure(strip(case, rows, shown, drawn), options.out / "completion.png", dpi=110)
+    case = next(case for case in predict(network, cases, patch) if case.name == name)
+    slices, classes = evenly_spaced(case.label, 1), len(data.classes)
+    completed = Completion(case, "both", chain)(slices)
+    own, new = (np.nanmean(dice(x, case.label, classes, slices)) for x in (case.predicted, completed))
+    print(f"{name}, fold {fold}: Dice {own:.3f}, completed {new:.3f}, slice {slices[0]} drawn")
+    rows, shown = panels(case, completed, slices[0]), slices_to_show(case.label, slices[0])
+    save_figure(strip(case, rows, shown, slices[0]), options.out / "completion.png", dpi=110)
 
 
 if __name__ == "__main__":

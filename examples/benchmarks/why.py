@@ -1,11 +1,12 @@
 """Why does the residual decoder not improve the plain segmentation? Look inside the networks of completion.py.
 
     python examples/benchmarks/why.py hippocampus_completion --data Task04_Hippocampus
-    python examples/benchmarks/why.py hippocampus_completion chaos_completion sts_completion    # only the tables
+    python examples/benchmarks/why.py hippocampus_completion chaos_completion sts_completion
 
-It takes the weights of the arm ``conres`` that completion.py left in ``runs/NAME``, before, in the middle of and after
-the training, and writes one row for each network into ``results/NAME_why.csv``, a table into ``results/why.md``, and a
-figure into ``docs/images/why.png``.
+The first command looks into the networks of one experiment: the weights of the arm ``conres`` that completion.py left
+in ``runs/NAME``, before, in the middle of and after the training. It writes one row for each network into
+``results/NAME_why.csv``. The second command writes a table into ``results/why.md`` and a figure into
+``docs/images/why.png``.
 
 - Gradients at the encoder, means over training patches: the size of the residual loss's gradient over that of the
   segmentation loss's, and their cosine.
@@ -14,7 +15,8 @@ figure into ``docs/images/why.png``.
   mask of the label.
 - Dice: of the network; with the mean of each gate in its place; of the chain with the residual masks of the label and
   no drawn slice, which is what perfect residuals would allow.
-- Dice of residual masks: predicted by the residual decoder, and derived from the predicted segmentation.
+- Average precision for the residual masks of the label: of the residual decoder's logits, and of the change of the
+  segmentation's probabilities from slice to slice. A score that says nothing has the share of changed voxels.
 """
 
 from __future__ import annotations
@@ -37,11 +39,10 @@ from completion_report import title
 from experiment import Experiment
 from matplotlib.figure import Figure
 from monai.data import CacheDataset, Dataset
-from monai.metrics import DiceMetric
 from monai.networks import one_hot
 from monai.transforms import Compose
 
-from monai_conres import ConResLoss, ConResNet, residual_mask
+from monai_conres import ConResLoss, ConResNet, inter_slice_residual, residual_mask
 from monai_conres.bundle import read_decathlon, seed_everything
 from monai_conres.chain import best_labelling
 from monai_conres.files import write_csv
@@ -59,14 +60,16 @@ COLUMNS = {
     "dice": "Dice: network",
     "dice_mean_gates": "mean gates",
     "dice_true_residuals": "true residuals",
-    "residual_predicted": "residual masks: predicted",
-    "residual_derived": "derived",
+    "precision_decoder": "average precision for residual masks: decoder",
+    "precision_segmentation": "segmentation",
+    "changed": "share of changed voxels",
 }
 
 
 def gradients(network: ConResNet, patches: CacheDataset, seed: int) -> tuple[float, float]:
     """Cosine of the gradients of both losses at the encoder, and the size of the residual loss's over the other's."""
     seed_everything(seed)
+    patches.transform.set_random_state(seed)
     loss = ConResLoss(softmax=True)
     network.train()
     weights = [*network.encoder.parameters(), *network.bottleneck.parameters()]
@@ -124,6 +127,13 @@ def auroc(score: torch.Tensor, truth: torch.Tensor) -> float:
     return float((ranks[positive].sum() - number * (number + 1) / 2) / (number * rest))
 
 
+def average_precision(score: torch.Tensor, truth: torch.Tensor) -> float:
+    """The mean precision at each voxel of ``truth``, from the largest score down. NaN without such a voxel."""
+    positive = truth.flatten()[score.flatten().double().argsort(descending=True, stable=True)] > 0
+    precision = positive.cumsum(0) / torch.arange(1, len(positive) + 1)
+    return float(precision[positive].mean())
+
+
 def with_true_residuals(case: Case, certainty: float = 20.0) -> torch.Tensor:
     """The most probable labelling of the chain whose residuals are those of the label."""
     masks = one_hot(case.label, num_classes=case.segmentation.shape[1])[:, 1:].float()
@@ -139,20 +149,18 @@ def look_inside(network: ConResNet, cases: Dataset, patch: tuple) -> dict[str, f
     for case, other in zip(scans, constant, strict=True):
         classes = case.segmentation.shape[1]
         gate = finest_gate(network, case.image)
-        label, predicted = (
-            one_hot(x, num_classes=classes)[:, 1:].float() for x in (case.label, case.predicted.to(case.label.dtype))
-        )
-        change, derived = residual_mask(label), residual_mask(predicted)
+        change = residual_mask(one_hot(case.label, num_classes=classes)[:, 1:].float())
         values["gate_voxels"].append(gate.flatten(1).std(1).mean().item())
         values["gate_channels"].append(gate.flatten(1).mean(1).std().item())
         values["gate_auroc"].append(auroc(gate.mean(0), change.amax((0, 1))))
         values["dice"].append(np.nanmean(dice(case.predicted, case.label, classes)))
         values["dice_mean_gates"].append(np.nanmean(dice(other.predicted, case.label, classes)))
         values["dice_true_residuals"].append(np.nanmean(dice(with_true_residuals(case), case.label, classes)))
-        # w_1 of Eq. 8 is the odds that the loss puts on a change, so its logarithm is the threshold
-        weight = (change[0, 0].numel() / change.sum((0, 2, 3, 4)).clamp(min=1)).log().view(1, -1, 1, 1, 1)
-        for name, mask in (("predicted", (case.residual > weight.log()).float()), ("derived", derived)):
-            values[f"residual_{name}"].append(DiceMetric(ignore_empty=True)(mask, change).nanmean().item())
+        soft = inter_slice_residual(case.segmentation.softmax(1)[:, 1:])
+        for name, scores in (("decoder", case.residual), ("segmentation", soft)):
+            pairs = zip(scores[0], change[0], strict=True)  # of each class
+            values[f"precision_{name}"].append(np.nanmean([average_precision(*pair) for pair in pairs]))
+        values["changed"].append(change.mean().item())
     return {name: float(np.mean(numbers)) for name, numbers in values.items()}
 
 
@@ -172,12 +180,14 @@ def draw(networks: Mapping[str, Sequence[Mapping[str, str]]]) -> Figure:
             )
     gradients.plot([], [], "o-", color="0.4", label="cosine")
     gradients.plot([], [], "s:", color="0.4", label="size: residual loss / segmentation loss")
+    gradients.plot([], [], "k.", markersize=3, label="one network")
     gradients.set_title("gradients at the encoder", fontsize=9)
+    gradients.set_ylabel("cosine, ratio of sizes", fontsize=8)
     gradients.set_ylim(-0.1, None)
     bars = {
         gates: ("gates at the finest scale", ("gate_voxels", "gate_channels", "gate_auroc")),
         dice: ("Dice, no drawn slice", ("dice_mean_gates", "dice", "dice_true_residuals")),
-        masks: ("Dice of residual masks", ("residual_predicted", "residual_derived")),
+        masks: ("average precision, residual masks", ("precision_decoder", "precision_segmentation")),
     }
     words = {
         "gate_voxels": "spread over\nvoxels",
@@ -186,21 +196,23 @@ def draw(networks: Mapping[str, Sequence[Mapping[str, str]]]) -> Figure:
         "dice_mean_gates": "mean\ngates",
         "dice": "network",
         "dice_true_residuals": "true\nresiduals",
-        "residual_predicted": "decoder",
-        "residual_derived": "from\nsegmentation",
+        "precision_decoder": "decoder",
+        "precision_segmentation": "change of\nsegmentation",
     }
     for axes, (text, keys) in bars.items():
-        for number, (values, color) in enumerate(zip(means.values(), COLORS, strict=False)):
+        for number, ((name, rows), color) in enumerate(zip(networks.items(), COLORS, strict=False)):
             offsets = np.arange(len(keys)) + 0.26 * (number - (len(means) - 1) / 2)
-            axes.bar(offsets, [values[key] for key in keys], width=0.24, color=color)
+            axes.bar(offsets, [means[title(name)][key] for key in keys], width=0.24, color=color)
+            for offset, key in zip(offsets, keys, strict=True):
+                axes.plot([offset] * len(rows), [float(row[key]) for row in rows], "k.", markersize=2)
         axes.set_title(text, fontsize=9)
-        axes.set_xticks(range(len(keys)), [words[key] for key in keys], fontsize=7)
-    gates.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
-    gates.text(2.45, 0.51, "chance", fontsize=6.5, color="0.4", ha="right")
+        axes.set_xticks(range(len(keys)), [words[key] for key in keys])
+    gates.plot((1.55, 2.45), (0.5, 0.5), color="0.4", linewidth=0.8, linestyle="--")
+    gates.text(2.45, 0.51, "chance", fontsize=7, color="0.4", ha="right")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=7)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+        axes.tick_params(labelsize=7.5)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
 
 
@@ -212,11 +224,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for the figure")
     options = parser.parse_args()
     if options.data is not None:
+        if len(options.names) > 1:
+            raise ValueError(f"expected one experiment with --data, got {', '.join(options.names)}; call it for each.")
         measure(Experiment(options.names[0], options.folder), options.data)
+        return
     rows, networks = [], {}
     for name in options.names:
-        with table_file(options.folder, name).open(newline="") as file:
-            networks[name] = list(csv.DictReader(file))
+        if not (file := table_file(options.folder, name)).is_file():
+            raise ValueError(f"expected {file}; look into its networks first: why.py {name} --data FOLDER.")
+        with file.open(newline="") as lines:
+            networks[name] = list(csv.DictReader(lines))
         means = {text: f"{np.mean([float(row[key]) for row in networks[name]]):.3f}" for key, text in COLUMNS.items()}
         rows.append({"data": title(name), "networks": str(len(networks[name])), **means})
     print(write_table(options.folder / "results", "why", rows))
