@@ -13,8 +13,8 @@ import torch.nn as nn
 from monai.networks.nets import BasicUNetPlusPlus
 
 from monai_conres.decoder import ConResDecoder, ConResOutput
-from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM, resize_features
-from monai_conres.operations import without_metadata
+from monai_conres.layers import DEFAULT_ACT, DEFAULT_NORM
+from monai_conres.operations import resize_features, without_metadata
 from monai_conres.renamed import OldAttribute, refuse_old_arguments
 from monai_conres.stages import decoder_stages
 

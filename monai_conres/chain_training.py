@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from monai.utils import convert_to_tensor
 
 from monai_conres.chain import ChainSettings, broadcast_slices, log_partition, potentials, slice_marginals
-from monai_conres.layers import resize_features
 from monai_conres.losses import check_class_indices, reads_ignore_index
+from monai_conres.operations import resize_features
 from monai_conres.residual import check_ignore_index, class_masks, labelled_voxels, slice_dim
 
 __all__ = ["ChainLoss", "fit_chain"]

@@ -18,9 +18,8 @@ from monai_conres.layers import (
     NormActConv,
     PreActivationBlock,
     WeightStandardizedConv3d,
-    resize_features,
 )
-from monai_conres.operations import add_into, without_metadata
+from monai_conres.operations import add_into, resize_features, without_metadata
 from monai_conres.renamed import OldAttribute, refuse_old_arguments
 from monai_conres.residual import slice_dim
 
@@ -157,11 +156,7 @@ class ConResNet(nn.Module):
                 **unit,
             )
 
-        if use_checkpoint and any(name.endswith("running_mean") for name, _ in self.named_buffers()):
-            raise ValueError(
-                f"expected a norm without running statistics together with use_checkpoint=True, got {norm!r}, which "
-                "would count each batch twice; use group norm."
-            )
+        self._check_checkpoint()
 
     eval_residual = OldAttribute("ConResNet.eval_residual")
     authors = OldAttribute("ConResNet.authors")
@@ -232,6 +227,8 @@ class ConResNet(nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The last features of the segmentation decoder, and the context residual features, coarse to fine."""
         self._check_image(image)
+        if self.training:
+            self._check_checkpoint()  # the attribute may have changed
         features = image
         skips = []
         for level in self.encoder:
@@ -240,7 +237,8 @@ class ConResNet(nn.Module):
         skips.pop()
         features = self._run(self.bottleneck, features)
         residuals: list[torch.Tensor] = []
-        merge = partial(self._run, self._merge) if self.use_checkpoint else self._merge  # which frees the skip
+        # called directly if possible: the arguments of _run keep the skip in memory
+        merge = partial(self._run, self._merge) if self.use_checkpoint and self.training else self._merge
         for stage, unit in enumerate(self.decoder):
             features = merge(unit, features, skips.pop())
             if residual_decoder is not None:
@@ -260,6 +258,13 @@ class ConResNet(nn.Module):
         features = add_into(resize_features(features, skip.shape[2:], align_corners=self.align_corners), skip)
         del skip
         return unit(features)
+
+    def _check_checkpoint(self) -> None:
+        if self.use_checkpoint and any(name.endswith("running_mean") for name, _ in self.named_buffers()):
+            raise ValueError(
+                f"expected a norm without running statistics together with use_checkpoint=True, got "
+                f"{self.arguments['norm']!r}, which would count each batch twice; use group norm."
+            )
 
     def _check_image(self, image: torch.Tensor) -> None:
         if torch.jit.is_tracing():  # a traced size is a tensor, and comparing it would fix it

@@ -21,9 +21,8 @@ from monai_conres.layers import (
     WeightStandardizedConv3d,
     in_turn,
     norm_layer,
-    resize_features,
 )
-from monai_conres.operations import add_into, gate_features, sigmoid_change
+from monai_conres.operations import add_into, gate_features, resize_features, sigmoid_change
 from monai_conres.renamed import refuse_old_arguments
 from monai_conres.residual import inter_slice_residual, slice_dim
 
@@ -92,7 +91,8 @@ class ContextResidualModule(nn.Module):
         1x1x1. The released code leaves out the inner normalization. ``G``, a difference of sigmoids, is then small
         compared with ``I_res``.
 
-        Hooks on ``outer`` are not called. Put hooks on its layers, such as ``outer.conv``.
+        Hooks on ``outer`` are not called. Put hooks on its layers, such as ``outer.conv``. Hooks on ``inner`` and
+        ``inner_norm`` have to copy the output: without gradients a sum is written into it.
 
     Example:
         >>> module = ContextResidualModule(8)

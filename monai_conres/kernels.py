@@ -55,9 +55,9 @@ def _moments(x, moments, voxels, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale_and_offset(channel, reciprocal, weight, bias):
+def _scale_and_offset(channel, rstd, weight, bias):
     """What multiplies the values of a channel less their mean, and what is added then."""
-    scale, offset = reciprocal, 0.0
+    scale, offset = rstd, 0.0
     if weight is not None:
         scale *= tl.load(weight + channel).to(tl.float32)
     if bias is not None:
@@ -92,11 +92,11 @@ def _normalize(
         change = tl.where(inside, tl.load(moments + index, mask=inside, other=0.0) - mean, 0.0)
         square = tl.load(moments + rows * parts + index, mask=inside, other=0.0)
         total += square + count * change * change
-    reciprocal = 1.0 / tl.sqrt(tl.sum(total) / size + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(total) / size + eps)
     if part == 0 and row % channels == 0:
         tl.store(statistics + group, mean)
-        tl.store(statistics + rows // channels + group, reciprocal)
-    scale, offset = _scale_and_offset(row % (channels * groups), reciprocal, weight, bias)
+        tl.store(statistics + rows // channels + group, rstd)
+    scale, offset = _scale_and_offset(row % (channels * groups), rstd, weight, bias)
     base = row.to(tl.int64) * voxels
     end = tl.minimum(part * chunk + chunk, voxels)
     for start in range(part * chunk, end, BLOCK):
@@ -117,8 +117,8 @@ def _products(
     """Sum of the gradient times the normalized values, and of the gradient, of one part of a row."""
     row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     statistics += row // channels
-    mean, reciprocal = tl.load(statistics), tl.load(statistics + rows // channels)
-    scale, offset = _scale_and_offset(row % (channels * groups), reciprocal, weight, bias)
+    mean, rstd = tl.load(statistics), tl.load(statistics + rows // channels)
+    scale, offset = _scale_and_offset(row % (channels * groups), rstd, weight, bias)
     base = row.to(tl.int64) * voxels
     end = tl.minimum(part * chunk + chunk, voxels)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -133,7 +133,7 @@ def _products(
         total += gradient
         product += gradient * value
     products += row * parts + part
-    tl.store(products, tl.sum(product) * reciprocal)
+    tl.store(products, tl.sum(product) * rstd)
     tl.store(products + rows * parts, tl.sum(total))
 
 
@@ -142,7 +142,10 @@ def _gradients(
     x, grad, of_x, products, of_parameters, statistics, weight, bias, voxels, chunk, channels, groups,
     RELU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The gradient of one part of a row, and from the first part of each row of the first volume weight and bias."""
+    """The gradient of one part of a row.
+
+    The first program of each channel of the first volume also adds up the gradients of weight and bias.
+    """
     row, part, rows, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     width = channels * groups
     if part == 0 and row < width:
@@ -158,7 +161,7 @@ def _gradients(
         tl.store(of_parameters + width + row, tl.sum(sum_of_bias))
     group, entries = row // channels, channels * parts
     statistics += group
-    mean, reciprocal = tl.load(statistics), tl.load(statistics + rows // channels)
+    mean, rstd = tl.load(statistics), tl.load(statistics + rows // channels)
     products += group * entries
     first = tl.zeros((BLOCK,), tl.float32)  # sums over the group, weighted
     second = tl.zeros((BLOCK,), tl.float32)
@@ -175,8 +178,8 @@ def _gradients(
         second += of_weight
         first += of_bias
     size = voxels * 1.0 * channels  # their product may exceed 32 bits
-    constant, slope = tl.sum(first) * reciprocal / size, tl.sum(second) * reciprocal * reciprocal / size
-    scale, offset = _scale_and_offset(row % width, reciprocal, weight, bias)
+    constant, slope = tl.sum(first) * rstd / size, tl.sum(second) * rstd * rstd / size
+    scale, offset = _scale_and_offset(row % width, rstd, weight, bias)
     base = row.to(tl.int64) * voxels
     end = tl.minimum(part * chunk + chunk, voxels)
     for start in range(part * chunk, end, BLOCK):
@@ -292,7 +295,7 @@ def _gate_backward(features, logits, grad, of_features, of_logits, voxels, chunk
 
 
 def _parts(rows: int, voxels: int) -> tuple[int, int]:
-    """Parts of a row, and the values of a part."""
+    """Number of parts of a row, and of values of a part."""
     blocks = -(-voxels // BLOCK)
     chunk = -(-blocks // min(blocks, -(-PROGRAMS // rows))) * BLOCK
     return -(-voxels // chunk), chunk
@@ -309,7 +312,7 @@ def _rows(x: torch.Tensor) -> tuple[tuple[int, int], int, int]:
 def group_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float, relu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalized ``x``, with ``relu`` its ReLU, and mean and reciprocal deviation of each group.
+    """The normalized ``x``, with ``relu`` its ReLU, and mean and reciprocal standard deviation of each group.
 
     The last two are one tensor ``(2, b * groups)`` in float32.
     """

@@ -1,4 +1,4 @@
-"""The network's building blocks: weight-standardized convolution, pre-activation unit, residual block, resizing.
+"""The network's building blocks: weight-standardized convolution, pre-activation unit, residual block.
 
 ``operations.py`` computes them.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,12 +24,11 @@ from monai_conres.operations import (
     is_captured,
     is_plain_eager,
     norms_with_relu,
-    resample_trilinearly,
     standardized,
     stream_of,
 )
 
-__all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d", "resize_features"]
+__all__ = ["NormActConv", "PreActivationBlock", "WeightStandardizedConv3d"]
 
 DEFAULT_NORM = "group"
 DEFAULT_ACT = ("relu", {"inplace": True})
@@ -103,20 +102,22 @@ class WeightStandardizedConv3d(nn.Conv3d):
         return standardized(self.weight, self.gain, self.eps)
 
     def filters(self) -> torch.Tensor:
-        """The same in the layout and precision of the convolution; without gradients computed once in ``eval()``.
+        """The standardized filters in the layout and precision of the convolution.
 
-        The filters are computed again when the weights change, and after each call of ``train()`` or ``eval()``. torch
-        does not see a change through ``weight.data``: call ``eval()`` after it. A CUDA graph always computes them.
+        In ``eval()`` without gradients the module computes them once and keeps them. It computes them again after a
+        change of the weights, after a pass with gradients, and after ``train()`` or ``eval()``. torch does not see a
+        change through ``weight.data``, by a fused optimizer or by the replay of a CUDA graph: call ``eval()`` after it.
+        After ``.to()`` the call frees the old filters. A CUDA graph always computes the filters.
         """
         settings = self.weight, self.gain, self.eps
         if not holds_values(self.weight) or not is_plain_eager(self.weight):
             return filters_for_convolution(*settings)
         dtype = convolution_dtype(self.weight)
-        if self.training or torch.is_grad_enabled() or is_captured(self.weight):
+        if self.training or torch.is_grad_enabled() or is_captured(self.weight) or self.weight.is_inference():
+            _FILTERS.pop(self, None)  # an optimizer may follow, and a fused one leaves the version as it was
             return filters_for_convolution(*settings, dtype)
         weight = self.weight.detach()  # keeps the memory, so that its address belongs to no other tensor
-        version = 0 if weight.is_inference() else weight._version
-        state = (weight.data_ptr(), version, dtype, stream_of(weight))
+        state = (weight.data_ptr(), weight._version, dtype, stream_of(weight))
         kept = _FILTERS.get(self)
         if kept is None or kept[0] != state:
             kept = _FILTERS[self] = (state, weight, filters_for_convolution(*settings, dtype).to(dtype))
@@ -140,14 +141,14 @@ _FILTERS: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor, torch.Tensor]]
 class NormActConv(nn.Sequential):
     """Normalization, activation, optional dropout, weight-standardized convolution: the network's one unit.
 
-    On a GPU the group norm computes the ReLU after it. Hooks on ``act`` are not called there, and those on ``norm`` see
-    the values after the ReLU.
+    On a GPU the group norm computes the ReLU after it, so hooks on ``act`` are not called. A hook on ``norm`` has to
+    copy the output: the ReLU changes it in place.
 
     Args:
         in_channels: number of input channels.
         out_channels: number of output channels.
-        norm: MONAI's name of a normalization layer, or ``(name, arguments)``; ``"group"`` alone has 8 groups, fewer
-            where 8 does not divide the channels.
+        norm: MONAI's name of a normalization layer, or ``(name, arguments)``; see :func:`norm_layer`
+            for plain ``"group"``.
         act: MONAI's name of an activation layer, or ``(name, arguments)``.
         dropout: probability of dropping a whole channel, or MONAI's ``(name, arguments)``; ``None`` or 0 for none.
         kwargs: further arguments of :class:`WeightStandardizedConv3d`.
@@ -176,7 +177,7 @@ class NormActConv(nn.Sequential):
         if isinstance(self.norm, nn.Identity) and getattr(self.act, "inplace", False):
             self.act.inplace = False  # it would change the unit's input
         if dropout:
-            self.dropout = get_dropout_layer(("dropout", {"p": dropout}) if isinstance(dropout, float) else dropout, 3)
+            self.dropout = get_dropout_layer(dropout, 3)
         self.conv = WeightStandardizedConv3d(in_channels, out_channels, **kwargs)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -187,7 +188,8 @@ class NormActConv(nn.Sequential):
 class PreActivationBlock(nn.Module):
     """Two pre-activation convolutions and a skip connection from input to output (Section III.A of the paper).
 
-    Hooks on ``unit1`` and ``unit2`` are not called, only those on their layers, such as ``unit1.conv``.
+    Hooks on ``unit1`` and ``unit2`` are not called, only those on their layers, such as ``unit1.conv``. A hook on
+    ``unit2.conv`` has to copy the output: without gradients the input is added to it in place.
 
     Args:
         channels: number of input and output channels.
@@ -225,10 +227,11 @@ class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` that uses all of an accelerator for a batch of one volume.
 
     torch's CUDA kernel starts one block of threads for each group of each volume. This class computes the same function
-    with the same parameters in kernels of its own (``kernels.py``), or from sums that torch computes with all blocks
-    where Triton does not run. Under autocast the output has the precision of the input, and the statistics are in
-    float32. On a CPU, under ``torch.func``, in forward-mode differentiation, and while a graph is traced or compiled,
-    this class is torch's own group normalization.
+    with the same parameters in kernels of its own (``kernels.py``). Without Triton, and for features in float64, of
+    another layout or of more than 2**30 voxels, it takes sums that torch computes with all blocks. Under autocast the
+    output has the precision of the input, and the statistics are in float32. On a CPU, under ``torch.func``, in
+    forward-mode differentiation, and while a graph is traced or compiled, this class is torch's own group
+    normalization.
 
     Raises:
         ValueError: when the input has other channels, or a batch of one has only one value in each group.
@@ -257,7 +260,7 @@ class GroupNorm(nn.GroupNorm):
 def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:
     """MONAI's normalization layer for 3D features.
 
-    ``"group"`` alone has 8 groups (Section III.A of the paper), fewer where 8 does not divide the channels.
+    Plain ``"group"`` has 8 groups (Section III.A of the paper), fewer where 8 does not divide the channels.
 
     ``None`` or an empty name is no normalization.
 
@@ -276,15 +279,3 @@ def norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:
             f"norm={norm} does not fit {channels} channels ({error}); choose channels that the number of groups "
             'divides, or what the norm needs, for example ("group", {"num_groups": 4}), or plain "group".'
         ) from error
-
-
-def resize_features(features: torch.Tensor, size: Sequence[int], *, align_corners: bool = False) -> torch.Tensor:
-    """Trilinear resampling of ``(b, c, d, h, w)`` to the spatial size ``size``, whatever the factor along each axis.
-
-    The result has the precision of ``features``, also under autocast, where torch's own is in float32.
-
-    Example:
-        >>> resize_features(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5)).shape
-        torch.Size([1, 2, 6, 7, 5])
-    """
-    return resample_trilinearly(features, tuple(size), align_corners)

@@ -35,7 +35,7 @@ __all__ = [
     "is_captured",
     "is_plain_eager",
     "norms_with_relu",
-    "resample_trilinearly",
+    "resize_features",
     "sigmoid_change",
     "standardized",
     "stream_of",
@@ -86,7 +86,8 @@ class StandardizeFilters(torch.autograd.Function):
 
 def convolution_dtype(weight: torch.Tensor) -> torch.dtype:
     """The precision of a convolution with the filters ``weight``."""
-    return torch.get_autocast_dtype(weight.device.type) if autocasts(weight) else weight.dtype
+    casts = autocasts(weight) and weight.dtype != torch.float64  # which autocast leaves as it is
+    return torch.get_autocast_dtype(weight.device.type) if casts else weight.dtype
 
 
 def fast_layout(weight: torch.Tensor) -> torch.Tensor:
@@ -110,7 +111,7 @@ def convolve(
         >>> convolve(x, weight, (2, 1, 1), (0, 0, 0), (1, 1, 1)).shape
         torch.Size([1, 3, 3, 6, 7])
     """
-    if torch_convolves_slowly(input) and is_plain_eager(input, weight):
+    if input.dtype == weight.dtype and torch_convolves_slowly(input) and is_plain_eager(input, weight):
         return ConvolveOneVolume.apply(input, weight, stride, padding, dilation)
     return F.conv3d(input, weight, None, stride, padding, dilation)
 
@@ -199,17 +200,17 @@ def group_norm(
 
 
 def norms_with_relu(x: torch.Tensor) -> bool:
-    """Whether :func:`group_norm` of ``x`` takes no longer with the ReLU than without."""
+    """Whether the kernel of :func:`group_norm` also computes the ReLU of ``x``."""
     return on_accelerator(x) and is_plain_eager(x) and triton_kernels(x) is not None
 
 
 class NormalizeGroups(torch.autograd.Function):
-    """Group normalization ``y = (x - mean) / deviation * weight + bias``; keeps ``x`` and two numbers for each group.
+    """Group normalization ``y = (x - mean) * rstd * weight + bias``; keeps ``x`` and two numbers for each group.
 
     Called with ``(x, weight, bias, number of groups, eps)``.
 
     ``x`` in half precision is read as it is, never copied to float32. Its variance is then the mean of the squares less
-    the square of the mean, in float32. Relative to the variance that is exact to ``1e-6 * (mean / deviation) ** 2``.
+    the square of the mean, in float32. Relative to the variance that is exact to ``1e-6 * (mean * rstd) ** 2``.
     """
 
     @staticmethod
@@ -217,43 +218,43 @@ class NormalizeGroups(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
     ) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        parts = x.unflatten(1, (groups, -1))
-        voxels = list(range(2, parts.ndim))
+        grouped = x.unflatten(1, (groups, -1))
+        dims = list(range(2, grouped.ndim))
         if x.dtype == wide:
-            variance, mean = torch.var_mean(parts, voxels, correction=0)
+            variance, mean = torch.var_mean(grouped, dims, correction=0)
         else:
-            mean = parts.mean(voxels, dtype=wide)
-            square = torch.linalg.vector_norm(parts, 2, voxels, dtype=wide).square_() / math.prod(parts.shape[2:])
+            mean = grouped.mean(dims, dtype=wide)
+            square = torch.linalg.vector_norm(grouped, 2, dims, dtype=wide).square_() / math.prod(grouped.shape[2:])
             variance = square.addcmul_(mean, mean, value=-1).clamp_(min=0)
-        mean, reciprocal = mean[..., None], variance.add_(eps).rsqrt_()[..., None]  # (b, groups, 1)
-        scale = _scale(reciprocal, weight, x)
+        mean, rstd = mean[..., None], variance.add_(eps).rsqrt_()[..., None]  # (b, groups, 1)
+        scale = _scale(rstd, weight, x)
         shift = -mean * scale if bias is None else torch.addcmul(bias.unflatten(0, (groups, -1)), mean, scale, value=-1)
-        ctx.save_for_backward(x, weight, bias, mean, reciprocal)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.eps = eps
         return torch.addcmul(_of_channels(shift, x), x, _of_channels(scale, x), out=torch.empty_like(x))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, mean, reciprocal = ctx.saved_tensors
+        x, weight, bias, mean, rstd = ctx.saved_tensors
         wide, groups = mean.dtype, mean.shape[1]
         if torch.is_grad_enabled():
             return _differentiable_group_norm(grad, x, weight, bias, groups, ctx.eps)
-        voxels = list(range(2, x.ndim))
+        dims = list(range(2, x.ndim))
         # half precision: one operation multiplies in float32
         product = x * grad if x.dtype == wide else torch.addcmul(mean.new_zeros((1,) * x.ndim), x, grad)
-        of_bias = grad.sum(voxels, dtype=wide).unflatten(1, (groups, -1))  # (b, groups, channels of a group)
-        of_weight = product.sum(voxels).unflatten(1, (groups, -1)).addcmul_(mean, of_bias, value=-1).mul_(reciprocal)
-        # the gradient of (x - mean) / deviation has no mean, and none of its product with that
+        of_bias = grad.sum(dims, dtype=wide).unflatten(1, (groups, -1))  # (b, groups, channels of a group)
+        of_weight = product.sum(dims).unflatten(1, (groups, -1)).addcmul_(mean, of_bias, value=-1).mul_(rstd)
+        # the gradient of (x - mean) * rstd has no mean, and none of its product with that
         size = math.prod(x.shape[1:]) // groups
         first, second = (
-            (part if weight is None else part * weight.unflatten(0, (groups, -1))).sum(2, keepdim=True).mul_(reciprocal)
+            (part if weight is None else part * weight.unflatten(0, (groups, -1))).sum(2, keepdim=True).mul_(rstd)
             for part in (of_bias, of_weight)
         )
-        second = second.mul_(reciprocal).div_(-size)
+        second = second.mul_(rstd).div_(-size)
         offset = torch.addcmul(first.div_(-size), second, mean, value=-1)
         offset, slope = (_of_channels(part.expand_as(of_bias), x) for part in (offset, second))
         of_x = torch.addcmul(offset, x, slope, out=torch.empty_like(x))
-        of_x.addcmul_(grad, _of_channels(_scale(reciprocal, weight, x), x))
+        of_x.addcmul_(grad, _of_channels(_scale(rstd, weight, x), x))
         return (
             of_x,
             None if weight is None else of_weight.sum(0).flatten(),
@@ -283,9 +284,9 @@ def _differentiable_group_norm(
 
 
 class NormalizeInTriton(torch.autograd.Function):
-    """:class:`NormalizeGroups`, with ``relu`` and then its ReLU, by the module ``kernels``.
+    """Group normalization in Triton, with ``relu`` followed by the ReLU.
 
-    A large mean makes it no less exact.
+    Unlike :class:`NormalizeGroups` it stays exact for a large mean.
     """
 
     @staticmethod
@@ -314,12 +315,12 @@ class NormalizeInTriton(torch.autograd.Function):
         return of_x, None if weight is None else of_weight, None if bias is None else of_bias, *(None,) * 4
 
 
-def _scale(reciprocal: torch.Tensor, weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+def _scale(rstd: torch.Tensor, weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """What multiplies ``x``, ``(b, groups, channels of a group)``."""
-    groups = reciprocal.shape[1]
+    groups = rstd.shape[1]
     if weight is None:
-        return reciprocal.expand(-1, -1, x.shape[1] // groups)
-    return reciprocal * weight.unflatten(0, (groups, -1))
+        return rstd.expand(-1, -1, x.shape[1] // groups)
+    return rstd * weight.unflatten(0, (groups, -1))
 
 
 def _of_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -415,22 +416,29 @@ def _neighbors(volume: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tens
     return volume.narrow(dim, 1, count), volume.narrow(dim, 0, count)
 
 
-def resample_trilinearly(features: torch.Tensor, size: tuple[int, ...], align_corners: bool) -> torch.Tensor:
-    """Trilinear ``F.interpolate`` in the precision of the features. Under autocast torch makes copies in float32.
+def resize_features(features: torch.Tensor, size: Sequence[int], *, align_corners: bool = False) -> torch.Tensor:
+    """Trilinear resampling of ``(b, c, d, h, w)`` to the spatial size ``size``, whatever the factor along each axis.
+
+    The result has the precision of ``features``, also under autocast, where torch's own is in float32.
 
     Example:
-        >>> resample_trilinearly(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5), align_corners=False).shape
+        >>> resize_features(torch.zeros(1, 2, 3, 4, 5), (6, 7, 5)).shape
         torch.Size([1, 2, 6, 7, 5])
     """
-    rounds_twice = torch.is_grad_enabled() and not on_accelerator(features)  # some layouts on a CPU
-    if not autocasts(features) or not is_plain_eager(features) or rounds_twice:
-        plain = F.interpolate(features, size=size, mode="trilinear", align_corners=align_corners)
-        return plain.to(features.dtype)
-    return ResampleTrilinearly.apply(features, size, align_corners)
+    size = tuple(size)
+    if resizes_at_once(features):
+        return ResampleTrilinearly.apply(features, size, align_corners)
+    return F.interpolate(features, size=size, mode="trilinear", align_corners=align_corners).to(features.dtype)
+
+
+def resizes_at_once(features: torch.Tensor) -> bool:
+    """Whether autocast would copy ``features`` to float32 and back, and one operation does as well."""
+    rounds_twice = torch.is_grad_enabled() and not on_accelerator(features)  # gradients of some layouts on a CPU
+    return autocasts(features) and is_plain_eager(features) and not rounds_twice
 
 
 class ResampleTrilinearly(torch.autograd.Function):
-    """:func:`resample_trilinearly`, whose gradients are added up in float32."""
+    """:func:`resize_features`, whose gradients are added up in float32."""
 
     @staticmethod
     def forward(ctx: Any, features: torch.Tensor, size: tuple[int, ...], align_corners: bool) -> torch.Tensor:
@@ -564,6 +572,8 @@ def differentiable(
     function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor | None], grad: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of ``function(*inputs)`` that can be differentiated again, for the backward pass of a function."""
+    # views, because one input may depend on another: gradients end at each input
+    inputs = [None if x is None else x.view_as(x) for x in inputs]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)

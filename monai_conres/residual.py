@@ -287,6 +287,8 @@ def check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return
     label = convert_to_tensor(label, track_meta=False)
+    if label.dtype in (torch.uint16, torch.uint32, torch.uint64):  # for which torch has few operations
+        label = label.to(torch.int64)
     try:
         low, high = (value.item() for value in torch.aminmax(label))
         whole = not label.is_floating_point() or torch.equal(label, label.trunc())

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from monai.utils import ensure_tuple
+from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["DecoderStages", "Feature", "decoder_stages"]
 
@@ -203,11 +204,14 @@ def _trace(network: nn.Module, in_channels: int, spatial_size: Sequence[int] | N
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     if parameter.is_meta:
         raise ValueError(f"expected a {name} with weights, got one on the meta device; attach before to('meta').")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("expected gradients to be possible, got torch.inference_mode(); find stages outside of it.")
     errors = []
+    structure_only = saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)  # keeps no activations
     for size in [(edge,) * 3 for edge in _SIZES] if spatial_size is None else [tuple(spatial_size)]:
         image = torch.zeros(1, in_channels, *size, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
         try:
-            with _marked(network) as features, _evaluating(network), torch.enable_grad():
+            with _marked(network) as features, _evaluating(network), torch.enable_grad(), structure_only:
                 output = network(image)
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             errors.append(f"{_format_size(size)}: {next(iter(str(error).splitlines()), type(error).__name__)}")

@@ -288,6 +288,22 @@ def test_checkpoint_changes_no_gradient_and_keeps_less():
 def test_checkpoint_refuses_running_statistics():
     with pytest.raises(ValueError, match="without running statistics together with use_checkpoint=True, got 'batch'"):
         small_network(norm="batch", use_checkpoint=True)
+    network = small_network(norm="batch")
+    network.use_checkpoint = True
+    with pytest.raises(ValueError, match="without running statistics"):
+        network.train()(torch.randn(2, 2, 16, 16, 16))
+
+
+def test_gradients_with_a_graph_are_those_without():
+    torch.manual_seed(0)
+    network = small_network().double()
+    loss = sum(part.square().sum() for part in network.heads(torch.randn(1, 2, 16, 16, 16).double()).residuals)
+    loss = loss + network.heads(torch.randn(1, 2, 16, 16, 16).double()).segmentation.square().sum()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    kept = torch.autograd.grad(loss, parameters, retain_graph=True)
+    again = torch.autograd.grad(loss, parameters, create_graph=True)
+    for first, second in zip(kept, again, strict=True):
+        torch.testing.assert_close(second, first)
 
 
 def test_network_has_forward_derivatives():

@@ -133,7 +133,7 @@ def test_resampling_under_autocast_rounds_only_once(align_corners, layout):
     x = torch.randn(2, 8, 9, 10, 11, device=DEVICE, dtype=BF16).contiguous(memory_format=layout).requires_grad_()
     exact, gradient = x.detach().double().requires_grad_(), torch.randn(2, 8, 18, 21, 15, device=DEVICE, dtype=BF16)
     with torch.autocast(DEVICE, BF16):
-        got = layers.resize_features(x, (18, 21, 15), align_corners=align_corners)
+        got = operations.resize_features(x, (18, 21, 15), align_corners=align_corners)
     want = F.interpolate(exact, (18, 21, 15), mode="trilinear", align_corners=align_corners)
     got.backward(gradient)
     want.backward(gradient.double())

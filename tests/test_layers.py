@@ -17,7 +17,6 @@ from monai_conres.layers import (
     NormActConv,
     PreActivationBlock,
     WeightStandardizedConv3d,
-    resize_features,
 )
 
 
@@ -120,7 +119,7 @@ def test_residual_block_adds_its_input():
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_resize_interpolates_linearly(align_corners):
     ramp = torch.arange(4.0).view(1, 1, 1, 1, 4).expand(1, 1, 2, 3, 4)
-    got = resize_features(ramp, (2, 3, 8), align_corners=align_corners)[0, 0, 0, 0]
+    got = operations.resize_features(ramp, (2, 3, 8), align_corners=align_corners)[0, 0, 0, 0]
     position = np.linspace(0, 3, 8) if align_corners else (np.arange(8) + 0.5) / 2 - 0.5
     np.testing.assert_allclose(got, np.interp(position, np.arange(4), np.arange(4)), rtol=1e-6, atol=1e-6)
 
@@ -293,7 +292,7 @@ def test_filters_are_standardized_once_until_the_weights_change():
 
     def expected():
         with torch.enable_grad():
-            return network(image).detach()
+            return copy.deepcopy(network)(image).detach()
 
     def check(count):
         assert standardizations(network, image) == count
@@ -328,6 +327,47 @@ def test_filters_kept_by_the_network_enter_no_cuda_graph(monkeypatch):
     assert standardizations(network, image) == 1
     monkeypatch.setattr("monai_conres.layers.is_captured", lambda weight: True)
     assert standardizations(network, image) == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_filters_follow_every_optimizer(fused):
+    network, image = torch.nn.Sequential(WeightStandardizedConv3d(2, 4)).eval(), torch.randn(1, 2, 5, 6, 7)
+    optimizer = torch.optim.SGD(network.parameters(), lr=100.0, fused=fused)
+    with torch.no_grad():
+        before = network(image)
+    network(image).square().sum().backward()
+    optimizer.step()
+    expected = network(image)
+    with torch.no_grad():
+        assert not torch.allclose(expected, before)
+        torch.testing.assert_close(network(image), expected)
+
+
+@torch.inference_mode()
+def test_filters_of_inference_tensors_follow_the_weights():
+    network, image = torch.nn.Sequential(WeightStandardizedConv3d(2, 4)).eval(), torch.randn(1, 2, 5, 6, 7)
+    before = network(image)
+    other = torch.nn.Sequential(WeightStandardizedConv3d(2, 4))
+    network.load_state_dict(other.state_dict())
+    torch.testing.assert_close(network(image), other(image))
+    assert not torch.allclose(network(image), before)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_convolution_refuses_weights_of_another_dtype(batch, dtype):
+    convolution = WeightStandardizedConv3d(2, 4).to(dtype)
+    with pytest.raises(RuntimeError, match=r"type|dtype"):
+        convolution(torch.randn(batch, 2, 5, 6, 7))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_float64_stays_under_autocast(mode):
+    convolution, image = WeightStandardizedConv3d(2, 4).double().train(mode), torch.randn(1, 2, 5, 6, 7).double()
+    with torch.no_grad():
+        exact = convolution(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(convolution(image), exact, rtol=0, atol=0)
 
 
 @torch.no_grad()

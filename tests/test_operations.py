@@ -138,11 +138,11 @@ def test_resample_under_autocast_on_an_accelerator_rounds_only_once(monkeypatch)
     torch.manual_seed(0)
     x = torch.randn(1, 8, 4, 5, 6).bfloat16().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     gradient, exact = torch.randn(1, 8, 9, 10, 11).bfloat16(), x.detach().double().requires_grad_()
-    plain = operations.resample_trilinearly(exact, (9, 10, 11), align_corners=False)
+    plain = operations.resize_features(exact, (9, 10, 11))
     plain.backward(gradient.double())
     monkeypatch.setattr(operations, "on_accelerator", lambda x: True)
     with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
-        got = operations.resample_trilinearly(x, (9, 10, 11), align_corners=False)
+        got = operations.resize_features(x, (9, 10, 11))
     got.backward(gradient)
     assert "aten::_to_copy" not in {event.key for event in profile.key_averages()}
     for part, want in ((got, plain), (x.grad, exact.grad)):
@@ -179,6 +179,19 @@ def test_equations_4_and_6_have_second_derivatives():
     assert torch.autograd.gradcheck(operations.gate_features, inputs)
     assert torch.autograd.gradgradcheck(operations.gate_features, inputs)
     assert torch.autograd.gradgradcheck(operations.sigmoid_change, inputs[:1])
+
+
+def test_gradients_with_a_graph_are_those_without():
+    """Gradients end at each argument, also where one depends on the other."""
+    x = torch.randn(1, 2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for gate in (operations.gate_features, plain_gate):
+        loss = gate(x, (2 * x).sin()).pow(3).sum()
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (again,) = torch.autograd.grad(loss, x, create_graph=True)
+        torch.testing.assert_close(again, first)
+        found += [first, *torch.autograd.grad(again.square().sum(), x)]
+    torch.testing.assert_close(found[:2], found[2:])
 
 
 def kept_bytes(function, *inputs):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from monai_conres import ConResNet, convert_released_state_dict
-from monai_conres.layers import resize_features
+from monai_conres.operations import resize_features
 
 RELEASED = json.loads(Path(__file__).with_name("released_network.json").read_text())
 

@@ -199,3 +199,10 @@ def test_class_masks_refuse_other_numbers_of_channels():
         ValueError, match=r"1 channel \(class indices\), 3 \(masks\) or 4 \(one-hot\).*label\[:, None\]"
     ):
         class_masks(torch.zeros(1, 5, 4), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_values_of_every_integer_are_checked(dtype):
+    mask = torch.tensor([[[5, 0, 0, 1]]]).to(dtype)
+    with pytest.raises(ValueError, match="got values from 5 to 5"):
+        restore_mask(mask[..., :1], mask)

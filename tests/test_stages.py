@@ -65,6 +65,25 @@ def test_search_tries_sizes_until_one_fits():
     assert decoder_stages(Divisible(), 1).image_size == (96, 96, 96)
 
 
+def test_stages_keep_no_activations():
+    network = nets.BasicUNet(features=(4, 4, 8, 8, 16, 4))
+    shapes = []
+
+    def pack(tensor):
+        shapes.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        stages = decoder_stages(network, 1, spatial_size=(32, 32, 32))
+    assert stages.features
+    assert not shapes  # the search has hooks of its own, which keep nothing
+
+
+def test_stages_need_gradients():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"got torch.inference_mode"):
+        decoder_stages(nets.BasicUNet(features=(4, 4, 8, 8, 16, 4)), 1)
+
+
 def test_given_stages_are_ordered_and_marked_in_the_table():
     found = decoder_stages(dynunet(), 1, stages=["upsamples.2", "upsamples.0"], spatial_size=(16, 24, 20))
     lines = str(found).splitlines()

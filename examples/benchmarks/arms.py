@@ -31,7 +31,8 @@ from monai.utils import ensure_tuple_rep
 
 from monai_conres import ChainLoss, ConResDecoder, ConResLoss, ConResNet, ConResOutput, attach_conres
 from monai_conres import inter_slice_residual as difference
-from monai_conres.layers import WeightStandardizedConv3d, resize_features
+from monai_conres.layers import WeightStandardizedConv3d
+from monai_conres.operations import resize_features
 
 
 @dataclass(frozen=True)
