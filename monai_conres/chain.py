@@ -87,8 +87,10 @@ class ChainSettings:
     offset: float | Sequence[float] = -2.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.offset, (int, float)):
-            object.__setattr__(self, "offset", tuple(float(value) for value in self.offset))
+        for name in ("tau", "residual_scale", "image_contrast"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        offset = tuple(map(float, self.offset)) if isinstance(self.offset, Iterable) else float(self.offset)
+        object.__setattr__(self, "offset", offset)
         weights = torch.tensor([self.tau, self.residual_scale, self.image_contrast])
         if not (weights.isfinite().all() and weights.min() >= 0 and torch.tensor(self.offset).isfinite().all()):
             raise ValueError(
@@ -414,20 +416,6 @@ def _drawn_slices(
     return drawn
 
 
-def _checked_potentials(
-    segmentation: torch.Tensor,
-    residual: torch.Tensor | None,
-    image: torch.Tensor | None,
-    settings: ChainSettings | None,
-    spatial_axis: int,
-    sigmoid: bool,
-    softmax: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``u`` and ``rho``, with everything checked. The arguments are those of :func:`complete_mask`."""
-    logits = _checked_logits(segmentation, residual, image, spatial_axis, sigmoid, softmax)
-    return _finite_potentials(*logits, settings=settings, spatial_axis=spatial_axis)
-
-
 def _checked_logits(
     segmentation: torch.Tensor,
     residual: torch.Tensor | None,
@@ -456,7 +444,7 @@ def _checked_logits(
             f"residual channels, got sigmoid={sigmoid} and softmax={softmax}; leave out both."
         )
     if image is not None:
-        image = convert_to_tensor(image, track_meta=False)
+        image = convert_to_tensor(image, track_meta=False, device=segmentation.device)
         if len(image) != len(segmentation) or image.shape[2:] != segmentation.shape[2:]:
             raise ValueError(
                 f"expected an image of the segmentation's size {tuple(segmentation.shape)}, got {tuple(image.shape)}; "
@@ -473,10 +461,13 @@ def _finite_potentials(
     settings: ChainSettings | None,
     spatial_axis: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``u`` and ``rho`` of logits that are finite."""
+    """``u`` and ``rho``, which are so small that a drawn voxel always wins."""
     unary, rho = potentials(segmentation, residual, image, spatial_axis, **vars(settings or ChainSettings()))
-    if not torch.stack([*torch.aminmax(unary), *torch.aminmax(rho)]).isfinite().all():  # NaN propagates
-        raise ValueError("expected finite logits and a finite image, got NaN or infinity; check the network's output.")
+    if not (torch.stack([*torch.aminmax(unary), *torch.aminmax(rho)]).abs() < -IMPOSSIBLE / 10).all():  # NaN propagates
+        raise ValueError(
+            f"expected finite logits and a finite image, with numbers below {-IMPOSSIBLE / 10:.0f} in the chain, got "
+            "larger ones or NaN; check the network's output, and normalize the image as for the network."
+        )
     return unary, rho
 
 
@@ -493,8 +484,9 @@ def _prepare(
     ignore_index: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``u``, ``rho``, the voxels to clamp and the drawn slices, with everything checked."""
-    unary, rho = _checked_potentials(segmentation, residual, image, settings, spatial_axis, sigmoid, softmax)
-    drawn = convert_to_tensor(drawn, track_meta=False)
+    logits = _checked_logits(segmentation, residual, image, spatial_axis, sigmoid, softmax)
+    unary, rho = _finite_potentials(*logits, settings=settings, spatial_axis=spatial_axis)
+    drawn = convert_to_tensor(drawn, track_meta=False, device=unary.device)
     _check_shapes(unary, rho, drawn)
     dim = slice_dim(drawn.ndim, spatial_axis)
     ignored = torch.zeros_like(drawn, dtype=torch.bool) if ignore_index is None else drawn == ignore_index
@@ -644,6 +636,7 @@ class SliceChain:
         (range(1, 5), tensor([[1, 1, 1, 1, 0]], dtype=torch.int16))
     """
 
+    @torch.inference_mode(False)  # draw() changes the tensors later
     @torch.no_grad()
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ from monai.utils import convert_to_tensor
 from monai_conres.chain import ChainSettings, broadcast_slices, log_partition, potentials, slice_marginals
 from monai_conres.losses import check_class_indices, reads_ignore_index
 from monai_conres.operations import resize_features
-from monai_conres.residual import check_ignore_index, class_masks, labelled_voxels, slice_dim
+from monai_conres.residual import (
+    check_ignore_index,
+    check_values,
+    class_indices,
+    class_masks,
+    labelled_voxels,
+    slice_dim,
+)
 
 __all__ = ["ChainLoss", "fit_chain"]
 
@@ -29,8 +36,22 @@ def _evenly_spaced(extent: torch.Tensor, labelled: torch.Tensor, number: int) ->
     return [known[(2 * i + 1) * len(known) // (2 * number)] for i in range(number)]
 
 
+def _single(case: Mapping[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+    """The cases of a batch, each with the batch dimension."""
+    if not {"segmentation", "label"} <= set(case):
+        raise ValueError(f"expected cases with the keys segmentation and label, got {sorted(case)}.")
+    volumes = {
+        name: convert_to_tensor(value, track_meta=False).detach() for name, value in case.items() if value is not None
+    }
+    shapes = {name: tuple(volume.shape) for name, volume in volumes.items()}
+    if len({(shape[0], *shape[2:]) for shape in shapes.values()}) > 1:
+        raise ValueError(f"expected volumes of one batch and size, got {shapes}; give the image that the network saw.")
+    for number in range(len(volumes["segmentation"])):
+        yield {name: volume[number : number + 1] for name, volume in volumes.items()}
+
+
 def _sample(
-    case: Mapping[str, Any], drawn: Sequence[int], positions: int, spatial_axis: int, ignore_index: int | None
+    case: Mapping[str, torch.Tensor], drawn: Sequence[int], positions: int, spatial_axis: int, ignore_index: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """The chains of a case where something can change, ``(1, c, positions, slices)`` in float64.
 
@@ -38,19 +59,16 @@ def _sample(
     drawn, one for each number of drawn slices. Chains that are background in label and segmentation add next to nothing
     to the likelihood.
     """
-    if not {"segmentation", "label"} <= set(case):
-        raise ValueError(f"expected cases with the keys segmentation and label, got {sorted(case)}.")
-    volumes = {name: convert_to_tensor(value, track_meta=False) for name, value in case.items() if value is not None}
-    logits, label = volumes["segmentation"].float(), volumes["label"]
+    logits, label = case["segmentation"].float(), case["label"]
     is_sigmoid = label.shape[1] == logits.shape[1]
     foreground = logits.shape[1] - (not is_sigmoid)
-    if "residual" not in volumes:
-        volumes["residual"] = logits.new_zeros(()).expand(len(logits), foreground, *logits.shape[2:])
+    residual = case.get("residual", logits.new_zeros(()).expand(1, foreground, *logits.shape[2:]))
     labelled = torch.ones_like(label, dtype=torch.bool)
     if ignore_index is not None:
         check_ignore_index(ignore_index, label.dtype, 2 if is_sigmoid else foreground + 1)
         labelled = labelled_voxels(label, ignore_index, one_hot=False)
-        label = label.to(torch.int16).masked_fill(~labelled, -1)
+    check_values(label.masked_fill(~labelled, 0).cpu(), 2 if is_sigmoid else foreground + 1, "classes of the network")
+    label = label.to(torch.int16).masked_fill(~labelled, -1)
     p = logits.sigmoid() if is_sigmoid else logits.softmax(1)[:, 1:]
     dim = slice_dim(logits.ndim, spatial_axis)
     changing = ((p > 1e-3).any(1) | (label > 0).any(1)).movedim(dim - 1, -1).any(-1)
@@ -65,10 +83,11 @@ def _sample(
         extent, known = (mask.movedim(dim, 0).flatten(1).any(1) for mask in (label > 0, labelled))
         slices = _evenly_spaced(extent, known, number)
         case_visible[..., slices] = states[0][..., slices]
-    image = chains(volumes["image"]) if "image" in volumes else None
-    return chains(volumes["segmentation"]), chains(volumes["residual"]), image, states, visible
+    image = chains(case["image"]) if "image" in case else None
+    return chains(logits), chains(residual), image, states, visible
 
 
+@torch.inference_mode(False)  # the fit needs gradients
 def fit_chain(
     cases: Iterable[Mapping[str, Any]],
     *,
@@ -110,7 +129,8 @@ def fit_chain(
         >>> settings.offset[0] < 0  # neighboring slices are alike
         True
     """
-    samples = [_sample(case, drawn, positions, spatial_axis, ignore_index) for case in cases]
+    parts = (part for case in cases for part in _single(case))
+    samples = [_sample(part, drawn, positions, spatial_axis, ignore_index) for part in parts]
     samples = [sample for sample in samples if (sample[3] >= 0).any()]
     if not samples:
         raise ValueError("expected a case with foreground and labels, got none; give training cases of the network.")
@@ -221,9 +241,8 @@ class ChainLoss(nn.Module):
         unary, rho = potentials(segmentation, residual, None, self.spatial_axis, **vars(self.settings))
         states = class_masks(label, rho.shape[1], self.ignore_index).to(torch.int16)
         is_softmax = unary.shape[1] > rho.shape[1]
-        if is_softmax:  # class indices
-            classes = torch.arange(1, unary.shape[1], dtype=torch.int16, device=label.device)
-            states = (states.movedim(1, -1) * classes).sum(-1, dtype=torch.int16)[:, None]
+        if is_softmax:
+            states = class_indices(states)
         labelled = torch.ones_like(states, dtype=torch.bool)
         if self.ignore_index is not None:
             labelled = labelled_voxels(label, self.ignore_index, one_hot=is_softmax)

@@ -395,7 +395,7 @@ def write_label_map(path: str | os.PathLike, label: torch.Tensor, like: MetaTens
     check_values(values, 256, "whole numbers from 0 to 255")
     header = _geometry(like)
     header["descrip"] = writer.encode()
-    written = nib.Nifti1Image(values.numpy()[0].astype(np.uint8), None, header)
+    written = nib.Nifti1Image(values[0].detach().to(torch.uint8).numpy(), None, header)
     with atomic_path(path) as temporary:
         nib.save(written, temporary)
 
@@ -454,6 +454,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     try:
         temporary = work / path.name  # the ending tells many writers the format
         yield temporary
+        if temporary.is_file():
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # a new name without the content would survive a power loss
         os.replace(temporary, path)
     finally:
         shutil.rmtree(work)  # before the lock ends: others remove what nobody locks

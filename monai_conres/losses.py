@@ -13,7 +13,7 @@ from monai.utils import convert_to_tensor, optional_import
 
 from monai_conres.renamed import refuse_old_arguments
 from monai_conres.residual import (
-    check_values,
+    class_indices,
     class_masks,
     known_residuals,
     labelled_voxels,
@@ -442,7 +442,8 @@ class DeviceBoundaryLoss(nn.Module):
         ``(b, 1, *spatial)`` with a softmax. The result is a scalar in float32 or wider.
 
     Raises:
-        ValueError: when not one of ``sigmoid`` and ``softmax`` is True, or logits and label do not fit each other.
+        ValueError: when not one of ``sigmoid`` and ``softmax`` is True, logits and label do not fit each other, or
+            ``include_background=False`` leaves no channel.
 
     Example:
         >>> label = torch.zeros(1, 1, 4, 4, 4)
@@ -472,6 +473,8 @@ class DeviceBoundaryLoss(nn.Module):
                 f"expected a label of the shape {tuple(logits.shape)} of the logits, got {tuple(label.shape)}; it may "
                 "have class indices in one channel only with softmax=True."
             )
+        if channels == 1 and not self.include_background:
+            raise ValueError("expected 2 or more channels with include_background=False, got 1; use True.")
         probability = logits.softmax(1) if self.softmax else logits.sigmoid()
         first = 0 if self.include_background else 1
         return (probability[:, first:] * signed_distance(masks[:, first:])).mean()
@@ -582,9 +585,7 @@ class _DefaultLoss(nn.Module):
         if not self.softmax:
             return self._sigmoid_loss(logits, masks.to(logits.dtype), labelled)
         if label.shape[1] > 1:
-            check_values(masks.sum(1, keepdim=True), 2, "masks that do not overlap, since softmax=True")
-            indices = torch.arange(1, channels, device=label.device).view(1, -1, *(1,) * len(size))
-            label = (masks * indices).sum(1, keepdim=True)
+            label = class_indices(masks)
         return self._softmax_loss(logits, label, labelled)
 
     def _sigmoid_loss(self, logits: torch.Tensor, masks: torch.Tensor, labelled: torch.Tensor | None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -90,17 +91,20 @@ class _DistanceMetric(CumulativeIterationMetric):
                     "indices into channels (AsDiscrete(to_onehot=...))."
                 )
         y_pred, y = y_pred.float(), y.float()
+        no_prediction, no_reference = (~_any(mask) for mask in (y_pred, y))
+        unknown = torch.zeros_like(no_reference)
         if labelled is not None:
             y_pred, y = _outline(y_pred, labelled), _outline(y, labelled)
+            lost = ~(no_prediction | no_reference) & ~(_any(y_pred) & _any(y))
+            unknown = lost | ~_any(labelled)
         spacings = _spacings(len(y), y.ndim - 2, spacing)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the (ground truth|prediction) of class")  # empty masks
             warnings.filterwarnings("ignore", message=".*always_return_as_numpy")  # MONAI calls itself
             values = self._values(y_pred, y, spacings)
-        no_prediction, no_reference = (mask.flatten(2).sum(-1) == 0 for mask in (y_pred, y))
         values = torch.where(no_prediction ^ no_reference, self._one_empty(y, spacings).to(values), values)
         values = values.masked_fill(no_prediction & no_reference, self.both_empty)
-        return values if labelled is None else values.masked_fill(~labelled.flatten(2).any(2), torch.nan)
+        return values.masked_fill(unknown, torch.nan)
 
     def _values(self, y_pred: torch.Tensor, y: torch.Tensor, spacings: list[list[float]]) -> torch.Tensor:
         """Values ``(b, c)`` where no mask is empty."""
@@ -120,8 +124,8 @@ class BratsHausdorffDistanceMetric(_DistanceMetric):
         empty_distance: value where one mask is empty, in mm. ``None`` is the diagonal of the volume, 373.1287 mm for
             BraTS.
         reduction: MONAI's name of a reduction. ``"mean_batch"`` is the mean over the cases for each channel.
-        ignore_index: value of voxels without a label, in the channels of the reference. A mask without any labelled
-            voxel has the value NaN, which the reduction leaves out.
+        ignore_index: value of voxels without a label, in the channels of the reference. The value is NaN, which the
+            reduction leaves out, where no voxel is labelled, or where no voxel next to one of the two masks is.
 
     Shape:
         Call it with prediction and reference, ``(b, c, *spatial)`` of zeros and ones, or with lists of
@@ -132,7 +136,7 @@ class BratsHausdorffDistanceMetric(_DistanceMetric):
         ValueError: when the shapes differ, a value is neither zero nor one, or ``ignore_index`` is zero or one.
 
     Note:
-        The distances need scipy on the CPU, cupy and cucim on a GPU.
+        The distances need scipy. On a GPU without cupy and cucim, MONAI copies the masks to the CPU.
 
     Example:
         >>> metric = BratsHausdorffDistanceMetric()
@@ -215,14 +219,13 @@ def _outline(mask: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
     MONAI takes the surface of a mask again, and the surface of an outline is the outline.
     """
     outside = F.pad((labelled & (mask == 0)).to(mask.dtype), (1, 1) * (mask.ndim - 2), value=1)
-    outline = torch.zeros_like(mask, dtype=torch.bool)
-    for dim in range(2, mask.ndim):
-        for step in (0, 2):
-            neighbors = outside
-            for other in range(2, mask.ndim):
-                neighbors = neighbors.narrow(other, step if other == dim else 1, mask.shape[other])
-            outline |= neighbors > 0
-    return mask * outline
+    neighbors = (outside.roll(step, dim) for dim in range(2, mask.ndim) for step in (1, -1))
+    return mask * F.pad(reduce(torch.maximum, neighbors), (-1, -1) * (mask.ndim - 2))
+
+
+def _any(masks: torch.Tensor) -> torch.Tensor:
+    """Which masks of ``(b, c, *spatial)`` are not empty, ``(b, c)``."""
+    return (masks != 0).flatten(2).any(2)
 
 
 def _spacings(cases: int, axes: int, spacing: float | Sequence | None) -> list[list[float]]:

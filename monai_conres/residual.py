@@ -277,6 +277,27 @@ def slice_dim(ndim: int, spatial_axis: int) -> int:
     return 2 + spatial_axis % spatial
 
 
+def class_indices(masks: torch.Tensor) -> torch.Tensor:
+    """Class indices in int16 of foreground masks that do not overlap; 0 is the background.
+
+    Args:
+        masks: zeros and ones ``(b, r, *spatial)``.
+
+    Returns:
+        ``(b, 1, *spatial)``, from 0 to ``r``.
+
+    Raises:
+        ValueError: when masks overlap. Where :func:`check_values` checks nothing, the result is then another class.
+
+    Example:
+        >>> class_indices(torch.tensor([[[0, 0, 0, 1], [0, 1, 1, 0]]]))
+        tensor([[[0, 2, 2, 1]]], dtype=torch.int16)
+    """
+    check_values(masks.sum(1, keepdim=True), 2, "masks that do not overlap, for a softmax")
+    classes = torch.arange(1, masks.shape[1] + 1, dtype=torch.int16, device=masks.device)
+    return (masks * classes.view(1, -1, *(1,) * (masks.ndim - 2))).sum(1, keepdim=True, dtype=torch.int16)
+
+
 def check_values(label: torch.Tensor, num_classes: int, expected: str) -> None:
     """Raise unless ``label`` holds whole numbers from 0 to ``num_classes - 1``.
 

@@ -14,6 +14,7 @@ from itertools import combinations
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -334,7 +335,9 @@ def _are(values: Any, kind: type | tuple[type, ...], *, least: float | None = No
 
 
 def _tuples(value: Any) -> Any:
-    """The value with tuples in the place of lists, as a file cannot tell the two apart."""
+    """The value with tuples in the place of lists, and Python's numbers in that of numpy's, as in a file."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         return tuple(map(_tuples, value))
     return {key: _tuples(part) for key, part in value.items()} if isinstance(value, Mapping) else value

@@ -484,3 +484,27 @@ def test_chain_settings_are_plain_values():
     for wrong in ({"tau": -1.0}, {"image_contrast": -0.1}, {"offset": float("nan")}, {"residual_scale": float("inf")}):
         with pytest.raises(ValueError, match="finite numbers"):
             ChainSettings(**wrong)
+
+
+def test_drawn_voxels_win_or_the_image_is_refused():
+    image = torch.tensor([[[0, 1.5e6, 0, 0]]])
+    drawn = torch.tensor([[[1, 1, 1, 0]]])
+    arguments = {"segmentation": torch.zeros(1, 1, 4), "residual": torch.zeros(1, 1, 4), "drawn": drawn}
+    arguments["slices"] = [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="with numbers below 100000 in the chain"):
+        complete_mask(**arguments, image=image)
+    assert torch.equal(complete_mask(**arguments, image=image / 10), drawn)
+
+
+def test_slice_chain_made_in_inference_mode_can_be_drawn_on():
+    segmentation, residual = torch.zeros(1, 5), torch.tensor([[-9.0, -9.0, 9.0, -9.0, 9.0]])
+    with torch.inference_mode():
+        chain = SliceChain(segmentation * 1, residual * 1)
+    chain.draw({1: torch.tensor([1])})
+    assert chain.mask.tolist() == [[1, 1, 0, 0, 1]]
+
+
+def test_settings_take_numbers_of_numpy():
+    settings = ChainSettings(tau=np.float32(0.25), offset=np.float32(-2))
+    assert json.loads(json.dumps(asdict(settings))) == asdict(ChainSettings(tau=0.25, offset=-2.0))
+    assert json.dumps(asdict(ChainSettings(offset=np.array([-2, -1]))))

@@ -40,6 +40,45 @@ def test_fit_chain_finds_the_weights_that_made_the_label():
     assert settings.offset == pytest.approx((-2.0, -1.0), abs=0.25)
 
 
+def case_of_batch(size: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Labels whose foreground is in other slices in each volume of the batch."""
+    torch.manual_seed(seed)
+    label = torch.zeros(size, 1, 3, 4, 20)
+    for number in range(size):
+        label[number, :, 1:, 2:, 16 * number % 20 :][..., :4] = 1
+    return {"segmentation": 4 * label - 2 + torch.randn(label.shape), "label": label}
+
+
+def test_fit_chain_takes_each_case_of_a_batch_for_itself():
+    batch = case_of_batch(2)
+    cases = [{name: volume[number, None] for name, volume in batch.items()} for number in range(2)]
+    assert fit_chain([batch]) == fit_chain(cases)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_fit_chain_takes_logits_as_the_network_gives_them(mode):
+    case = case_of_batch(1)
+    expected = fit_chain([case])
+    scale = torch.ones((), requires_grad=True)
+    with mode():
+        assert fit_chain([case | {"segmentation": case["segmentation"] * scale}]) == expected
+
+
+def test_fit_chain_refuses_what_does_not_fit():
+    case = case_of_batch(1)
+    for label in (255 * case["label"], 2 * case["label"]):
+        with pytest.raises(ValueError, match="expected a label of classes of the network, got values from 0"):
+            fit_chain([case | {"label": label}])
+    with pytest.raises(ValueError, match="expected volumes of one batch and size"):
+        fit_chain([case | {"image": torch.zeros(1, 1, 3, 4, 19)}])
+
+
+def test_chain_loss_refuses_masks_that_overlap():
+    output = ConResOutput(torch.randn(1, 3, 4, 4, 5), (torch.randn(1, 2, 4, 4, 5),))
+    with pytest.raises(ValueError, match="masks that do not overlap"):
+        ChainLoss()(output, torch.ones(1, 2, 4, 4, 5))
+
+
 def test_fit_chain_switches_a_useless_residual_decoder_off():
     torch.manual_seed(0)
     segmentation, rho = torch.randn(1, 1, 300, 6), torch.full((1, 1, 300, 6), -1.5)

@@ -265,6 +265,7 @@ def test_progress_counts_the_windows(tmp_path):
         (lambda folder: (folder / "volume.nii.gz").touch(), "a new name for the result"),
         (lambda folder: (folder / "volume_drawn.nii.gz").touch(), "a new name for the result"),
         (lambda folder: (folder / "volume.drawing.npz").write_bytes(b"PK") and None, "a drawing in .* or a broken one"),
+        (lambda folder: (folder / "volume.drawing.npz").touch(), "a drawing in .* or a broken one"),
         (lambda folder: np.savez(folder / "volume.drawing.npz", a=1), "a drawing in .* or a broken one"),
         (lambda folder: {"drawn": write_scan(folder / "other.nii.gz")}, "expected whole numbers"),
         (lambda folder: {"drawn": write_label(folder / "other.nii.gz", 3)}, "expected the values .* got 3"),

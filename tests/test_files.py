@@ -330,7 +330,10 @@ def test_label_map_keeps_the_geometry_of_the_scan(tmp_path, ending):
     write_label_map(tmp_path / f"mask.{ending}", label, load_volume(tmp_path / "scan.nii.gz"))
     written = nib.load(tmp_path / f"mask.{ending}")
     np.testing.assert_array_equal(np.asarray(written.dataobj), label[0].numpy())
-    for other in (label + 200, label.double() + 0.5):
+    for same in (label.to(torch.uint16), label.bfloat16(), label.double().requires_grad_()):
+        write_label_map(tmp_path / "same.nii", same, load_volume(tmp_path / "scan.nii.gz"))
+        np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "same.nii").dataobj), label[0].numpy())
+    for other in (label + 200, (label + 200).to(torch.uint16), label.double() + 0.5):
         with pytest.raises(ValueError, match="whole numbers from 0 to 255, got values from"):
             write_label_map(tmp_path / "other.nii", other, load_volume(tmp_path / "scan.nii.gz"))
     with pytest.raises(ValueError, match=r"shape \(1, 4, 5, 6\), got \(1, 4, 5, 5\)"):

@@ -261,6 +261,12 @@ def test_device_boundary_loss_is_that_of_monai(device, softmax):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def test_device_boundary_loss_needs_a_channel():
+    loss = DeviceBoundaryLoss(sigmoid=True, include_background=False)
+    with pytest.raises(ValueError, match="2 or more channels with include_background=False, got 1"):
+        loss(torch.zeros(1, 1, 3, 3, 3), torch.zeros(1, 1, 3, 3, 3))
+
+
 def test_device_boundary_loss_never_waits_for_the_device():
     """Tensors without values, on which anything that waits is an error."""
     for softmax in (False, True):
@@ -394,7 +400,7 @@ def test_default_loss_refuses_labels_that_do_not_fit():
             loss(output, label + 7)
         with pytest.raises(ValueError, match=r"zeros and ones, .*got .* not whole numbers"):
             loss(output, segmentation + 0.5)
-    with pytest.raises(ValueError, match="masks that do not overlap, since softmax=True"):
+    with pytest.raises(ValueError, match="masks that do not overlap, for a softmax"):
         loss(segmentation, torch.ones(1, 2, *SIZE))
     for output in (segmentation[:, :1], ConResOutput(segmentation[:, :1], (segmentation[:, :1],))):
         with pytest.raises(ValueError, match=r"one channel goes with sigmoid=True"):

@@ -109,3 +109,15 @@ def test_errors_name_the_remedy():
         metric(mask, mask, spacing=(1, 2))
     with pytest.raises(ValueError, match="got none; call the metric"):
         metric.aggregate()
+
+
+def test_structure_that_was_missed_where_slices_are_drawn_has_the_worst_value():
+    """A stroke of the structure and one of the background, with no labelled voxel at the surface."""
+    reference = torch.full((1, 1, *SIZE), 255.0)
+    reference[..., 3:5, 4, 4], reference[..., 0, 0, :] = 1, 0
+    distance, surface_dice = BratsHausdorffDistanceMetric(ignore_index=255), BratsSurfaceDiceMetric(ignore_index=255)
+    assert distance(EMPTY, reference).item() == pytest.approx(np.linalg.norm(SIZE))
+    assert surface_dice(EMPTY, reference).item() == 0
+    found = (reference == 1).float()  # no surface is known
+    assert distance(found, reference).isnan().all()
+    assert surface_dice(found, reference).isnan().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import nibabel as nib
@@ -147,3 +148,10 @@ def test_wrong_settings_are_named(changes, message):
 def test_scan_settings_refuse_two_classes_with_the_same_values(activation):
     with pytest.raises(ValueError, match="other label values in each class"):
         ScanSettings(channels=["a"], patch_size=[8] * 3, classes={"b": [1, 2], "c": [2, 1]}, activation=activation)
+
+
+def test_settings_take_numbers_of_numpy():
+    arguments = {"channels": ["T1"], "classes": {"tumor": [1]}, "activation": "softmax"}
+    scans = ScanSettings(**arguments, patch_size=np.array([8, 8, 4]), spacing=np.array([1, 1, 2.5], np.float32))
+    assert scans == ScanSettings(**arguments, patch_size=[8, 8, 4], spacing=[1.0, 1.0, 2.5])
+    assert json.dumps(scans.patch_size + scans.spacing)

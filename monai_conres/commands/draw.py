@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import re
 import sys
 import threading
 from contextlib import suppress
@@ -40,9 +39,10 @@ def run(options: argparse.Namespace) -> None:
     from monai_conres.completion import ScanCompletion
     from monai_conres.draw import Drawing, PageServer
     from monai_conres.files import check_writable
+    from monai_conres.volumes import stem
 
     _give_back_memory()
-    name = re.sub(r"\.nii(\.gz)?$", "", options.image[0].resolve().name, flags=re.IGNORECASE)
+    name = stem(options.image[0].resolve())
     out = options.out or Path(f"{name}_completed.nii.gz")
     trained = load_on_device(options.network, options.backbone, options.device)
     check_writable(out.absolute().parent)

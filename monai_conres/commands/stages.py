@@ -17,7 +17,9 @@ from monai_conres.stages import decoder_stages
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", help="module:class or file.py:function that builds the network")
     parser.add_argument("--arguments", nargs="+", default=[], metavar="name=value", help="what to build it with")
-    parser.add_argument("--in-channels", type=int, help="channels of the image (default: its in_channels, or 1)")
+    parser.add_argument(
+        "--in-channels", type=int, help="channels of the image (default: in_channels of --arguments, or 1)"
+    )
     parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="spatial size of an image to run on")
 
 

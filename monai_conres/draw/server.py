@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_error(error.status, str(error))
         except ValueError as error:
             self._send_error(HTTPStatus.BAD_REQUEST, str(error))
-        except ConnectionError:  # the page was closed
+        except (ConnectionError, TimeoutError):  # the page was closed, or sends no more
             self.close_connection = True
         except OSError as error:
             text = f"cannot write ({error.strerror or error}); free space or permissions, then try again"
