@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.utils import convert_to_tensor, optional_import
+from monai.utils import convert_to_tensor, ensure_tuple, optional_import
 
 from monai_conres.chain import ChainSettings, SliceChain
 from monai_conres.chain_training import fit_chain
@@ -24,13 +24,11 @@ from monai_conres.decoder import ConResDecoder
 from monai_conres.files import TrainedNetwork, check_same_grid, load_label
 from monai_conres.residual import slice_dim
 from monai_conres.scans import ScanSettings, check_ignored_value, label_values, paint_structures, structure_masks
-from monai_conres.volumes import HEADER, ORDINALS
+from monai_conres.volumes import HEADER, ORDINALS, Files
 
 nib, _ = optional_import("nibabel", descriptor="{}; install it with: pip install 'monai-conres[io]'")
 
 __all__ = ["CompletedScan", "ScanCompletion", "complete_scan", "fit_completion", "predict_with_residual"]
-
-Files = str | os.PathLike | Sequence[str | os.PathLike]
 
 ENDS = {"R": "left to right", "A": "posterior to anterior", "S": "inferior to superior"}
 ENDS |= {"L": "right to left", "P": "anterior to posterior", "I": "superior to inferior"}
@@ -224,7 +222,7 @@ class ScanCompletion:
 
     def __init__(self, trained: TrainedNetwork, image: Files, *, settings: ChainSettings | None = None) -> None:
         self.trained, self.scans = trained, trained.scans
-        self.files = _files(image)
+        self.files = [Path(file) for file in ensure_tuple(image)]
         self.settings = settings or trained.chain
         check_same_grid(self.files)
         self._scan: MetaTensor | None = _load_scan(self.scans, self.files)
@@ -396,7 +394,7 @@ def _chain_case(trained: TrainedNetwork, case: Mapping[str, Any], ignore_index: 
     """What :func:`~monai_conres.chain_training.fit_chain` takes of a case, with the slices last."""
     scans, axis = trained.scans, _slice_axis(trained.network)
     trained.network.eval()
-    files = _files(case["image"])
+    files = [Path(file) for file in ensure_tuple(case["image"])]
     check_same_grid([*files, case["label"]])
     scan = _load_scan(scans, files)
     file_axis, _ = _file_axis(scans, scan, axis)
@@ -409,10 +407,6 @@ def _chain_case(trained: TrainedNetwork, case: Mapping[str, Any], ignore_index: 
     volumes = {"segmentation": segmentation, "image": seen, "label": label}
     volumes |= {} if residual is None else {"residual": residual}
     return {name: volume.movedim(file_axis + 1, -1)[None] for name, volume in volumes.items()}
-
-
-def _files(image: Files) -> list[Path]:
-    return [Path(file) for file in ([image] if isinstance(image, (str, os.PathLike)) else image)]
 
 
 def _slice_axis(network: nn.Module) -> int:

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,6 @@ class Grid:
         affine: from the indices of a voxel to its place in mm, ``(4, 4)``, in RAS.
         channels: number of channels.
         header: the header of the NIfTI file as it is stored; None for a series.
-        slices: the files of the series in the order of the last axis.
     """
 
     file: Path
@@ -74,7 +73,6 @@ class Grid:
     affine: np.ndarray
     channels: int = 1
     header: Any = None
-    slices: tuple[Path, ...] = field(default=(), repr=False)
 
     def agrees(self, other: Grid) -> bool:
         """Whether another grid has the same size, and its voxels lie in the same places."""
@@ -481,7 +479,7 @@ def _read_series(folder: Path, *, pixels: bool = False) -> tuple[Grid, list[Any]
         ) from error
     if pixels:
         say_left_out(f"Found {len(slices)} DICOM slices in {folder}", left_out)
-    return Grid(folder, size, affine, slices=tuple(ordered)), [slices[file] for file in ordered]
+    return Grid(folder, size, affine), [slices[file] for file in ordered]
 
 
 def _kind(dataset: Any) -> str:

@@ -21,8 +21,9 @@ from monai_conres.commands import add_network, load_on_device
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from monai_conres.completion import CompletedScan, Files
+    from monai_conres.completion import CompletedScan
     from monai_conres.scans import Structures
+    from monai_conres.volumes import Files
 
 ROWS = 6  # of the preview
 
@@ -85,11 +86,13 @@ def complete_files(
     Raises:
         ValueError: for wrong files, names and numbers, before anything is written.
     """
+    from monai.utils import ensure_tuple
+
     from monai_conres.completion import complete_scan
     from monai_conres.files import check_writable, path_text, write_label_map
     from monai_conres.volumes import ORDINALS
 
-    images = [Path(path_text(file)) for file in (image if isinstance(image, (list, tuple)) else [image])]
+    images = [Path(path_text(file)) for file in ensure_tuple(image)]
     network, drawn, out = path_text(network), Path(path_text(drawn)), Path(path_text(out))
     preview = None if preview is None else Path(path_text(preview))
     check_outputs([drawn, *images], out, preview)
