@@ -92,3 +92,13 @@ def test_errors_name_what_is_expected():
         plot_surfaces({})
     with pytest.raises(ValueError, match=r"\(4, 5, 6\).*got shape \(1, 4, 5, 7\)"):
         plot_surfaces({"a": np.zeros((4, 5, 6), dtype=int), "b": np.zeros((4, 5, 7), dtype=int)})
+
+
+@pytest.mark.parametrize("voxels", [[(0, 1, 0), (1, 0, 0), (129, 1, 1)], [(0, 0, 0), (1, 1, 1), (300, 2, 3)]])
+def test_single_voxels_of_a_long_mask_stay_visible(voxels):
+    mask = np.zeros((400, 8, 8), bool)
+    mask[tuple(np.transpose(voxels))] = True
+    vertices, _ = surface_mesh(mask, (1, 1, 1))
+    step = round(max(np.ptp(voxels, axis=0) + 1) / 96)
+    for voxel in voxels:
+        assert np.abs(vertices - voxel).max(axis=1).min() <= step + 1

@@ -100,6 +100,7 @@ def surface_mesh(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray
     inside = np.pad(mask[tuple(map(slice, low, high))], border).astype(np.float32)
     field = ndimage.gaussian_filter(inside, sigma=0.7 * step)
     vanished = (inside > 0) & (ndimage.maximum_filter(field, size=3) <= 0.5)  # small structures
+    vanished = ndimage.maximum_filter(vanished, size=step)  # marching cubes reads each step-th voxel only
     vertices, faces, *_ = marching_cubes(np.where(vanished, 1, field), 0.5, step_size=step, gradient_direction="ascent")
     return (vertices - border + low) * spacing, faces
 
