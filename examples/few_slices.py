@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from monai_conres import ConResLoss, ConResNet, complete_mask, predict_with_residual
 from monai_conres.bundle import read_decathlon, seed_everything, training_plan
-from monai_conres.files import ScanSettings, check_writable, load_volume, save_network, write_label_map
+from monai_conres.files import ScanSettings, atomic_path, check_writable, load_volume, save_network, write_label_map
 from monai_conres.phantom import write_phantom_dataset
 from monai_conres.scans import spacing_range
 
@@ -44,14 +44,15 @@ KEYS = ("image", "label")
 
 def keep_few_slices(folder: Path, whole: Path, ignore: int) -> None:
     """Copy phantoms, with labels in two pairs of neighboring slices of each."""
-    shutil.copytree(whole, folder)
-    for file in sorted((folder / "labelsTr").glob("*.nii.gz")):
-        label = load_volume(file)
-        size = label.shape[-1]
-        drawn = [number for middle in (size // 4, 3 * size // 4) for number in (middle - 1, middle)]
-        sparse = torch.full_like(label, ignore)
-        sparse[..., drawn] = label[..., drawn]
-        write_label_map(file, sparse, label)
+    with atomic_path(folder) as temporary:  # an interrupted run leaves no whole labels
+        shutil.copytree(whole, temporary)
+        for file in sorted((temporary / "labelsTr").glob("*.nii.gz")):
+            label = load_volume(file)
+            size = label.shape[-1]
+            drawn = [number for middle in (size // 4, 3 * size // 4) for number in (middle - 1, middle)]
+            sparse = torch.full_like(label, ignore)
+            sparse[..., drawn] = label[..., drawn]
+            write_label_map(file, sparse, label)
 
 
 def augmentations(patch: tuple[int, ...], classes: int, ignore: int) -> list:

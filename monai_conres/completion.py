@@ -395,7 +395,7 @@ def _chain_case(trained: TrainedNetwork, case: Mapping[str, Any], ignore_index: 
     scans, axis = trained.scans, _slice_axis(trained.network)
     trained.network.eval()
     files = [Path(file) for file in ensure_tuple(case["image"])]
-    check_same_grid([*files, case["label"]])
+    check_same_grid([*files, case["label"]] if case.get("label_header", True) else files)
     scan = _load_scan(scans, files)
     file_axis, _ = _file_axis(scans, scan, axis)
     every_slice = range(scan.meta["spatial_shape"][file_axis])

@@ -66,7 +66,8 @@ def renamed(old: str) -> str:
 def refuse_old_arguments(function: _Function) -> _Function:
     """Make a function or an ``__init__`` raise ``TypeError`` with the new spelling on an argument of version 0.1."""
     owner = function.__qualname__.removesuffix(".__init__")
-    keywords = {f"{owner}({name}=)": name for name in _names_in_table(owner)}
+    prefix = f"{owner}("
+    keywords = {old: old[len(prefix) : -2] for old in RENAMED if old.startswith(prefix) and old.endswith("=)")}
     positional = sum(
         parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         for parameter in inspect.signature(function).parameters.values()
@@ -109,8 +110,3 @@ def refuse_old_modules() -> None:
     """Make imports of names and modules of version 0.1 raise ``ImportError`` with the new spelling."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())
-
-
-def _names_in_table(owner: str) -> list[str]:
-    keys = (key.removeprefix(f"{owner}(") for key in RENAMED if key.startswith(f"{owner}("))
-    return [key.removesuffix("=)") for key in keys if key.endswith("=)")]

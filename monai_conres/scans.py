@@ -19,7 +19,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
-from monai.transforms import Compose, EnsureTyped, Orientation, Orientationd, Spacingd, SpatialResample
+from monai.transforms import Compose, EnsureTyped, Lambda, Orientation, Orientationd, Spacingd, SpatialResample
 from monai.transforms.intensity import dictionary as intensity_transforms
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple, optional_import
 
@@ -142,7 +142,7 @@ class ScanSettings:
         steps = [
             LoadScand(keys),
             Orientationd(keys, axcodes=self.orientation, labels=None),
-            self.check_spacing,
+            Lambda(self.check_spacing),  # a plain function would end the cache of MONAI's CacheDataset here
         ]
         if self.spacing is not None:
             steps.append(Spacingd(keys, pixdim=self.spacing, mode=("bilinear", "nearest")[: len(keys)]))

@@ -242,3 +242,16 @@ def test_completion_reads_labels_with_ignored_slices(tmp_path):
     nib.save(nib.Nifti1Image(values, half.affine), tmp_path / "half.nii.gz")
     with pytest.raises(ValueError, match=r"slices to be drawn along the third .* got 255 in some voxels of \[6\]; "):
         complete_scan(trained, image, tmp_path / "half.nii.gz", ignore_index=255)
+
+
+def test_interrupted_phantoms_leave_no_whole_labels(tmp_path, monkeypatch):
+    write_phantom_dataset(tmp_path / "whole", cases=2, size=(12, 14, 10))
+    script = runpy.run_path(str(EXAMPLES / "few_slices.py"))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(script["keep_few_slices"].__globals__, "write_label_map", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script["keep_few_slices"](tmp_path / "drawn", tmp_path / "whole", 255)
+    assert not (tmp_path / "drawn").exists()

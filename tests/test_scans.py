@@ -9,6 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import CacheDataset
+from monai.transforms import Compose, RandFlipd
 
 from monai_conres.scans import ScanSettings, spacing_range, structure_masks
 
@@ -65,6 +67,15 @@ def test_spacing_is_compared_along_the_same_axes(scan, orientation):
 def test_channels_come_from_several_files(scan):
     file = scan[0]["image"]
     assert settings(channels=("a", "b")).preprocessing()({"image": [file, file]})["image"].shape == (2, 10, 12, 8)
+
+
+def test_cache_holds_the_result_of_all_transforms_that_are_not_random(scan):
+    steps = settings(normalization=[{"name": "NormalizeIntensity"}]).preprocessing(label=True)
+    flip = RandFlipd(("image", "label"), prob=1.0, spatial_axis=0)
+    for transforms in (steps.transforms, [*steps.transforms, flip]):
+        cached = CacheDataset([scan[0]], Compose(transforms), progress=False)._cache[0]
+        assert cached["label"].dtype == torch.uint8
+        torch.testing.assert_close(cached["image"].as_tensor(), steps(scan[0])["image"].as_tensor())
 
 
 def test_normalization_runs_in_order(scan):

@@ -70,7 +70,7 @@ class MeanProbability(nn.Module):
         total: Any = 0.0
         passes = self._passes(image)
         for dims, network in passes:
-            logits = network(image.flip(dims))
+            logits = network(image.flip(dims)).float()  # sigmoids in bfloat16 round up to 0.5
             total = total + (logits.softmax(1) if self.softmax else logits.sigmoid()).flip(dims)
         return total / len(passes)
 
@@ -93,7 +93,7 @@ class MeanProbability(nn.Module):
         residuals: Any = 0.0
         passes = self._passes(image)
         for dims, network in passes:
-            segmentation, residual = (logits.flip(dims) for logits in network.with_residual(image.flip(dims)))
+            segmentation, residual = (x.float().flip(dims) for x in network.with_residual(image.flip(dims)))
             residuals = residuals + (residual.roll(1, tuple(slices)) if slices & set(dims) else residual)
             if self.softmax:
                 log_probability = segmentation.log_softmax(1)

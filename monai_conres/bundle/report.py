@@ -166,25 +166,29 @@ class CaseReport:
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean, 95 % interval, smallest and largest value of each column of a table of cases.
 
-    The interval of the mean comes from a bootstrap over the cases: percentiles of 2,000 draws.
+    The interval of the mean comes from a bootstrap over the cases: percentiles of 2,000 draws. NaN, a distance that is
+    not known, does not count, and a column without other values is left out.
 
     Example:
         >>> summary = summarize([{"case": "a", "Dice ET": 0.5}, {"case": "b", "Dice ET": 1.0}])["Dice ET"]
         >>> summary["mean"], summary["min"], summary["cases"]
         (0.75, 0.5, 2)
     """
-    draws = np.random.default_rng(0).integers(len(rows), size=(2000, len(rows)))
-    columns = {key: np.array([float(row[key]) for row in rows]) for key in rows[0] if key != "case"}
-    return {
-        key: {
+    summary = {}
+    for key in [key for key in rows[0] if key != "case"]:
+        values = np.array([float(row[key]) for row in rows])
+        values = values[~np.isnan(values)]
+        if not len(values):
+            continue
+        draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+        summary[key] = {
             "mean": values.mean().item(),
             "interval": np.percentile(values[draws].mean(1), [2.5, 97.5]).tolist(),
             "min": values.min().item(),
             "max": values.max().item(),
-            "cases": len(rows),
+            "cases": len(values),
         }
-        for key, values in columns.items()
-    }
+    return summary
 
 
 def join_reports(tables: Sequence[str | os.PathLike], folder: str | os.PathLike) -> str:

@@ -12,7 +12,7 @@ import random
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,9 +82,20 @@ class Computation:
         """The context in which to compute a network and its loss."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
+    def with_amp(self, amp: bool) -> Computation:
+        """The same with or without mixed precision, in float16 where the GPU has no bfloat16.
+
+        Raises:
+            ValueError: when ``amp`` is True and the device is not a GPU.
+        """
+        if amp and self.device.type != "cuda":
+            raise ValueError(f"expected a GPU for mixed precision, got {self.device}; leave out --amp True.")
+        return replace(self, dtype=(self.dtype or torch.float16) if amp else None)
+
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        return f"on {name} in {'float32' if self.dtype is None else 'mixed precision (bfloat16)'}"
+        precision = "float32" if self.dtype is None else f"mixed precision ({str(self.dtype).removeprefix('torch.')})"
+        return f"on {name} in {precision}"
 
 
 class SeededDataset(CacheDataset):

@@ -75,8 +75,8 @@ class nnUNetTrainerConRes(nnUNetTrainer):
         if self.local_rank == 0:
             try:
                 self.save_network()
-            except ValueError as error:
-                self.print_to_log_file(f"nnU-Net has all its files, but network.json is not written: {error}")
+            except Exception as error:  # nnU-Net validates next
+                self.print_to_log_file(f"nnU-Net has all its files, but network.json is not written: {error!r}")
 
     def save_network(self) -> None:
         """Write ``model.pt`` and ``network.json`` into the folder of the fold.
@@ -95,7 +95,7 @@ class nnUNetTrainerConRes(nnUNetTrainer):
             values = dict(sorted(values.items(), key=lambda item: item[1]))
         mirrored = self.inference_allowed_mirroring_axes or ()
         scans = ScanSettings(
-            channels=tuple(self.dataset_json["channel_names"].values()),
+            channels=tuple((self.dataset_json.get("channel_names") or self.dataset_json["modality"]).values()),
             patch_size=tuple(configuration.patch_size),
             classes=values,
             activation="sigmoid" if labels.has_regions else "softmax",

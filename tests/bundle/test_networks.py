@@ -242,3 +242,16 @@ def test_save_torchscript_writes_what_the_ensemble_computes(runs, tmp_path):
     image = torch.randn(2, 1, 8, 10, 12)
     got = torch.jit.load(tmp_path / "model.ts")(image)
     np.testing.assert_allclose(got.detach(), predictor.eval()(image).detach(), atol=1e-6)
+
+
+class HalfPrecision(torch.nn.Module):
+    """Logits as autocast gives them: just below zero."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(image, -0.002).bfloat16()
+
+
+def test_probabilities_of_half_precision_do_not_round_up():
+    probability = MeanProbability([HalfPrecision(), HalfPrecision()])(torch.zeros(1, 1, 2, 2, 2))
+    assert probability.dtype == torch.float32
+    assert probability.max() < 0.5 == torch.tensor(-0.002).bfloat16().sigmoid()

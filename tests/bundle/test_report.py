@@ -188,3 +188,11 @@ def test_join_reports_names_the_table_with_an_error(tmp_path):
     ):
         with pytest.raises((OSError, ValueError), match=message):
             join_reports([tmp_path / "0.csv", tmp_path / other], tmp_path / "all")
+
+
+def test_distances_that_are_not_known_do_not_count():
+    rows = [{"case": name, "HD95": value, "NSD": np.nan} for name, value in zip("abc", (1.0, np.nan, 3.0), strict=True)]
+    summary = summarize(rows)
+    assert summary.keys() == {"HD95"}
+    assert [summary["HD95"][key] for key in ("mean", "min", "max", "cases")] == [2, 1, 3, 2]
+    assert json.dumps(summary, allow_nan=False)

@@ -391,3 +391,15 @@ def test_computation_uses_what_a_gpu_has(capability, dtype, compiles, monkeypatc
     assert str(found) == "on a GPU in " + ("mixed precision (bfloat16)" if dtype else "float32")
     monkeypatch.setattr("monai_conres.bundle.training.find_spec", lambda name: None)
     assert not Computation.on("cuda").compiles
+
+
+def test_start_line_says_what_runs(monkeypatch):
+    cpu = Computation.on("cpu")
+    assert str(cpu.with_amp(False)) == "on cpu in float32"
+    with pytest.raises(ValueError, match="expected a GPU for mixed precision, got cpu"):
+        cpu.with_amp(True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (None, "float16")):
+        gpu = Computation(torch.device("cuda"), dtype, True)
+        assert str(gpu.with_amp(True)) == f"on GPU in mixed precision ({name})"
+        assert str(gpu.with_amp(False)) == "on GPU in float32"
