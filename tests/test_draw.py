@@ -376,6 +376,32 @@ def test_server_wants_token_host_and_tab(server):
     assert ask(server, "state")[1]["tab"] == second
 
 
+def test_tab_that_takes_over_knows_the_last_change_of_the_older_one(server, monkeypatch):
+    older = str(ask(server, "claim", b"")[1]["tab"])
+    change, entered, go = server.drawing.change, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        entered.set()
+        assert go.wait(20)
+        return change(*arguments)
+
+    monkeypatch.setattr(server.drawing, "change", slow)
+    statuses, claims = [], []
+    stroke = threading.Thread(
+        target=lambda: statuses.append(ask(server, "slices/2/open", DONE.tobytes(), X_Tab=older)[0])
+    )
+    claim = threading.Thread(target=lambda: claims.append(ask(server, "claim", b"")[1]))
+    stroke.start()
+    assert entered.wait(20)
+    claim.start()
+    claim.join(0.2)  # time to answer too early
+    go.set()
+    stroke.join()
+    claim.join()
+    assert statuses == [200]
+    assert claims[0]["slices"] == {"2": False}
+
+
 def test_server_takes_slices_and_gives_volumes(server):
     tab = str(ask(server, "claim", b"")[1]["tab"])
     values = plane(server.drawing, 1)
@@ -498,7 +524,34 @@ def test_command_prints_the_address_and_how_to_go_on(tmp_path, capsys, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PageServer, "serve_forever", stop)
-    main(["draw", "--network", str(tmp_path / "run"), str(scan), "--no-browser"])
+    command = ["draw", "--network", str(tmp_path / "run"), str(scan)]
+    main([*command, "--no-browser"])
     out = capsys.readouterr().out
     assert "The page: http://127.0.0.1:" in out
     assert f"The same command continues the drawing in {tmp_path / 'scan_completed.drawing.npz'}" in out
+    label = write_label(tmp_path / "drawn.nii.gz", 4)
+    main([*command, "--no-browser", "--out", "other.nii.gz", "--drawn", str(label)])
+    assert "The same command without --drawn continues the drawing" in capsys.readouterr().out
+
+
+def test_command_serves_while_a_browser_of_the_terminal_runs(tmp_path, monkeypatch):
+    trained = network()
+    save_network(tmp_path / "run", trained.network, trained.scans)
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    opened, closed, served = threading.Event(), threading.Event(), []
+
+    def text_browser(url: str) -> None:
+        opened.set()
+        closed.wait(5)
+        closed.set()
+
+    def serve(server: PageServer) -> None:
+        assert opened.wait(20)
+        served.append(not closed.is_set())
+        closed.set()
+
+    monkeypatch.setattr("webbrowser.open", text_browser)
+    monkeypatch.setattr(PageServer, "serve_forever", serve)
+    main(["draw", "--network", str(tmp_path / "run"), str(scan)])
+    assert served == [True]

@@ -4,8 +4,8 @@ python -m monai_conres draw --network run scan.nii.gz
 python -m monai_conres draw --network run T1.nii.gz T2.nii.gz --out volume.nii.gz --drawn slices.nii.gz
 
 The page opens at once, and the network runs in the background. Each slice that is done completes the volume again.
-Every stroke is written to a file next to --out. Run the command again to continue the drawing. Nothing leaves this
-machine.
+Every stroke is written to a file next to --out. Run the command again, without --drawn, to continue the drawing.
+Nothing leaves this machine.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ def run(options: argparse.Namespace) -> None:
         print(f"Slices that are drawn: {' '.join(map(str, sorted(drawing.slices)))}")
     print(f"The page: {server.url}\nPress Ctrl+C here to stop. Your strokes are in {drawing.file}", flush=True)
     if not options.no_browser:
-        webbrowser.open(server.url)
+        threading.Thread(target=webbrowser.open, args=[server.url], daemon=True).start()  # one in the terminal waits
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print(f"\nStopped. The same command continues the drawing in {drawing.file}")
+        again = "The same command without --drawn" if options.drawn else "The same command"
+        print(f"\nStopped. {again} continues the drawing in {drawing.file}")
     finally:
         server.server_close()
 

@@ -7,6 +7,7 @@ import json
 import secrets
 import threading
 from collections.abc import Mapping
+from functools import cached_property
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -73,6 +74,7 @@ class PageServer(ThreadingHTTPServer):
             raise ValueError(f"expected a free port, cannot use port {port} ({error}); give another --port.") from error
         self.url = f"http://127.0.0.1:{self.server_port}/{self.token}/"
 
+    @cached_property
     def info(self) -> dict[str, Any]:
         """What does not change: size, directions and names."""
         scan = self.drawing.scan
@@ -163,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
                 name, kind = PAGE["/".join(parts)]
                 self._send((resources.files(__package__) / "page" / name).read_bytes(), kind)
             case ["info"]:
-                self._send_json(server.info())
+                self._send_json(server.info)
             case ["state"]:
                 self._send_json(server.state())
             case ["image", channel] if channel.isdecimal() and int(channel) < len(drawing.scan.scans.channels):
@@ -181,34 +183,37 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(HTTPStatus.NOT_FOUND, "there is no such thing")
 
     def _post(self, parts: list[str], query: dict[str, str]) -> None:
-        server, drawing = self.server, self.server.drawing
         body = self._body()
+        with self.server._lock:  # no other tab takes over between the check of the tab and the change
+            answer = self._change(parts, body)
+        self._send_json(answer)
+
+    def _change(self, parts: list[str], body: bytes) -> dict[str, Any]:
+        server, drawing = self.server, self.server.drawing
         if parts == ["claim"]:
-            with server._lock:
-                server.tab += 1
-            self._send_json(server.state())
-            return
+            server.tab += 1
+            return server.state()
         if self.headers.get("X-Tab") != str(server.tab):
             raise _Refused(HTTPStatus.CONFLICT, "this drawing is open in another tab")
         match parts:
             case ["slices", number, "open" | "done" | "none" as kind] if number.isdecimal():
                 drawn = None
                 if kind != "none":
-                    shape = server.info()["shape"][1:]
+                    shape = server.info["shape"][1:]
                     if len(body) != shape[0] * shape[1]:
                         raise ValueError(f"expected {shape[0]} x {shape[1]} bytes, got {len(body)}.")
                     drawn = DrawnSlice(np.frombuffer(body, np.uint8).reshape(shape).copy(), kind == "done")
                 changed = drawing.change(int(number), drawn)
-                self._send_json({**server.state(), "changed": [changed.start, changed.stop]})
+                return {**server.state(), "changed": [changed.start, changed.stop]}
             case ["save"]:
-                self._send_json({"files": [str(file) for file in drawing.save()]})
+                return {"files": [str(file) for file in drawing.save()]}
             case _:
                 raise _Refused(HTTPStatus.NOT_FOUND, "there is no such thing")
 
     def _range(self, query: dict[str, str]) -> range | None:
         if not query:
             return None
-        size = self.server.info()["shape"][0]
+        size = self.server.info["shape"][0]
         try:
             low, high = int(query["from"]), int(query["to"])
         except (KeyError, ValueError) as error:
@@ -225,27 +230,28 @@ class _Handler(BaseHTTPRequestHandler):
         self._unread = False
         return body
 
-    def _send(self, content: Any, kind: str = "application/octet-stream", headers: Mapping[str, str] = {}) -> None:
+    def _send(
+        self,
+        content: Any,
+        kind: str = "application/octet-stream",
+        headers: Mapping[str, str] = {},
+        status: HTTPStatus = HTTPStatus.OK,
+    ) -> None:
         data = content.tobytes() if isinstance(content, np.ndarray) else content
-        self.send_response(HTTPStatus.OK)
+        self.send_response(status)
         for name, value in {**HEADERS, **headers, "Content-Type": kind, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
-    def _send_json(self, content: Mapping[str, Any]) -> None:
-        self._send(json.dumps(content).encode(), "application/json")
+    def _send_json(self, content: Mapping[str, Any], **options: Any) -> None:
+        self._send(json.dumps(content).encode(), "application/json", **options)
 
     def _send_error(self, status: HTTPStatus, reason: str) -> None:
-        data = json.dumps({"error": reason}).encode()
         self.close_connection = self.close_connection or self._unread
         try:
-            self.send_response(status)
-            for name, value in {**HEADERS, "Content-Type": "application/json", "Content-Length": len(data)}.items():
-                self.send_header(name, str(value))
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            self.wfile.write(data)
+            self._send_json(
+                {"error": reason}, status=status, headers={"Connection": "close"} if self.close_connection else {}
+            )
         except OSError:
             self.close_connection = True
