@@ -18,7 +18,7 @@ from typing import Any
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PROGRAM = next(filter(None, map(shutil.which, PROGRAMS)), None)
 BUTTONS = {"left": 1, "right": 2, "middle": 4}
-CONTROL, SHIFT = 2, 8
+ALT, CONTROL, SHIFT = 1, 2, 8
 # Chromium reads from file 3 and writes to file 4
 START = """
 import fcntl, os, sys

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from monai_conres.completion import ScanCompletion, complete_scan
-from monai_conres.draw import Drawing, PageServer
+from monai_conres.draw import Drawing, DrawnSlice, PageServer
 from monai_conres.draw import drawing as drawing_module
 from monai_conres.files import save_network
-from tests.browser import CONTROL, PROGRAM, Browser, Page
+from tests.browser import ALT, CONTROL, PROGRAM, SHIFT, Browser, Page
 from tests.test_draw import network, read, write_scan
 
 pytestmark = [
@@ -108,6 +108,26 @@ def color(page: Page, x: float, y: float) -> list[int]:
         f"done([...c.getContext('2d').getImageData({left} - b.x, {top} - b.y, 1, 1).data].slice(0, 3)); }})))"
     )
     return page.run(script)
+
+
+def text(page: Page, name: str) -> str:
+    return page.run(f"document.getElementById('{name}').textContent")
+
+
+def answer(page: Page, path: str, script: str) -> None:
+    """Replace what the page gets for the next request of a path: ``script`` returns it and knows ``get()``."""
+    page.run(f"""(() => {{
+        const fetch = window.fetch;
+        window.fetch = (path, options) => {{
+            if (!path.startsWith("{path}")) return fetch(path, options);
+            window.fetch = fetch;
+            const get = () => fetch(path, options);
+            {script}
+        }};
+    }})()""")
+
+
+FAIL = "return Promise.reject(new TypeError('no connection'));"
 
 
 def opaque(page: Page) -> None:
@@ -352,6 +372,232 @@ def test_page_says_that_the_disk_is_full(browser, start, monkeypatch):
     assert list(running.drawing.slices) == [6]
 
 
+def test_page_saves_only_what_the_program_has(browser, start, monkeypatch):
+    running = start()
+    page = open_page(browser, running)
+    page.key("d")
+    saved(page)
+    save = np.savez_compressed
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(drawing_module.np, "savez_compressed", full)
+    page.key("ArrowUp")
+    page.key("d")
+    page.wait("document.getElementById('banner').textContent.includes('No space left on device')")
+    page.key("s", CONTROL)
+    page.run("new Promise((done) => setTimeout(done, 300))")
+    assert "No space left on device" in text(page, "banner")
+    assert not running.drawing.out.exists()
+    monkeypatch.setattr(drawing_module.np, "savez_compressed", save)
+    page.key("s", CONTROL)
+    page.wait("document.getElementById('saved').textContent === 'Saved volume.nii.gz'")
+    assert page.run("document.getElementById('banner').hidden")
+    assert running.drawing.scan.drawn == [6, 7]
+    completed = np.moveaxis(running.drawing.completed(), 0, running.drawing.scan.spatial_axis)
+    np.testing.assert_array_equal(read(running.drawing.out), completed)
+
+
+def test_page_never_shows_an_older_answer(browser, start):
+    running = start(predict=False)
+    page = open_page(browser, running)
+    page.run("void (window.hold = new Promise((done) => (window.release = done)))")
+    late = "const old = get().then((r) => r.arrayBuffer()); window.held = 1;"
+    answer(page, "completed", f"{late} return Promise.all([old, hold]).then(([content]) => new Response(content));")
+    running.drawing.predict()
+    page.wait("window.held")
+    page.key("x")
+    page.key("f")
+    page.mouse(place(page, 0.5, 0.5))
+    page.key("d")
+    page.wait("document.getElementById('saved').textContent === 'Strokes are kept'")
+    page.run("window.release()")
+    saved(page)
+    proposal = running.drawing.completed()[7]
+    page.key("ArrowUp")
+    page.key("d")
+    saved(page)
+    np.testing.assert_array_equal(running.drawing.slices[7].values, proposal)
+    assert browser.errors == []
+
+
+def test_page_recovers_from_failed_requests(browser, start):
+    running = start(predict=False)
+    page = open_page(browser, running)
+    page.key("x")
+    page.key("f")
+    page.mouse(place(page, 0.5, 0.5))
+    page.key("d")
+    saved(page)
+    answer(page, "predicted", FAIL)
+    running.drawing.predict()
+    page.wait("document.getElementById('banner').textContent.includes('does not answer. Your strokes are kept')")
+    page.wait("document.getElementById('banner').hidden")
+    page.key("ArrowUp")
+
+    def shown() -> np.ndarray:
+        """Slice 7, which the page sends when it is done."""
+        page.key("d")
+        saved(page)
+        values = running.drawing.slices[7].values
+        page.key("z", CONTROL)
+        saved(page)
+        return values
+
+    np.testing.assert_array_equal(shown(), running.drawing.completed()[7])
+    before = running.drawing.completed()[7]
+    for path, script in (
+        ("completed", FAIL),
+        ("slices", "return get().then(() => { throw new TypeError('the answer is lost'); });"),
+    ):
+        answer(page, path, script)
+        page.key("ArrowDown")
+        page.key("d")  # opens the slice again: now no slice is done
+        page.wait("!document.getElementById('banner').hidden")
+        page.wait("document.getElementById('banner').hidden")
+        saved(page)
+        page.key("ArrowUp")
+        now = running.drawing.completed()[7]
+        assert (now != before).any()
+        np.testing.assert_array_equal(shown(), now)
+        page.key("ArrowDown")
+        page.key("d")
+        saved(page)
+        page.key("ArrowUp")
+    assert browser.errors == []
+
+
+def test_page_recovers_from_a_missing_image(browser, start):
+    running = start(channels=2)
+    page = open_page(browser, running)
+    answer(page, "image/1", "return Promise.resolve(new Response('{}', {status: 500, statusText: 'no file'}));")
+    page.key("c")
+    page.wait("document.getElementById('banner').textContent.includes('no file')")
+    page.click("#auto")
+    page.click("#banner button")
+    page.wait("document.getElementById('whiteText').textContent")
+    assert page.run("document.getElementById('banner').hidden")
+    assert any(sum(color(page, x, 0.4)) > 0 for x in (0.3, 0.4, 0.5))
+    assert browser.errors == []
+
+
+def test_button_of_the_banner_starts_no_second_poll(browser, start):
+    page = open_page(browser, start())
+    page.run("for (let k = 0; k < 5; k++) document.querySelector('#banner button').click()")
+    page.run("""window.asked = 0, window.fetch = ((fetch) => (path, options) => {
+        if (path === "state") window.asked++;
+        return fetch(path, options);
+    })(window.fetch)""")
+    page.run("new Promise((done) => setTimeout(done, 4000))")
+    assert page.run("window.asked") <= 2  # one in 3 s
+    assert browser.errors == []
+
+
+def test_page_loads_again_after_a_failed_start(browser, start, monkeypatch):
+    running = start()
+    monkeypatch.setattr(PageServer, "state", lambda server: 1 / 0)
+    page = browser.open(running.server.url)
+    page.wait("document.getElementById('banner')?.textContent.includes('ZeroDivisionError')")
+    monkeypatch.undo()
+    page.click("#banner button")
+    page.wait("document.body?.dataset.ready")
+
+
+def test_page_says_that_the_program_hangs(browser, start):
+    running = start()
+    page = open_page(browser, running)
+    with running.drawing._lock:
+        page.mouse(place(page, 0.4, 0.4), place(page, 0.6, 0.6))
+        assert text(page, "saved") == "Keeping the stroke …"
+        page.wait("document.getElementById('banner').textContent.includes('has not answered for 10 s')")
+        assert text(page, "saved") == "Keeping the stroke …"
+    saved(page)
+    assert text(page, "saved") == "Strokes are kept"
+    assert page.run("document.getElementById('banner').hidden")
+    assert list(running.drawing.slices) == [6]
+
+
+def test_page_takes_no_stroke_before_it_is_ready(browser, start, monkeypatch):
+    running = start()
+    running.drawing.change(6, DrawnSlice(np.full((28, 30), 4, np.uint8), done=False))
+    image, arrived = PageServer.image, threading.Event()
+    monkeypatch.setattr(PageServer, "image", lambda server, channel: arrived.wait(60) and image(server, channel))
+    page = browser.open(running.server.url)
+    try:
+        page.wait("document.getElementById('chip')?.textContent")
+        page.mouse(place(page, 0.4, 0.4), place(page, 0.6, 0.6))
+        page.key("x")
+        page.click("#clear")
+        page.click("#done")
+    finally:
+        arrived.set()
+    page.wait("document.body.dataset.ready")
+    assert (running.drawing.slices[6].values == 4).all()
+    page.key("x")
+    saved(page)
+    assert not running.drawing.slices[6].values.any()
+    assert browser.errors == []
+
+
+def test_second_finger_paints_nothing(browser, start):
+    running = start()
+    page = open_page(browser, running)
+    page.key("x")
+    saved(page)
+
+    def touch(kind: str, *points: tuple[int, float, float]) -> None:
+        places = [(number, *place(page, x, y)) for number, x, y in points]
+        touched = [{"id": number, "x": x, "y": y} for number, x, y in places]
+        page.call("Input.dispatchTouchEvent", type=kind, touchPoints=touched)
+
+    touch("touchStart", (0, 0.2, 0.2))
+    touch("touchMove", (0, 0.3, 0.2))
+    touch("touchStart", (0, 0.3, 0.2), (1, 0.8, 0.8))
+    touch("touchMove", (0, 0.3, 0.2), (1, 0.7, 0.8))
+    touch("touchEnd", (1, 0.7, 0.8))
+    touch("touchMove", (0, 0.4, 0.2))
+    touch("touchEnd")
+    saved(page)
+    painted = running.drawing.slices[6].values.copy()
+    assert {axis.max() - axis.min() < 15 for axis in painted.nonzero()} == {True}  # nothing near the second finger
+    page.key("z", CONTROL)
+    saved(page)
+    assert not running.drawing.slices[6].values.any()
+    page.mouse(place(page, 0.8, 0.8))
+    saved(page)
+    assert running.drawing.slices[6].values.any()
+    assert browser.errors == []
+
+
+def test_keys_work_with_caps_lock_altgr_and_tab(browser, start):
+    running = start()
+    page = open_page(browser, running)
+    page.key("[", CONTROL | ALT)
+    assert text(page, "sizeText") == "5"
+    page.key("d", ALT)
+    page.key("x")
+    page.key("Z", CONTROL)  # with Caps Lock
+    saved(page)
+    assert running.drawing.slices == {}
+    page.key("z", CONTROL | SHIFT)  # with Caps Lock, too
+    saved(page)
+    assert list(running.drawing.slices) == [6]
+    page.click("#classes label:nth-child(2)")
+    page.wait("document.activeElement.id === 'canvas'")
+    page.key("ArrowUp")
+    is_at(page, 7)
+    page.run("document.querySelector('[name=class]:checked').focus()")
+    page.key("ArrowDown")
+    page.wait("document.querySelectorAll('[name=class]')[2].checked")
+    is_at(page, 7)
+    page.run("document.getElementById('clear').focus()")
+    page.run("document.getElementById('clear').click()")  # as Enter does
+    saved(page)
+    assert page.run("document.activeElement.id") == "clear"
+    assert browser.errors == []
+
+
 def test_only_the_last_tab_draws(browser, start):
     running = start()
     first = open_page(browser, running)
@@ -365,4 +611,15 @@ def test_only_the_last_tab_draws(browser, start):
     first.wait("document.getElementById('elsewhere')?.open === false && document.body.dataset.ready")
     first.wait("document.getElementById('chip').textContent === 'started'")
     second.wait("document.getElementById('elsewhere').open")
+    assert "What you drew is saved." in text(second, "elsewhere")
     np.testing.assert_array_equal(running.drawing.slices[6].values, values)
+
+
+def test_older_tab_says_that_its_last_stroke_is_lost(browser, start):
+    running = start()
+    page = open_page(browser, running)
+    running.server.tab += 1
+    page.mouse(place(page, 0.4, 0.4), place(page, 0.6, 0.6))
+    page.wait("document.getElementById('elsewhere').open")
+    assert "The last stroke of this tab was not saved." in text(page, "elsewhere")
+    assert running.drawing.slices == {}

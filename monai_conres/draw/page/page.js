@@ -8,7 +8,8 @@ const UNDO_STEPS = 100;
 
 let info, state;
 let sizes, plane; // voxels along each axis, and in a slice
-let labels, completed, predicted, doubt; // what is shown: drawn slices, else what the server completed
+let labels, completed, doubt; // what is shown: drawn slices, else what the server completed
+let predicted = null; // what the network says, once it has run
 const drawn = new Map(); // slice number -> done? Its values are in labels.
 const images = []; // by channel: {low, high, values}
 const look = { axis: 0, at: [0, 0, 0], zoom: 1, pan: [0, 0], channel: 0, black: [], white: [] };
@@ -18,10 +19,11 @@ let stroke = null; // {before, last} while a button is down
 let pointer = null; // where the mouse is, in voxels of the plane
 const past = [], future = []; // {number, before, after}; each is {values, done}, with null for untouched slices
 
-// Talking to the server. Changed slices wait in `unsent` until the server has written them to its file.
+// Talking to the server. A change of a slice waits in `unsent` until the server has written it to its file.
 
-const unsent = new Set();
-let tab = null, sending = null, offline = false, loaded = false;
+const unsent = new Map(); // slice number -> its last change
+let stale = null; // [from, to] of the completed slices that the page has to fetch
+let tab = null, sending = null, fetching = Promise.resolve(), polling = 0, offline = false;
 
 async function call(path, { body, method = body === undefined ? "GET" : "POST" } = {}) {
   const headers = tab === null ? {} : { "X-Tab": String(tab) };
@@ -33,98 +35,120 @@ async function call(path, { body, method = body === undefined ? "GET" : "POST" }
 
 const bytes = async (path) => new Uint8Array(await (await call(path)).arrayBuffer());
 
-function send(number) {
-  unsent.add(number);
+function keep(number) {
+  unsent.set(number, Symbol());
+  $("saved").textContent = "Keeping the stroke …";
+  send();
+}
+
+// Ends when nothing waits, or when trying again by itself is of no use.
+function send() {
   document.body.dataset.sent = "";
-  return (sending ??= sendAll().then((sent) => {
-    sending = null;
-    if (sent) document.body.dataset.sent = "yes";
-  }));
+  return (sending ??= sendAll().finally(() => (sending = null)));
 }
 
 async function sendAll() {
   while (unsent.size) {
-    const [number] = unsent;
-    unsent.delete(number);
+    const [[number, change]] = unsent;
     const kind = drawn.has(number) ? (drawn.get(number) ? "done" : "open") : "none";
+    const hangs = "The program has not answered for 10 s. Your last strokes are only in this page.";
+    const late = setTimeout(tell, 10000, hangs);
     try {
       const body = kind === "none" ? "" : slice(labels, number).slice();
-      const answer = await (await call(`slices/${number}/${kind}`, { body })).json();
+      const request = call(`slices/${number}/${kind}`, { body }).finally(() => clearTimeout(late));
+      const answer = await (await request).json();
+      if (unsent.get(number) === change) unsent.delete(number);
+      if (!unsent.size) $("saved").textContent = "Strokes are kept";
       tell(null);
       apply(answer);
-      await refresh(...answer.changed);
-      $("saved").textContent = "Strokes are kept";
+      outdate(...answer.changed);
+      refresh().catch(trouble); // poll() tries again
     } catch (error) {
-      unsent.add(number);
-      if (trouble(error)) return false;
+      outdate(0, sizes[0]); // the server may have the change: perhaps only its answer is lost
+      if (trouble(error)) return;
       await new Promise((wake) => setTimeout(wake, 2000));
     }
   }
-  return true;
 }
 
 // Says what happened. True: trying again by itself is of no use.
-function trouble(error) {
+function trouble(error, again) {
   offline = error.status === undefined;
   const kept = unsent.size ? "Your last stroke is only in this page." : "Your strokes are kept.";
-  if (error.status === 409) {
-    unsent.clear();
-    if (!$("elsewhere").open) $("elsewhere").showModal();
-    return true;
-  }
-  if (offline) tell(`The program does not answer. ${kept} Start it again with the same command, and use its new address.`);
-  else tell(`Not saved: ${error.message}. ${kept}`);
+  const command = "Start it again with the same command, without --drawn, and use its new address.";
+  if (error.status === 409) elsewhere();
+  else if (offline) tell(`The program does not answer. ${kept} ${command}`, again);
+  else tell(`The program says: ${error.message.replace(/\.$/, "")}. ${kept}`, again);
   return !offline;
 }
 
-function tell(text) {
+// `again` is what the button of the banner does.
+function tell(text, again = () => (send(), poll())) {
   if (text === null) offline = false;
   $("banner").hidden = text === null;
   $("banner").firstElementChild.textContent = text ?? "";
+  $("banner").lastElementChild.onclick = () => (tell(null), again());
+}
+
+function elsewhere() {
+  if (unsent.size) $("kept").textContent = "The last stroke of this tab was not saved.";
+  unsent.clear();
+  if (!$("elsewhere").open) $("elsewhere").showModal();
 }
 
 function apply(answer) {
   state = answer;
-  if (tab !== null && state.tab !== tab && !$("elsewhere").open) $("elsewhere").showModal();
+  if (tab !== null && state.tab !== tab && !sending) elsewhere();
   const part = Math.round(100 * state.progress);
   $("progress").hidden = state.completes && !state.problem;
   $("progress").firstElementChild.style.width = `${part}%`;
   $("progress").setAttribute("aria-valuenow", part);
   $("progress").lastElementChild.textContent = state.problem ? "network stopped" : `network ${part} %`;
   if (state.problem) tell(`The network stopped: ${state.problem}. You can paint; nothing is completed.`);
-}
-
-// The completed slices low to high - 1 may have changed.
-async function refresh(low, high) {
-  if (!state.completes || high <= low) return draw();
-  const query = `?from=${low}&to=${high}`;
-  const [new_labels, new_doubt] = await Promise.all([bytes("completed" + query), bytes("doubt" + query)]);
-  completed.set(new_labels, low * plane);
-  doubt.set(new_doubt, low * plane);
-  for (let number = low; number < high; number++)
-    if (!drawn.has(number) && number !== stroke?.number) slice(labels, number).set(slice(completed, number));
   draw();
 }
 
-// All volumes, once the network has run
-async function load() {
-  if (loaded || !state.completes) return;
-  loaded = true;
-  predicted.set(await bytes("predicted"));
-  await refresh(0, sizes[0]);
+// The completed slices low to high - 1 may have changed.
+function outdate(low, high) {
+  if (high > low) stale = stale ? [Math.min(stale[0], low), Math.max(stale[1], high)] : [low, high];
+}
+
+// Fetches what is stale, one fetch after the other: no older answer may replace a newer one.
+const refresh = () => (fetching = fetching.catch(() => {}).then(fetchStale));
+
+async function fetchStale() {
+  while (stale && state.completes) {
+    const [low, high] = stale, query = `?from=${low}&to=${high}`;
+    stale = null;
+    try {
+      predicted ??= await bytes("predicted");
+      const [new_labels, new_doubt] = await Promise.all([bytes("completed" + query), bytes("doubt" + query)]);
+      completed.set(new_labels, low * plane);
+      doubt.set(new_doubt, low * plane);
+    } catch (error) {
+      outdate(low, high);
+      throw error;
+    }
+    doubtSums = [];
+    for (let number = low; number < high; number++)
+      if (!drawn.has(number) && number !== stroke?.number) slice(labels, number).set(slice(completed, number));
+    draw();
+  }
+  if (!unsent.size) document.body.dataset.sent = "yes";
 }
 
 async function poll() {
+  const known = state;
   try {
     const answer = await (await call("state")).json();
-    if (!sending) apply(answer);
-    await load();
-    if (offline && !unsent.size) tell(null);
-    draw();
+    if (state === known) apply(answer); // else a newer one came in between
+    await refresh();
+    if (offline && !unsent.size) tell(null), showChannel(look.channel); // perhaps its image is still missing
   } catch (error) {
     trouble(error);
   }
-  setTimeout(poll, state.completes || state.problem ? 3000 : 400);
+  clearTimeout(polling);
+  polling = setTimeout(poll, state.completes || state.problem ? 3000 : 400);
 }
 
 // Geometry: how a plane of the volume lies on the screen.
@@ -207,7 +231,7 @@ function render() {
       }));
     context.imageSmoothingEnabled = false;
     context.drawImage(overlay, ...rectangle);
-    if ($("showNetwork").checked && state.completes) outline(view, place, colors);
+    if ($("showNetwork").checked && predicted) outline(view, place, colors);
   }
   if (look.axis !== 0) lines(view, place);
   brushCircle(view, place);
@@ -324,16 +348,13 @@ function marks() {
     });
 }
 
-let doubtSums = null; // by slice; the doubt changes with each done slice only
-function doubtOf(number) {
-  if (doubtSums?.of !== state) doubtSums = { of: state, values: [] };
-  return (doubtSums.values[number] ??= slice(doubt, number).reduce((sum, value) => sum + value, 0) / 255);
-}
+let doubtSums = []; // by slice
+const doubtOf = (number) => (doubtSums[number] ??= slice(doubt, number).reduce((sum, value) => sum + value, 0) / 255);
 
 function panel() {
   const number = look.at[0], done = drawn.get(number);
   const kind = done ? "done" : drawn.has(number) ? "open" : "";
-  const proposal = state.completes ? (state.slices && [...drawn.values()].includes(true) ? "completed" : "proposed") : "empty";
+  const proposal = state.completes ? ([...drawn.values()].includes(true) ? "completed" : "proposed") : "empty";
   $("number").textContent = `Slice ${number} of 0 to ${sizes[0] - 1}`;
   $("chip").textContent = { done: "done", open: "started", "": proposal }[kind];
   $("chip").className = kind;
@@ -384,7 +405,7 @@ function remember(number, before) {
   past.push({ number, before, after: snapshot(number) });
   if (past.length > UNDO_STEPS) past.shift();
   future.length = 0;
-  send(number);
+  keep(number);
   draw();
 }
 
@@ -394,7 +415,7 @@ function travel(from, to, key) {
   to.push(step);
   restore(step.number, step[key]);
   show(0, step.number);
-  send(step.number);
+  keep(step.number);
 }
 
 // Whether the slice may be painted now; else the page says why not.
@@ -447,7 +468,7 @@ function finish() {
   const { number, before, first } = stroke;
   stroke = null;
   const same = slice(labels, number).every((value, k) => value === first[k]);
-  if (same) return draw();
+  if (same) return restore(number, before), draw(); // shows what was fetched meanwhile
   drawn.set(number, false);
   remember(number, before);
 }
@@ -479,7 +500,8 @@ const actions = {
   undo: () => travel(past, future, "before"),
   redo: () => travel(future, past, "after"),
   async save() {
-    if (unsent.size || sending) await sending;
+    await send();
+    if (unsent.size) return; // the banner says why
     $("saved").textContent = "Saving …";
     try {
       const { files } = await (await call("save", { body: "" })).json();
@@ -488,7 +510,7 @@ const actions = {
       hint(`Saved ${files.join(" and ")}`);
     } catch (error) {
       $("saved").textContent = "";
-      trouble(error);
+      trouble(error, actions.save);
     }
   },
   help: () => $("keys").showModal(),
@@ -496,10 +518,7 @@ const actions = {
     Object.assign(look, { zoom: 1, pan: [0, 0] });
     draw();
   },
-  auto() {
-    autoWindow(look.channel);
-    draw();
-  },
+  auto: () => autoWindow(look.channel),
 };
 
 // Looking
@@ -517,17 +536,21 @@ function show(axis, number) {
 async function showChannel(channel) {
   look.channel = channel;
   $("channel").value = channel;
-  if (!images[channel]) {
+  draw();
+  if (images[channel]) return;
+  try {
     const response = await call(`image/${channel}`);
     const [low, high] = ["X-Low", "X-High"].map((name) => Number(response.headers.get(name)));
     images[channel] = { low, high, values: new Uint16Array(await response.arrayBuffer()) };
     autoWindow(channel);
+  } catch (error) {
+    trouble(error, () => showChannel(channel));
   }
-  draw();
 }
 
 // From the 1st to the 99.5th percentile of the voxels above the smallest value
 function autoWindow(channel) {
+  if (!images[channel]) return;
   const { values } = images[channel], counts = new Uint32Array(65536);
   const step = Math.max(1, Math.floor(values.length / 500000));
   for (let k = 0; k < values.length; k += step) counts[values[k]]++;
@@ -538,6 +561,7 @@ function autoWindow(channel) {
     return Math.max(0, counts.findIndex((count) => (sum += count) > part * total)) / 65.535;
   };
   [look.black[channel], look.white[channel]] = total ? [at(0.01), at(0.995)] : [0, 1000];
+  draw();
 }
 
 function setWindow(black, white) {
@@ -567,9 +591,12 @@ function readout() {
 
 // Mouse, pen and keys
 
+let held = null; // the mouse, pen or finger that is down
 let drag = null;
 canvas.addEventListener("contextmenu", (event) => event.preventDefault());
 canvas.addEventListener("pointerdown", (event) => {
+  if (held !== null && held !== event.pointerId) return; // one finger at a time
+  held = event.pointerId;
   canvas.setPointerCapture(event.pointerId);
   canvas.focus({ preventScroll: true });
   event.preventDefault();
@@ -593,6 +620,7 @@ canvas.addEventListener("pointerdown", (event) => {
   drag.from = drag.kind === "pan" ? [...look.pan] : [look.black[look.channel], look.white[look.channel]];
 });
 canvas.addEventListener("pointermove", (event) => {
+  if (held !== null && held !== event.pointerId) return;
   pointer = voxel(event);
   if (stroke) {
     const events = event.getCoalescedEvents?.() ?? [];
@@ -609,8 +637,9 @@ canvas.addEventListener("pointermove", (event) => {
   }
   draw();
 });
-const release = () => {
-  drag = null;
+const release = (event) => {
+  if (held !== event.pointerId) return;
+  held = drag = null;
   if (stroke) finish();
 };
 canvas.addEventListener("pointerup", release);
@@ -645,14 +674,17 @@ const keys = {
   c: () => showChannel((look.channel + 1) % info.channels.length),
   h: () => ((hidden = true), draw()),
 };
-const withControl = { z: actions.undo, Z: actions.redo, y: actions.redo, s: actions.save };
+const withControl = { z: actions.undo, "shift z": actions.redo, y: actions.redo, s: actions.save };
 
 addEventListener("keydown", (event) => {
-  if (event.altKey || document.querySelector("dialog[open]") || stroke || !labels) return;
-  const control = event.ctrlKey || event.metaKey;
-  if (event.target.matches("select, input[type=range]") && event.key.startsWith("Arrow") && event.target !== $("slice")) return;
-  const key = event.key.length === 1 && !control ? event.key.toLowerCase() : event.key;
-  const found = control ? withControl[key] : keys[key] ?? (key >= "1" && key <= "9" ? () => choose(Number(key) - 1) : null);
+  if (!document.body.dataset.ready || document.querySelector("dialog[open]") || stroke) return;
+  if (event.altKey && !"[]".includes(event.key)) return; // many keyboards have brackets with AltGr, which is Ctrl+Alt
+  const control = (event.ctrlKey || event.metaKey) && !event.altKey;
+  const own = "select, input[type=range]:not(#slice), input[type=radio]"; // have their own use for arrows
+  if (event.target.matches(own) && event.key.startsWith("Arrow")) return;
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  const number = key >= "1" && key <= "9" ? () => choose(Number(key) - 1) : null;
+  const found = control ? withControl[event.shiftKey ? `shift ${key}` : key] : keys[key] ?? number;
   if (!found) return;
   event.preventDefault();
   if (!event.repeat || /^(Arrow|Page|[-+=[\]])/.test(key)) found();
@@ -663,7 +695,7 @@ addEventListener("keyup", (event) => {
 addEventListener("blur", () => ((hidden = false), draw()));
 addEventListener("resize", draw);
 addEventListener("beforeunload", (event) => {
-  if (unsent.size || sending) event.preventDefault();
+  if (unsent.size) event.preventDefault();
 });
 
 function setSize(size) {
@@ -681,7 +713,12 @@ function choose(k) {
 }
 
 for (const name of ["done", "next", "clear", "reset", "undo", "redo", "save", "help", "fit", "auto"])
-  $(name).addEventListener("click", (event) => (event.currentTarget.blur(), actions[name]()));
+  $(name).addEventListener("click", actions[name]);
+// After a click of the mouse the keys are for the picture again. Keyboards stay where they are.
+addEventListener("click", ({ detail }) => {
+  const back = () => document.activeElement.matches("button, [type=radio]") && canvas.focus({ preventScroll: true });
+  if (detail) setTimeout(back);
+});
 document.querySelectorAll("[name=tool]").forEach((input) => input.addEventListener("change", tool(input.value)));
 for (const name of ["showLabels", "showNetwork", "showDoubt", "showNext", "opacity"]) $(name).addEventListener("input", draw);
 $("size").addEventListener("input", () => setSize(Number($("size").value)));
@@ -690,7 +727,6 @@ $("axis").addEventListener("change", () => show(Number($("axis").value), look.at
 $("channel").addEventListener("change", () => showChannel(Number($("channel").value)));
 $("black").addEventListener("input", () => setWindow(Number($("black").value), Math.max(Number($("black").value) + 1, look.white[look.channel])));
 $("white").addEventListener("input", () => setWindow(Math.min(Number($("white").value) - 1, look.black[look.channel]), Number($("white").value)));
-$("banner").querySelector("button").addEventListener("click", () => (unsent.size ? send([...unsent][0]) : poll()));
 $("here").addEventListener("click", () => location.reload());
 $("elsewhere").addEventListener("cancel", (event) => event.preventDefault());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
@@ -701,7 +737,7 @@ async function start() {
   tab = state.tab;
   sizes = info.shape;
   plane = sizes[1] * sizes[2];
-  [labels, completed, predicted, doubt] = Array.from({ length: 4 }, () => new Uint8Array(sizes[0] * plane));
+  [labels, completed, doubt] = Array.from({ length: 3 }, () => new Uint8Array(sizes[0] * plane));
   document.title = `${info.name} · monai_conres draw`;
   $("name").textContent = info.name;
   $("name").title = `Saved as ${info.out}`;
@@ -729,12 +765,13 @@ async function start() {
   const last = [...drawn.keys()].pop();
   if (last !== undefined) look.at[0] = last;
   apply(state);
-  await load();
-  draw();
+  outdate(0, sizes[0]);
+  await refresh();
   poll();
   await showChannel(0);
   hint("Paint with the left button. Scroll with the wheel. Press ? for all keys.");
+  document.querySelectorAll("[inert]").forEach((part) => (part.inert = false));
   document.body.dataset.ready = "yes";
 }
 
-start().catch((error) => trouble(error));
+start().catch((error) => trouble(error, () => location.reload()));
