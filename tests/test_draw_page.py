@@ -389,6 +389,7 @@ def test_page_saves_only_what_the_program_has(browser, start, monkeypatch):
     page.key("s", CONTROL)
     page.run("new Promise((done) => setTimeout(done, 300))")
     assert "No space left on device" in text(page, "banner")
+    assert text(page, "saved") == ""
     assert not running.drawing.out.exists()
     monkeypatch.setattr(drawing_module.np, "savez_compressed", save)
     page.key("s", CONTROL)
@@ -411,7 +412,10 @@ def test_page_never_shows_an_older_answer(browser, start):
     page.key("f")
     page.mouse(place(page, 0.5, 0.5))
     page.key("d")
+    page.wait("document.getElementById('chip').textContent === 'done'")
     page.wait("document.getElementById('saved').textContent === 'Strokes are kept'")
+    page.run("new Promise((done) => setTimeout(done, 500))")  # time for a newer answer to come too early
+    assert running.drawing.scan.drawn == [6]
     page.run("window.release()")
     saved(page)
     proposal = running.drawing.completed()[7]

@@ -71,9 +71,10 @@ async function sendAll() {
   }
 }
 
-// Says what happened. True: trying again by itself is of no use.
+// Says what happened, and what the button of the banner does `again`. True: trying again by itself is of no use.
 function trouble(error, again) {
   offline = error.status === undefined;
+  $("saved").textContent = "";
   const kept = unsent.size ? "Your last stroke is only in this page." : "Your strokes are kept.";
   const command = "Start it again with the same command, without --drawn, and use its new address.";
   if (error.status === 409) elsewhere();
@@ -82,7 +83,6 @@ function trouble(error, again) {
   return !offline;
 }
 
-// `again` is what the button of the banner does.
 function tell(text, again = () => (send(), poll())) {
   if (text === null) offline = false;
   $("banner").hidden = text === null;
@@ -509,7 +509,6 @@ const actions = {
       $("saved").textContent = `Saved ${files[0].split(/[\\/]/).pop()}`;
       hint(`Saved ${files.join(" and ")}`);
     } catch (error) {
-      $("saved").textContent = "";
       trouble(error, actions.save);
     }
   },
