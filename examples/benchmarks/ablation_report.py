@@ -10,7 +10,9 @@ baseline. Other networks have no reference. ``--reference ARM`` compares all arm
 A difference is paired by case, fold and seed, on the seeds that both arms have, and averaged over classes. Its 95 %
 interval is a bootstrap with 10,000 draws over seeds, over folds, and over the cases of each fold. All folds get the
 same drawn seeds. With few seeds the interval is too narrow: tests/test_benchmarks.py simulates how often the interval
-holds the true difference. With one seed the interval says nothing about another training.
+holds the true difference. With one seed the interval says nothing about another training. With several folds the spread
+of cases counts twice, in the drawn folds and in the drawn cases: the interval is up to 1.4 times too wide if folds do
+not differ. So an interval that holds zero does not show that nothing changes.
 
 The p value is Wilcoxon's signed rank test over cases (means over seeds), corrected by Holm for the number of arms. It
 is about these trained networks, not about other trainings.

@@ -1,7 +1,7 @@
 """Does the residual decoder help to complete a volume from a few drawn slices? Train, fit the chain, and measure.
 
     python examples/benchmarks/completion.py hippocampus_completion --data Task04_Hippocampus --arms baseline conres
-    python examples/benchmarks/completion_report.py hippocampus_completion
+    python examples/benchmarks/completion_report.py hippocampus_completion chaos_completion sts_completion
 
 The first argument names the experiment, as in ablation.py: runs that have a result are skipped, several commands can
 run at the same time, and all arms of one seed see the same patches. The weights of a run stay next to its result. The
@@ -19,7 +19,7 @@ Definitions, which were written before the first run:
 - The settings of the chain are fitted on training cases, one fit for each trained network and method, for all numbers
   of drawn slices.
 - A cascade gets what the networks ``conres`` of the same seed predict, each scan by the network that was not trained
-  on it.
+  on it. Those of training scans were trained on the validation scans, so a cascade may look better than it is.
 - Primary endpoint: 1, 2 and 3 evenly spaced slices, ``both`` of the arm ``conres`` against methods without a residual
   decoder.
 """
@@ -256,7 +256,7 @@ def interpolate_contours(case: Case, slices: Sequence[int]) -> torch.Tensor:
 
 
 def walk(case: Case, slices: Sequence[int]) -> torch.Tensor:
-    """scikit-image's random walker on the image, from the drawn slices as seeds."""
+    """scikit-image's random walker on the image, from the drawn slices as seeds, also beyond the outer ones."""
     from skimage.segmentation import random_walker
 
     seeds = np.zeros(case.label.shape[2:], dtype=np.int32)

@@ -103,7 +103,7 @@ def main() -> None:
     network = build(ARMS["conres"], data.channels, len(data.classes), SIZES[settings["size"]], strides)
     fold, name = median_case(Results.read(options.name, options.folder), options.seed)
     weights = experiment.run_file(("conres", fold, options.seed)).with_suffix(".pt")
-    network.load_state_dict(torch.load(weights)["network"])
+    network.load_state_dict(torch.load(weights, map_location="cpu")["network"])
     training, validation = data.split(fold)
     training = training[:: max(1, len(training) // FIT_CASES)][:FIT_CASES]
     fit_set, cases = (Dataset(part, Compose(prepare)) for part in (training, validation))

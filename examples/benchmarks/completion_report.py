@@ -2,8 +2,8 @@
 
     python examples/benchmarks/completion_report.py hippocampus_completion chaos_completion sts_completion
 
-writes the main table and figure, ``docs/tables/completion.md`` and ``.png``, and the long tables behind them,
-``results/completion.md``. The main table has columns for each experiment.
+writes the main table and figure of these experiments, ``docs/tables/completion.md`` and ``.png``, and the long tables
+behind them, ``results/completion.md``. The main table has columns for each experiment.
 
 A difference is paired by case, fold and seed; its 95 % interval is the bootstrap of ablation_report.py over seeds,
 folds and cases. Methods of one network share the training, so their difference does not depend on the seed much.
@@ -169,6 +169,8 @@ def difference(results: Results, way: Way, other: Way, column: str) -> str:
         return "-"
     values = results.values(way, column, seeds) - results.values(other, column, seeds)
     known = np.isfinite(values).all(0)
+    if not known.any():
+        return "-"
     low, high = interval(values[:, known], np.array([fold for fold, _ in results.cases])[known])
     return f"{values[:, known].mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
@@ -267,7 +269,7 @@ def report(experiments: Sequence[Results]) -> str:
 def details(experiments: Sequence[Results]) -> str:
     """The long tables behind the page."""
     parts = ["Evenly spaced slices:\n", main_table(experiments, (0, *NUMBERS), NAMES)]
-    parts += ["Paired differences:\n", difference_table(experiments, NUMBERS, [*COMPARISONS, *MORE])]
+    parts += ["Paired differences:\n", difference_table(experiments, (0, *NUMBERS), [*COMPARISONS, *MORE])]
     parts += ["Share of cases with a lower Dice than the network's:\n", worse_table(experiments)]
     for results in experiments:
         number = max(len(row["even_1"].split()) for rows in results.rows.values() for row in rows.values())

@@ -1,7 +1,7 @@
 """Does a variant of ConResNet segment better? Compare the arms of completion.py, defined in arms.py.
 
     python examples/benchmarks/completion.py sts_completion --data STS_MR_CT_PET --arms baseline conres weight_0 ...
-    python examples/benchmarks/variants_report.py sts_completion
+    python examples/benchmarks/variants_report.py sts_completion hippocampus_completion chaos_completion
 
 writes ``results/variants.md``: for each experiment a table with a row for each variant. It has the Dice of the plain
 segmentation, the Dice of the slices that are not drawn after the variant's best chain has completed one drawn slice,

@@ -271,7 +271,7 @@ def measure(experiment: Experiment, folder: Path) -> None:
         row: dict[str, Any] = {"fold": fold, "seed": seed}
         for when, states in (("start", None), ("half", weights.with_suffix(".half.pt")), ("end", weights)):
             if states is not None:
-                network.load_state_dict(torch.load(states)["network"])
+                network.load_state_dict(torch.load(states, map_location="cpu")["network"])
             cosine, ratio = gradients(network, patches, seed)
             row |= {f"cosine_{when}": cosine, f"ratio_{when}": ratio}
         row |= look_inside(network, Dataset(validation[:CASES], Compose(prepare)), patch)
