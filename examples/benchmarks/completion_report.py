@@ -250,9 +250,11 @@ def draw(experiments: Sequence[Results]) -> Figure:
 
 
 def title(name: str) -> str:
-    """What the tables call an experiment: its data, and the width of its networks."""
+    """What the tables call an experiment: its data, the width of its networks, and the iterations if named."""
     data, *rest = name.split("_")
-    return {"sts": "STS", "chaos": "CHAOS"}.get(data, data.capitalize()) + (", full width" if "full" in rest else "")
+    words = [{"sts": "STS", "chaos": "CHAOS"}.get(data, data.capitalize())]
+    words += ["full width"] * ("full" in rest) + [f"{word} iterations" for word in rest if word.isdigit()]
+    return ", ".join(words)
 
 
 def report(experiments: Sequence[Results]) -> str:
