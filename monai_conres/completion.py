@@ -287,15 +287,18 @@ class ScanCompletion:
             if not self._outputs:
                 raise RuntimeError("expected predict() before the chain is asked for.")
             softmax = self.scans.activation == "softmax"
-            self._chain = SliceChain(
-                **self._outputs,
-                image=self.image,
-                drawn={number: self._to_classes(values) for number, values in self._drawn.items()},
-                settings=self.settings,
-                spatial_axis=self.spatial_axis,
-                softmax=softmax,
-                sigmoid=not softmax,
-            )
+            try:
+                self._chain = SliceChain(
+                    **self._outputs,
+                    image=self.image,
+                    drawn={number: self._to_classes(values) for number, values in self._drawn.items()},
+                    settings=self.settings,
+                    spatial_axis=self.spatial_axis,
+                    softmax=softmax,
+                    sigmoid=not softmax,
+                )
+            except ValueError as error:  # numbers of the scan that the chain cannot take
+                raise ValueError(f"{', '.join(map(str, self.files))}: {error}") from error
             self._outputs = {}
         return self._chain
 

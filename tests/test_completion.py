@@ -489,6 +489,7 @@ def shifted(affine: np.ndarray) -> np.ndarray:
         (lambda image, drawn, affine: (image, np.nan + drawn, affine), "finite numbers in .*drawn.nii.gz"),
         (lambda image, drawn, affine: (image, np.stack([drawn] * 2, -1), affine), "one channel in .*got 2"),
         (lambda image, drawn, affine: (np.nan + image, drawn, affine), "finite numbers in .*scan.nii.gz"),
+        (lambda image, drawn, affine: (1e8 * image, drawn, affine), "scan.nii.gz: .*numbers below 100000"),
         (lambda image, drawn, affine: (np.stack([image] * 2, -1), drawn, affine), "expected 1 channels, T1, got 2"),
     ],
 )
