@@ -147,8 +147,8 @@ class NormActConv(nn.Sequential):
     Args:
         in_channels: number of input channels.
         out_channels: number of output channels.
-        norm: MONAI's name of a normalization layer, or ``(name, arguments)``; see :func:`norm_layer`
-            for plain ``"group"``.
+        norm: MONAI's name of a normalization layer, or ``(name, arguments)``; plain ``"group"`` has 8 groups,
+            fewer where 8 does not divide the channels.
         act: MONAI's name of an activation layer, or ``(name, arguments)``.
         dropout: probability of dropping a whole channel, or MONAI's ``(name, arguments)``; ``None`` or 0 for none.
         kwargs: further arguments of :class:`WeightStandardizedConv3d`.

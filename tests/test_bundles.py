@@ -449,8 +449,10 @@ def test_training_does_not_continue_a_run_of_other_settings(trained, name, overr
     assert f"{name} was " in refused("brats_conresnet", "train", **{**trained, **override})
 
 
-def test_mixed_precision_needs_a_gpu(trained):
-    assert "expected a GPU for mixed precision" in refused("brats_conresnet", "train", **{**trained, "amp": True})
+@pytest.mark.parametrize("name", ["train", "evaluate", "inference"])
+def test_mixed_precision_needs_a_gpu(trained, name):
+    options = trained if name == "train" else {key: trained[key] for key in ("dataset_dir", "run_dir")}
+    assert "expected a GPU for mixed precision" in refused("brats_conresnet", name, **options, amp=True)
 
 
 @pytest.mark.parametrize("name", ["evaluate", "inference", "export"])
