@@ -29,6 +29,16 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 # virtual codes of keys that are no character
 CODES = {"ArrowUp": 38, "ArrowDown": 40, "PageUp": 33, "PageDown": 34}
+# what Chromium answers while a page goes to another address or loads again
+NAVIGATED = (
+    "Inspected target navigated or closed",
+    "Execution context was destroyed.",
+    "Cannot find default execution context",
+)
+
+
+class NavigatedError(Exception):
+    """The document is gone in which a script ran."""
 
 
 class Browser:
@@ -74,6 +84,8 @@ class Browser:
         message = {"id": number, "method": method, "params": parameters}
         os.write(self._pipe, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
         answer = self._answers[number].get(timeout=120)
+        if answer.get("error", {}).get("message") in NAVIGATED:
+            raise NavigatedError(answer)
         assert "error" not in answer, answer
         return answer["result"]
 
@@ -124,11 +136,17 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 60) -> None:
-        """Until a JavaScript expression is true."""
+        """Until a JavaScript expression is true, also over a reload of the page."""
         end = time.monotonic() + seconds
-        while not self.run(f"Boolean({condition})"):
+        while not self._is(condition):
             assert time.monotonic() < end, f"{condition} was not true in {seconds} s; errors: {self.browser.errors}"
             time.sleep(0.05)
+
+    def _is(self, condition: str) -> bool:
+        try:
+            return self.run(f"Boolean({condition})")
+        except NavigatedError:
+            return False
 
     def mouse(self, *points: tuple[float, float], button: str = "left", modifiers: int = 0) -> None:
         """Press a button at the first point, move over the others, and let go."""

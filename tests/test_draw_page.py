@@ -16,7 +16,7 @@ from monai_conres.completion import ScanCompletion, complete_scan
 from monai_conres.draw import Drawing, DrawnSlice, PageServer
 from monai_conres.draw import drawing as drawing_module
 from monai_conres.files import save_network
-from tests.browser import ALT, CONTROL, PROGRAM, SHIFT, Browser, Page
+from tests.browser import ALT, CONTROL, PROGRAM, SHIFT, Browser, NavigatedError, Page
 from tests.test_draw import network, read, write_scan
 
 pytestmark = [
@@ -505,6 +505,14 @@ def test_page_loads_again_after_a_failed_start(browser, start, monkeypatch):
     page.wait("document.getElementById('banner')?.textContent.includes('ZeroDivisionError')")
     monkeypatch.undo()
     page.click("#banner button")
+    page.wait("document.body?.dataset.ready")
+
+
+def test_script_ends_with_its_page(browser, start):
+    page = open_page(browser, start())
+    page.run("setTimeout(() => location.reload(), 100), 1")
+    with pytest.raises(NavigatedError):
+        page.run("new Promise(() => {})")
     page.wait("document.body?.dataset.ready")
 
 
