@@ -111,7 +111,8 @@ def save_network(
     """Write a network's weights to ``model.pt`` and everything else to ``network.json``.
 
     Call the function also before the training: then wrong settings do not cost a training. A killed process leaves no
-    ``network.json``, or one that belongs to ``model.pt``.
+    ``network.json``, or one that belongs to ``model.pt``. Saving the network that the folder already holds writes
+    nothing, so its chain stays.
 
     Args:
         folder: the run folder. The two new files replace older files.
@@ -139,10 +140,23 @@ def save_network(
         network = network.module
     content = describe_network(network, scans, backbone=backbone, training=training, chain=chain)
     description = Path(folder, "network.json")
+    if chain is None and _is_saved(folder, network, content):
+        return
     with atomic_path(Path(folder, "model.pt")) as temporary:
         torch.save(network.state_dict(), temporary)
         description.unlink(missing_ok=True)  # of the weights that are replaced now
     _write_json(description, content)
+
+
+def _is_saved(folder: str | os.PathLike, network: nn.Module, content: Mapping[str, Any]) -> bool:
+    """Whether a folder holds these weights and this description, with or without a chain."""
+    with suppress(Exception):  # a file that is missing or broken is written again
+        stored = {**json.loads(Path(folder, "network.json").read_text()), "chain": None}
+        if json.dumps(stored) != json.dumps({**content, "chain": None}):  # as text: the order of classes counts
+            return False
+        state, own = torch.load(Path(folder, "model.pt"), map_location="cpu", weights_only=True), network.state_dict()
+        return state.keys() == own.keys() and all(torch.equal(state[name], own[name].cpu()) for name in own)
+    return False
 
 
 def save_chain(folder: str | os.PathLike, chain: ChainSettings) -> None:

@@ -138,8 +138,19 @@ def test_chain_settings_are_stored_with_the_network(tmp_path, without_backbone):
     with pytest.raises(ValueError, match="one for each of 2, got 1"):
         save_network(folder, network, loaded.scans, chain=ChainSettings(offset=(1.0,)))
     assert (folder / "network.json").read_text() == before
-    save_network(folder, network, loaded.scans)  # new weights: the old chain does not belong to them
+    written = (folder / "model.pt").stat().st_mtime_ns
+    save_network(folder, network, loaded.scans)  # what the folder holds
+    assert (folder / "network.json").read_text() == before
+    assert (folder / "model.pt").stat().st_mtime_ns == written
+    save_network(folder, network, scan_settings(activation="softmax", classes={"b": [2], "a": [1]}))  # other settings
     assert load_network(folder, backbone=segresnet).chain is None
+    save_chain(folder, other)
+    with torch.no_grad():
+        next(network.parameters()).flatten()[-1] += 1  # other weights
+    save_network(folder, network, scan_settings(activation="softmax", classes={"b": [2], "a": [1]}))
+    loaded = load_network(folder, backbone=segresnet)
+    assert loaded.chain is None
+    assert_same(network, loaded.network)
 
 
 @pytest.mark.parametrize("call", [False, True])

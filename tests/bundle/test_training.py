@@ -45,7 +45,8 @@ from monai_conres.bundle import (
     seed_everything,
     share_of_batch,
 )
-from monai_conres.files import ScanSettings, load_network
+from monai_conres.chain import ChainSettings
+from monai_conres.files import ScanSettings, load_network, save_chain
 
 VOLUMES = torch.randn(6, 1, 4, 6, 4, generator=torch.Generator().manual_seed(0))
 SCANS = ScanSettings(channels=["CT"], patch_size=[4, 6, 4], classes={"liver": [1], "tumor": [2]}, activation="sigmoid")
@@ -198,6 +199,21 @@ def test_interrupted_training_ends_with_the_same_weights(tmp_path, interval):
         assert torch.equal(trained.network.state_dict()[name], weight), name
     assert trained.scans == SCANS
     assert trained.training == {"cases": ["a", "b"], "seed": 7}
+
+
+def test_training_without_new_epochs_keeps_the_chain(tmp_path):
+    trainer(tmp_path, epochs=1).run()
+    weights = (tmp_path / "model.pt").read_bytes()
+    for missing in (None, "model.pt", "network.json"):  # of a run that was killed after its last checkpoint
+        save_chain(tmp_path, ChainSettings(tau=0.3))
+        if missing:
+            (tmp_path / missing).unlink()
+        trainer(tmp_path, epochs=1).run()
+        assert load_network(tmp_path).chain == (None if missing else ChainSettings(tau=0.3))
+        assert (tmp_path / "model.pt").read_bytes() == weights
+    save_chain(tmp_path, ChainSettings(tau=0.3))
+    trainer(tmp_path, epochs=2).run()
+    assert load_network(tmp_path).chain is None
 
 
 def test_checkpoint_keeps_the_scale_of_the_loss(tmp_path, monkeypatch):
