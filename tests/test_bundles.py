@@ -233,6 +233,30 @@ def test_pancreas_patches_come_from_the_whole_volume_without_a_margin(margin, fi
     assert type(made.parser.get_parsed_content("train#augmentation")[0]).__name__ == first
 
 
+@pytest.mark.parametrize(
+    ("bundle", "name", "place", "source"),
+    [("pancreas_ct_conresnet", "train", "train#augmentation", "label")]
+    + [("brats_conresnet", name, "prepare", "image") for name in ("train", "evaluate", "inference")],
+)
+def test_case_without_foreground_is_not_cropped(bundle, name, place, source):
+    """A label without the organ, and a scan without a value above 0."""
+    options = {
+        "structures": {"a": [1], "b": [2], "c": [3]},
+        **({"scans#seen_spacing": "$None"} if name == "train" else {}),
+    }
+    made = workflow(bundle, name, **options)
+    (crop,) = [part for part in made.parser.get_parsed_content(place) if type(part).__name__ == "CropForegroundd"]
+    case = {"image": torch.rand(1, 80, 100, 90), "label": torch.zeros(1, 80, 100, 90)}
+    case[source] = torch.zeros(1, 80, 100, 90)
+    cropped = crop(case)
+    for key in crop.keys:
+        np.testing.assert_array_equal(cropped[key], case[key])
+    case[source][0, 50, 60:62, 45] = torch.tensor([1, 2])
+    margin = 40 if source == "label" else 0
+    box = np.s_[:, 50 - margin : 51 + margin, 60 - margin : 62 + margin, 45 - margin : 46 + margin]
+    np.testing.assert_array_equal(crop(case)["image"], case["image"][box])
+
+
 def test_hippocampus_is_downloaded_by_one_process(tmp_path, monkeypatch):
     calls = []
     write_phantom_dataset(tmp_path / "Task04_Hippocampus", cases=5, size=(12, 14, 10))  # what comes is read

@@ -18,7 +18,7 @@ from monai_conres.bundle.networks import (
 from monai_conres.bundle.pancreas import LoadPancreasCTd, read_pancreas_ct
 from monai_conres.bundle.report import CaseReport, join_reports, summarize
 from monai_conres.bundle.sparse import IgnoredToZerod, ZeroToIgnoredd, describe_labelled, labelled_slices
-from monai_conres.bundle.structures import LabelToTargetd, ProbabilityToLabeld
+from monai_conres.bundle.structures import LabelToTargetd, ProbabilityToLabeld, foreground_or_all
 from monai_conres.bundle.training import (
     Computation,
     EpochSeeds,
@@ -52,6 +52,7 @@ __all__ = [
     "describe_labelled",
     "explain_errors",
     "finalize_processes",
+    "foreground_or_all",
     "held_out_cases",
     "join_reports",
     "labelled_slices",

@@ -1,4 +1,4 @@
-"""Label map to training target, and probabilities to label map, with the structures of a data set."""
+"""Label map to crop and to training target, and probabilities to label map, with the structures of a data set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_tensor
 
 from monai_conres.scans import Structures, label_values, paint_structures, structure_masks
+
+
+def foreground_or_all(volume: torch.Tensor) -> torch.Tensor:
+    """The voxels above 0, as ``select_fn`` of MONAI's ``CropForegroundd``; all voxels where none is above 0.
+
+    MONAI's own choice crops a volume without foreground to nothing, and padding then makes zeros of the whole case.
+
+    Example:
+        >>> foreground_or_all(torch.tensor([[0, 2, 0]])), foreground_or_all(torch.tensor([[0, 0, 0]]))
+        (tensor([[False,  True, False]]), tensor([[True, True, True]]))
+    """
+    foreground = volume > 0
+    return foreground if foreground.any() else torch.ones_like(foreground)
 
 
 class _StructuresTransform(MapTransform):
