@@ -22,6 +22,7 @@ from monai_conres.operations import (
     group_norm,
     holds_values,
     is_captured,
+    is_distributed,
     is_plain_eager,
     norms_with_relu,
     standardized,
@@ -105,15 +106,17 @@ class WeightStandardizedConv3d(nn.Conv3d):
         """The standardized filters in the layout and precision of the convolution.
 
         In ``eval()`` without gradients the module computes them once and keeps them. It computes them again after a
-        change of the weights, after a pass with gradients, and after ``train()`` or ``eval()``. torch does not see a
-        change through ``weight.data``, by a fused optimizer or by the replay of a CUDA graph: call ``eval()`` after it.
-        After ``.to()`` the call frees the old filters. A CUDA graph always computes the filters.
+        change of the weights, after a pass with gradients, and after ``train()`` or ``eval()``. torch does not count a
+        change through ``weight.data`` or a view in numpy, by a fused optimizer or by the replay of a CUDA graph: call
+        ``eval()`` after it. After ``.to()`` the call frees the old filters. A CUDA graph, and each of several processes
+        of ``torch.distributed``, which can also write weights, always computes the filters.
         """
         settings = self.weight, self.gain, self.eps
         if not holds_values(self.weight) or not is_plain_eager(self.weight):
             return filters_for_convolution(*settings)
         dtype = convolution_dtype(self.weight)
-        if self.training or torch.is_grad_enabled() or is_captured(self.weight) or self.weight.is_inference():
+        uncounted = is_captured(self.weight) or self.weight.is_inference() or is_distributed()
+        if self.training or torch.is_grad_enabled() or uncounted:
             _FILTERS.pop(self, None)  # an optimizer may follow, and a fused one leaves the version as it was
             return filters_for_convolution(*settings, dtype)
         weight = self.weight.detach()  # keeps the memory, so that its address belongs to no other tensor

@@ -33,6 +33,7 @@ __all__ = [
     "group_norm",
     "holds_values",
     "is_captured",
+    "is_distributed",
     "is_plain_eager",
     "norms_with_relu",
     "resize_features",
@@ -191,12 +192,24 @@ def group_norm(
         True
     """
     if not on_accelerator(x) or not is_plain_eager(x, weight, bias):
-        y = F.group_norm(x, groups, weight, bias, eps)
+        y = F.group_norm(x.contiguous() if needs_contiguous(x, weight, bias) else x, groups, weight, bias, eps)
     elif (kernels := triton_kernels(x, weight, bias)) is not None:
         return NormalizeInTriton.apply(x, weight, bias, groups, eps, relu, kernels)
     else:
         y = NormalizeGroups.apply(x, weight, bias, groups, eps)
     return F.relu(y) if relu else y
+
+
+def needs_contiguous(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+    """Whether torch's group normalization fails for features ``x`` that are stored channels last.
+
+    Where only its parameters have gradients, the backward pass on a CPU ends the process (torch 2.13). ``torch.vmap``
+    does not know the layout.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    only_parameters = not x.requires_grad and any(part is not None and part.requires_grad for part in parameters)
+    return torch.func.debug_unwrap(x) is not x or (only_parameters and torch.is_grad_enabled())
 
 
 def norms_with_relu(x: torch.Tensor) -> bool:
@@ -531,6 +544,11 @@ def on_accelerator(x: torch.Tensor) -> bool:
 def is_captured(x: torch.Tensor) -> bool:
     """Whether a CUDA graph records what is computed from ``x`` now, to compute it again later in the same memory."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_distributed() -> bool:
+    """Whether other processes work together with this one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def stream_of(x: torch.Tensor) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 
@@ -15,6 +16,10 @@ from monai_conres.layers import WeightStandardizedConv3d
 def small_network(**kwargs) -> ConResNet:
     arguments = {"channels": (8, 16, 32), "strides": (2, (2, 2, 1)), "blocks": (1, 1, 1, 1), "dropout": None}
     return ConResNet(**{"in_channels": 2, "out_channels": 3, **arguments, **kwargs})
+
+
+def flat(output: ConResOutput) -> list[torch.Tensor]:
+    return [output.segmentation, *output.residuals]
 
 
 def parameters(network: nn.Module) -> int:
@@ -345,3 +350,18 @@ def test_large_features_are_freed_before_the_next_convolution():
     with torch.no_grad():
         network.with_residual(torch.randn(1, 1, 8, 10, 6))
     assert alive == {"unit": False, "skip": False, "change": False}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("part", ["encoder.0", "encoder", "bottleneck", "decoder", "residual_decoder"])
+def test_frozen_parts_leave_the_gradients_of_the_others(part, batch):
+    network = small_network()
+    image = torch.randn(batch, 2, 8, 8, 6)
+    expected = copy.deepcopy(network).double()
+    sum(output.square().mean() for output in flat(expected(image.double()))).backward()
+    network.get_submodule(part).requires_grad_(False)
+    sum(output.square().mean() for output in flat(network(image))).backward()
+    for (name, parameter), reference in zip(network.named_parameters(), expected.parameters(), strict=True):
+        assert (parameter.grad is None) == name.startswith(f"{part}."), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad.double(), reference.grad, rtol=1e-3, atol=1e-4, msg=name)

@@ -120,7 +120,9 @@ def test_gradients_of_each_case(image):
             torch.testing.assert_close(got[name][number], parameter.grad, msg=name)
 
 
-def test_ensemble_under_vmap_gives_the_logits_of_each_network(image):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_ensemble_under_vmap_gives_the_logits_of_each_network(image, batch):
+    image = torch.cat([image, -image])[:batch]
     networks = [small_network(dropout=None) for _ in range(2)]
     with torch.no_grad():
         for parameter in networks[1].parameters():

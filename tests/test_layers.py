@@ -343,6 +343,21 @@ def test_filters_follow_every_optimizer(fused):
         torch.testing.assert_close(network(image), expected)
 
 
+@torch.no_grad()
+def test_filters_follow_what_other_processes_write(tmp_path):
+    """``torch.distributed`` writes weights as ``weight.data`` does, which torch does not count as a change."""
+    network, image = torch.nn.Sequential(WeightStandardizedConv3d(2, 4)).eval(), torch.randn(1, 2, 5, 6, 7)
+    other = torch.nn.Sequential(WeightStandardizedConv3d(2, 4)).eval()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        before = network(image)
+        network[0].weight.data.copy_(other[0].weight)
+        torch.testing.assert_close(network(image), other(image))
+        assert not torch.allclose(network(image), before)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @torch.inference_mode()
 def test_filters_of_inference_tensors_follow_the_weights():
     network, image = torch.nn.Sequential(WeightStandardizedConv3d(2, 4)).eval(), torch.randn(1, 2, 5, 6, 7)
