@@ -91,7 +91,7 @@ def attach_conres(
     if any(hasattr(module, _MARK) for module in network.modules()):
         raise ValueError(
             f"expected a plain network, got a {name} that already has a context residual decoder; call unwrap() of its "
-            "wrapper first, or build a new network."
+            "wrapper first (for a copy: copy.deepcopy(wrapper).unwrap()), or build a new network."
         )
     if type(network).__module__.startswith(f"{__package__}."):
         raise ValueError(f"expected a network of another package, got a {name}, which has its own residual decoder.")
@@ -269,11 +269,24 @@ class ConResWrapper(nn.Module):
         stage = len(current.residuals)
         if self.stages[stage : stage + 1] != (f"{name}#{call}" if call else name,):
             return None  # another call of the same module
+        _check_size(name, output, current.image)
         previous = current.residuals[-1] if current.residuals else current.image
         features, residual = self.decoder.step(stage, output, previous)
         current.residuals.append(residual)
         # without the gate, the backward pass needs these features, and the backbone may change them in place
         return features if self.decoder.context == "attention" else features.clone()
+
+
+def _check_size(name: str, features: torch.Tensor, image: torch.Tensor) -> None:
+    """Raise if a stage has more voxels along an axis than the image: then its voxels are not those of the image."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if any(size > whole for size, whole in zip(features.shape[2:], image.shape[2:], strict=True)):
+        raise ValueError(
+            f"expected features of at most the image's size {tuple(image.shape[2:])}, got {tuple(features.shape[2:])} "
+            f"from {name!r}, as in a network that pads its image; pad the image before the network, for example with "
+            "DivisiblePadd."
+        )
 
 
 def _thread() -> int:

@@ -349,6 +349,29 @@ def compile_backbone(network: ConResWrapper) -> None:
     network.backbone = torch.compile(network.backbone, backend="eager")
 
 
+class Padding(nn.Module):
+    """Pads the image to a multiple of 8 voxels, and crops the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.down = nn.Conv3d(1, 8, 3, padding=1), nn.Conv3d(8, 16, 3, stride=2, padding=1)
+        self.decoder, self.head = nn.Conv3d(24, 8, 3, padding=1), nn.Conv3d(8, 2, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        padding = [part for size in image.shape[:1:-1] for part in (0, -size % 8)]
+        first = self.encoder(nn.functional.pad(image, padding))
+        second = nn.functional.interpolate(self.down(first), first.shape[2:])
+        return self.head(self.decoder(torch.cat([second, first], 1)))[..., : image.shape[-1]]
+
+
+def test_network_that_pads_inside_is_refused():
+    network = attach_conres(Padding(), 1, spatial_size=(16, 16, 16)).eval()
+    assert network(torch.zeros(1, 1, 16, 16, 8)).shape[2:] == (16, 16, 8)
+    for method in (network, network.with_residual):
+        with pytest.raises(ValueError, match=r"size \(16, 16, 9\), got \(16, 16, 16\) from 'decoder'.*DivisiblePadd"):
+            method(torch.zeros(1, 1, 16, 16, 9))
+
+
 def skip_stages(network: ConResWrapper) -> None:
     network.backbone.skip_layers.forward = lambda x: torch.zeros(1, 8, *SIZE)
 
