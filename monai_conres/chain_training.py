@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.utils import convert_to_tensor
+from monai.utils import convert_to_tensor, ensure_tuple
 
 from monai_conres.chain import ChainSettings, broadcast_slices, log_partition, potentials, slice_marginals
 from monai_conres.losses import check_class_indices, reads_ignore_index
@@ -63,9 +63,17 @@ def _sample(
     is_sigmoid = label.shape[1] == logits.shape[1]
     foreground = logits.shape[1] - (not is_sigmoid)
     residual = case.get("residual", logits.new_zeros(()).expand(1, foreground, *logits.shape[2:]))
-    labelled = torch.ones_like(label, dtype=torch.bool)
+    for name in ("segmentation", "residual", "image"):
+        if name in case and not case[name].isfinite().all():
+            raise ValueError(
+                f"expected finite numbers in {name}, got NaN or infinite ones; check the network's output, and "
+                "normalize the image as for the network."
+            )
     if ignore_index is not None:
         check_ignore_index(ignore_index, label.dtype, 2 if is_sigmoid else foreground + 1)
+    label = label if label.is_floating_point() else label.long()  # torch knows few operations of uint16
+    labelled = torch.ones_like(label, dtype=torch.bool)
+    if ignore_index is not None:
         labelled = labelled_voxels(label, ignore_index, one_hot=False)
     check_values(label.masked_fill(~labelled, 0).cpu(), 2 if is_sigmoid else foreground + 1, "classes of the network")
     label = label.to(torch.int16).masked_fill(~labelled, -1)
@@ -91,7 +99,7 @@ def _sample(
 def fit_chain(
     cases: Iterable[Mapping[str, Any]],
     *,
-    drawn: Sequence[int] = (1, 2, 3),
+    drawn: int | Sequence[int] = (1, 2, 3),
     positions: int = 1024,
     max_iterations: int = 30,
     spatial_axis: int = -1,
@@ -119,8 +127,8 @@ def fit_chain(
         The fitted settings, with an offset for each class that has a residual.
 
     Raises:
-        ValueError: when there is no case, a key is missing, shapes do not fit each other, or ``ignore_index`` is a
-            class.
+        ValueError: when there is no case, a key is missing, shapes do not fit each other, a number is not finite, or
+            ``ignore_index`` is a class. The message names the case, counted from 1.
 
     Example:
         >>> label = torch.zeros(1, 1, 3, 4, 6)
@@ -129,8 +137,19 @@ def fit_chain(
         >>> settings.offset[0] < 0  # neighboring slices are alike
         True
     """
-    parts = (part for case in cases for part in _single(case))
-    samples = [_sample(part, drawn, positions, spatial_axis, ignore_index) for part in parts]
+    numbers = ensure_tuple(drawn)
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"expected one or more numbers of drawn slices, each 1 or more, got drawn={drawn}.")
+    samples, keys = [], set()
+    for number, case in enumerate(cases, start=1):
+        try:
+            for part in _single(case):
+                samples.append(_sample(part, numbers, positions, spatial_axis, ignore_index))
+                keys.add(tuple(sorted(part)))
+        except ValueError as error:
+            raise ValueError(f"case {number}: {error}") from error
+    if len(keys) > 1:
+        raise ValueError(f"expected the same keys in all cases, got {' and '.join(map(str, sorted(keys)))}.")
     samples = [sample for sample in samples if (sample[3] >= 0).any()]
     if not samples:
         raise ValueError("expected a case with foreground and labels, got none; give training cases of the network.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import os
@@ -370,7 +371,7 @@ def fit_completion(
     trained: TrainedNetwork,
     cases: Iterable[Mapping[str, Any]],
     *,
-    drawn: Sequence[int] = (1, 2, 3),
+    drawn: int | Sequence[int] = (1, 2, 3),
     ignore_index: int | None = None,
 ) -> ChainSettings:
     """Fit the weights of the chain for a trained network, as :func:`~monai_conres.chain_training.fit_chain` does.
@@ -576,6 +577,8 @@ def _drawn_slices(
     by_slice = label.movedim(axis + 1, 0)
     nothing = 0 if ignore_index is None else ignore_index  # what slices hold that are not drawn
     labelled = set((by_slice != nothing).flatten(1).any(1).nonzero()[:, 0].tolist())
+    if slices is None and ignore_index is None:
+        _check_drawn_axis(file, label[0] != 0, axis)
     known = sorted({operator.index(number) for number in slices} if slices is not None else labelled)
     if known and (known[0] < 0 or known[-1] >= len(by_slice)):
         raise ValueError(
@@ -594,6 +597,28 @@ def _drawn_slices(
         )
     values.movedim(axis + 1, 0)[known] = drawn.to(torch.uint8)
     return known, sorted(labelled - set(known)), values
+
+
+def _check_drawn_axis(file: str | os.PathLike, labelled: torch.Tensor, axis: int) -> None:
+    """Raise if slices were drawn along another axis than ``axis``: labels there, and none in the slices beside them."""
+
+    def numbers(other: int) -> list[int]:
+        return labelled.movedim(other, 0).flatten(1).any(1).nonzero()[:, 0].tolist()
+
+    def apart(found: Sequence[int]) -> bool:
+        return all(later - earlier > 1 for earlier, later in itertools.pairwise(found))
+
+    found = numbers(axis)
+    if len(found) < 4 or apart(found):
+        return
+    for other in {0, 1, 2} - {axis}:
+        if apart(drawn := numbers(other)):
+            raise ValueError(
+                f"expected slices that are drawn along the {ORDINALS[axis]} axis of {file}, got labels only in "
+                f"{'slice' if len(drawn) == 1 else 'slices'} {', '.join(map(str, drawn))} along the {ORDINALS[other]} "
+                f"axis; draw along the {ORDINALS[axis]} axis, or name the slices that are drawn (complete --slices, in "
+                "Python slices)."
+            )
 
 
 def _to_classes(label: torch.Tensor, scans: ScanSettings) -> torch.Tensor:

@@ -71,6 +71,23 @@ def test_fit_chain_refuses_what_does_not_fit():
             fit_chain([case | {"label": label}])
     with pytest.raises(ValueError, match="expected volumes of one batch and size"):
         fit_chain([case | {"image": torch.zeros(1, 1, 3, 4, 19)}])
+    more = case | {name: torch.zeros_like(case["label"], dtype=torch.float32) for name in ("residual", "image")}
+    for name in ("segmentation", "residual", "image"):
+        for number in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"case 2: expected finite numbers in {name}"):
+                fit_chain([more, more | {name: torch.full_like(more[name], number)}])
+    with pytest.raises(ValueError, match="expected the same keys in all cases, got "):
+        fit_chain([more, {name: volume for name, volume in more.items() if name != "residual"}])
+    for drawn in ([], 0, [1, -2]):
+        with pytest.raises(ValueError, match="one or more numbers of drawn slices"):
+            fit_chain([case], drawn=drawn)
+
+
+def test_fit_chain_takes_labels_of_any_dtype_and_one_number_of_slices():
+    case = case_of_batch(1)
+    expected = fit_chain([case], drawn=[2])
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int64, torch.float32):
+        assert fit_chain([case | {"label": case["label"].to(dtype)}], drawn=2) == expected
 
 
 def test_chain_loss_refuses_masks_that_overlap():
