@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.utils import convert_to_dst_type, convert_to_tensor
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple
 
-from monai_conres.residual import check_values, inter_slice_residual, slice_dim
+from monai_conres.residual import check_ignore_index, check_values, inter_slice_residual, slice_dim
 
 __all__ = [
     "ChainSettings",
@@ -80,7 +80,7 @@ class ChainSettings:
     """
 
     # below 1, because the errors of neighboring slices go together
-    tau: float = 0.5
+    tau: float = 0.25
     residual_scale: float = 0.5
     image_contrast: float = 0.5
     # among others, the weighted loss of Eq. 8 raises the residual logits by log(w_1 / w_0)
@@ -394,7 +394,7 @@ def _drawn_slices(
     if slices is None:
         drawn = labelled.movedim(dim, 1).flatten(2).any(2)
     else:
-        given: list[Any] = slices.tolist() if hasattr(slices, "tolist") else list(slices)
+        given: list[Any] = list(ensure_tuple(slices.tolist() if hasattr(slices, "tolist") else slices))
         cases = given if any(isinstance(case, Iterable) for case in given) else [given] * batch
         if len(cases) != batch:
             raise ValueError(
@@ -403,6 +403,8 @@ def _drawn_slices(
         drawn = torch.zeros(batch, size, dtype=torch.bool, device=labelled.device)
         for number, case in enumerate(cases):
             indices = [operator.index(index) for index in case]
+            if any(isinstance(index, bool) for index in case):
+                raise ValueError(f"expected numbers of slices, got {case}; give [3] for the fourth slice.")
             if indices and not 0 <= min(indices) <= max(indices) < size:
                 raise ValueError(
                     f"expected slices from 0 to {size - 1}, got {indices}; they count along spatial_axis, from 0."
@@ -489,10 +491,13 @@ def _prepare(
     drawn = convert_to_tensor(drawn, track_meta=False, device=unary.device)
     _check_shapes(unary, rho, drawn)
     dim = slice_dim(drawn.ndim, spatial_axis)
-    ignored = torch.zeros_like(drawn, dtype=torch.bool) if ignore_index is None else drawn == ignore_index
-    is_drawn = _drawn_slices(slices, (drawn != 0) & ~ignored, dim)
-    known = broadcast_slices(is_drawn, drawn.ndim, dim) & ~ignored
-    _check_classes(drawn[known], unary.shape[1] if unary.shape[1] > rho.shape[1] else 0)
+    classes = unary.shape[1] if unary.shape[1] > rho.shape[1] else 0
+    if ignore_index is not None:
+        check_ignore_index(ignore_index, drawn.dtype, classes or 2)
+    kept = torch.ones_like(drawn, dtype=torch.bool) if ignore_index is None else drawn != ignore_index
+    is_drawn = _drawn_slices(slices, drawn != 0 if ignore_index is None else kept, dim)
+    known = broadcast_slices(is_drawn, drawn.ndim, dim) & kept
+    _check_classes(drawn[known], classes)
     return unary, rho, drawn.to(torch.int16).masked_fill(~known, -1), is_drawn
 
 
@@ -525,13 +530,14 @@ def complete_mask(
         drawn: what was drawn, of any dtype. ``(b, 1, *spatial)`` class indices for a softmax, ``(b, c, *spatial)``
             zeros and ones for sigmoids. Slices that are not drawn may hold any values.
         slices: indices of the drawn slices, from 0: one list for all cases, or one list for each case. ``None`` takes
-            the slices with any label. If a drawn slice is empty, name all drawn slices.
+            the slices with any label, with ``ignore_index`` those with any other value. Without it, if a drawn slice is
+            empty, name all drawn slices.
         image: ``(b, i, *spatial)`` as the network sees it, for the image contrast.
         settings: weights of the chain; ``None`` is ``ChainSettings()``.
         spatial_axis: index of the slice axis among the spatial axes.
         sigmoid: True says that the segmentation has sigmoids, if ``residual`` is ``None``.
         softmax: True says that the segmentation has a softmax, if ``residual`` is ``None``.
-        ignore_index: value of voxels that are not drawn, in slices that are drawn partly.
+        ignore_index: value of voxels that are not drawn, such as 255. All others are drawn, background too.
 
     Returns:
         The completed volume with the shape and dtype of ``drawn``. Drawn voxels keep what was drawn.
@@ -541,7 +547,7 @@ def complete_mask(
 
     Raises:
         ValueError: when shapes do not fit each other, no slice is drawn, a slice is outside the volume, logits are not
-            finite, or drawn values are not classes of the network.
+            finite, drawn values are not classes of the network, or ``ignore_index`` is one.
 
     Example:
         >>> mask = torch.tensor([[[1, 1, 0, 0, 1]]])

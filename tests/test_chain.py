@@ -299,18 +299,20 @@ def test_complete_mask_fills_voxels_of_ignore_index():
 
 
 def test_complete_mask_takes_labelled_slices_with_ignore_index():
-    """A slice that holds only ``ignore_index`` and background does not count as drawn."""
+    """All voxels that do not hold ``ignore_index`` are drawn, background too."""
     logits = torch.randn(1, 3, 4, 5), torch.randn(1, 2, 4, 5)
     drawn = torch.full((1, 1, 4, 5), 255)
     drawn[:, :, 1:3, 1] = 2  # drawn partly
     drawn[:, :, :2, 3] = 0
     got = complete_mask(*logits, drawn, ignore_index=255)
-    assert torch.equal(got, complete_mask(*logits, drawn, slices=[1], ignore_index=255))
-    assert not torch.equal(got, complete_mask(*logits, drawn, slices=[1, 3], ignore_index=255))
+    assert torch.equal(got, complete_mask(*logits, drawn, slices=[1, 3], ignore_index=255))
+    assert not torch.equal(got, complete_mask(*logits, drawn, slices=[1], ignore_index=255))
+    assert torch.equal(got, complete_mask(*logits, drawn, slices=range(5), ignore_index=255))
     assert got.max() <= 2
     assert (got[:, :, 1:3, 1] == 2).all()
+    assert not got[:, :, :2, 3].any()
     (ranking,) = next_slice(*logits, drawn, ignore_index=255)
-    assert sorted(ranking) == [0, 2, 3, 4]
+    assert sorted(ranking) == [0, 2, 4]
 
 
 def test_complete_mask_follows_the_image_without_a_residual_decoder():
@@ -406,12 +408,19 @@ def bad_input(**changes):
         ({"image": torch.zeros(1, 1, 4, 4)}, "image of the segmentation's size"),
         ({"settings": ChainSettings(offset=(1.0, 2.0, 3.0))}, "one offset"),
         ({"spatial_axis": 2}, "spatial_axis"),
+        ({"slices": torch.arange(5) == 3}, "numbers of slices"),
+        ({"ignore_index": 1}, "none of the label's values 0 to 2"),
+        ({"drawn": torch.ones(1, 1, 4, 5, dtype=torch.uint8), "ignore_index": -1}, "from 0 to 255"),
     ],
 )
 def test_complete_mask_refuses_bad_input(changes, message):
     for function in (complete_mask, next_slice):
         with pytest.raises(ValueError, match=message):
             function(**bad_input(**changes))
+
+
+def test_complete_mask_takes_the_number_of_one_slice():
+    assert torch.equal(complete_mask(**bad_input(slices=3)), complete_mask(**bad_input(slices=[3])))
 
 
 def test_complete_mask_refuses_slices_that_are_no_integers():

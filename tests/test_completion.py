@@ -361,6 +361,17 @@ def test_stored_settings_of_the_chain_are_used(tmp_path):
     assert torch.equal(default.label, complete_scan(trained, image, drawn, settings=ChainSettings()).label)
 
 
+def test_command_says_whether_the_weights_are_fitted(tmp_path, capsys):
+    network = run_folder(tmp_path / "run", settings())
+    (image, drawn), *_ = write_case(tmp_path, "LPS", oblique=False)
+    arguments = complete(network=network, image=image, drawn=drawn, out=tmp_path / "volume.nii.gz")
+    main(arguments)
+    assert "not fitted to this network" in capsys.readouterr().out
+    save_chain(network, ChainSettings())
+    main(arguments)
+    assert "fitted" not in capsys.readouterr().out
+
+
 # the command
 
 
@@ -503,6 +514,29 @@ def test_command_refuses_files_and_writes_nothing(tmp_path, capsys, change, mess
     arguments = complete(network=network, image=image, drawn=drawn, out=tmp_path / "volume.nii.gz")
     assert re.search(message, fails(arguments, capsys))
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("drawn_at", [[3], [2, 5]])
+def test_slices_drawn_along_another_axis_are_refused(tmp_path, drawn_at):
+    """Else each slice along the network's axis would count as drawn: a line, and background."""
+    trained = load_network(run_folder(tmp_path / "run", settings()))
+    (image, _), _, label, _ = write_case(tmp_path, "RAS", oblique=False)
+    other = np.zeros_like(label)
+    other[drawn_at] = np.where(np.arange(label.shape[-1]) < 6, 1, 0)
+    file = write(tmp_path / "other.nii.gz", other, nib.load(image).affine)
+    with pytest.raises(ValueError, match=f"third axis of .*{drawn_at[-1]} along the first axis; draw along the third"):
+        complete_scan(trained, image, file)
+    named = complete_scan(trained, image, file, slices=[1, 2])
+    np.testing.assert_array_equal(named.label[0, ..., 1:3], other[..., 1:3])
+
+
+def test_thin_structures_in_many_drawn_slices_are_taken(tmp_path):
+    trained = load_network(run_folder(tmp_path / "run", settings()))
+    (image, _), _, label, _ = write_case(tmp_path, "RAS", oblique=False)
+    drawn = np.zeros_like(label)
+    drawn[3:5, 4:6, :7] = 1
+    file = write(tmp_path / "thin.nii.gz", drawn, nib.load(image).affine)
+    assert complete_scan(trained, image, file).slices == list(range(7))
 
 
 def test_command_refuses_arguments_and_writes_nothing(tmp_path, capsys):

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from ablation import dynunet
 from monai.utils import ensure_tuple_rep
 
-from monai_conres import ChainLoss, ConResDecoder, ConResLoss, ConResNet, ConResOutput, attach_conres
+from monai_conres import ChainLoss, ChainSettings, ConResDecoder, ConResLoss, ConResNet, ConResOutput, attach_conres
 from monai_conres import inter_slice_residual as difference
 from monai_conres.layers import WeightStandardizedConv3d
 from monai_conres.operations import resize_features
@@ -47,6 +47,8 @@ class Arm:
     gradient_share: float | None = None  # instead of a constant weight
     cascade: tuple[str, ...] = ()  # what a first network predicted, as further channels of the image
 
+
+CHAIN = ChainSettings(tau=0.5)  # of networks that are trained through the chain
 
 # other: neither a network's residual nor the slice chain
 OTHER = ("interpolation", "contours", "random_walker")
@@ -202,7 +204,7 @@ class Losses:
 
     def __init__(self, arm: Arm, network: nn.Module) -> None:
         self.joint = ConResLoss(softmax=True, residual_weight=arm.residual_weight)
-        self.chain = ChainLoss(self.joint.segmentation_loss)
+        self.chain = ChainLoss(self.joint.segmentation_loss, settings=CHAIN)
         self.arm, self.network = arm, network
         self.calls = 0
 

@@ -14,9 +14,9 @@ An arm is LAYOUT, PERCENT and METHOD, such as pairs10_chain. Definitions, which 
 - Voxels that are not drawn, and those that padding brings in, have no label. Patches lie around labelled voxels.
 - ``partial``: cross entropy and Dice loss of the labelled voxels. ``residual``: and the residual loss. ``chain``: in
   the second half of the training also that loss for the marginals of the slice chain.
-- ``second``: the network of ``chain`` completes each training scan from its own drawn slices, with the default
-  settings of the chain. A new network is trained on the completed scans as if they were drawn. ``long`` is its control:
-  ``chain`` with twice as many iterations.
+- ``second``: the network of ``chain`` completes each training scan from its own drawn slices, with the
+  settings CHAIN, which are not fitted. A new network is trained on the completed scans as if they were drawn. ``long``
+  is its control: ``chain`` with twice as many iterations.
 - Dice of a case: for each class, of the plain prediction of a validation scan, all slices. Of a training scan: without
   its drawn slices.
 - Primary endpoint: the Dice of the validation scans of ``residual``, ``chain`` and ``second`` less that of ``partial``.
@@ -63,6 +63,7 @@ from monai_conres.bundle import Computation, seed_everything
 from monai_conres.files import atomic_path
 
 IGNORE = 255
+CHAIN = ChainSettings(tau=0.5)
 KEYS = ("image", "label")
 COLUMNS = (
     *("arm", "fold", "seed", "seconds", "labelled", "known", "set", "case", "class", "dice", "completed", "fitted"),
@@ -128,7 +129,7 @@ def train(
     seed_everything(seed)
     size = size | {"iterations": size["iterations"] * (2 if method == "long" else 1)}
     joint = ConResLoss(softmax=True, ignore_index=IGNORE, residual_weight=float(method != "partial"))
-    through_chain = ChainLoss(joint.segmentation_loss, ignore_index=IGNORE)
+    through_chain = ChainLoss(joint.segmentation_loss, settings=CHAIN, ignore_index=IGNORE)
     optimizer = torch.optim.Adam(network.parameters(), lr=size["rate"])
     schedule = PolynomialLR(optimizer, total_iters=size["iterations"], power=0.9)
     device = next(network.parameters()).device
@@ -199,7 +200,7 @@ def evaluate(
         slices, outputs = arm.slices(label.shape[-1]), predict(network, image, patch)
         results = {
             "dice": outputs[0][0].argmax(0, keepdim=True),
-            "completed": complete(outputs, image, label, slices, ChainSettings()),
+            "completed": complete(outputs, image, label, slices, CHAIN),
             "fitted": complete(outputs, image, label, slices, fitted),
         }
         add("training", case["name"], **{key: dice(own, label, classes, slices) for key, own in results.items()})
@@ -278,7 +279,7 @@ def second_label(network: ConResNet, arm: Arm, case: Mapping[str, Any], patch: t
     """A training scan with the label that the network completes from its drawn slices."""
     image, label = (case[key].as_tensor() for key in KEYS)
     slices = arm.slices(label.shape[-1])
-    finished = complete(predict(network, image, patch), image, label, slices, ChainSettings())
+    finished = complete(predict(network, image, patch), image, label, slices, CHAIN)
     return {**case, "label": finished.to(label.dtype)}
 
 

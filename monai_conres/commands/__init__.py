@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from monai_conres.files import TrainedNetwork
 
-__all__ = ["add_network", "find_callable", "load_on_device"]
+__all__ = ["add_network", "find_callable", "load_on_device", "say_unfitted"]
 
 
 def find_callable(place: str) -> Callable[..., Any]:
@@ -70,3 +70,12 @@ def load_on_device(folder: str | os.PathLike, backbone: str | None = None, devic
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"expected a device of torch, such as cpu or cuda, got {device} ({error}).") from error
     return trained
+
+
+def say_unfitted(trained: TrainedNetwork) -> None:
+    """Print what to do for a network without weights of the completion."""
+    if trained.chain is None:
+        print(
+            "The weights of the completion are not fitted to this network, which costs accuracy. Once, with its "
+            "training cases: python -m monai_conres fit-chain"
+        )

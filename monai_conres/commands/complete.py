@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monai_conres.commands import add_network, load_on_device
+from monai_conres.commands import add_network, load_on_device, say_unfitted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,6 +113,7 @@ def complete_files(
         print(f"Labels that do not count, because the given slices leave them out: {left_out}")
     if not completed.uses_residual:
         print("The network has no residual decoder. Only the contrast of the image tells where the labels change.")
+    say_unfitted(trained)
     write_label_map(out, completed.label, completed.label)
     print(f"Completed volume: {out}")
     if preview:

@@ -17,7 +17,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from monai_conres.commands import add_network, load_on_device
+from monai_conres.commands import add_network, load_on_device, say_unfitted
 from monai_conres.commands.complete import value_name
 
 
@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
     threading.Thread(target=drawing.predict, daemon=True).start()
     if drawing.slices:
         print(f"Slices that are drawn: {' '.join(map(str, sorted(drawing.slices)))}")
+    say_unfitted(trained)
     print(f"The page: {server.url}\nPress Ctrl+C here to stop. Your strokes are in {drawing.file}", flush=True)
     if not options.no_browser:
         threading.Thread(target=webbrowser.open, args=[server.url], daemon=True).start()  # one in the terminal waits
