@@ -479,6 +479,18 @@ def test_mixed_precision_needs_a_gpu(trained, name):
     assert "expected a GPU for mixed precision" in refused("brats_conresnet", name, **options, amp=True)
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "inference"])
+@pytest.mark.parametrize(("cases", "processes"), [(0, 1), (1, 2)])
+def test_fewer_cases_than_processes_are_refused_before_the_work(trained, tmp_path, name, cases, processes):
+    few = f"@data.cases[:{cases}]"
+    options = (
+        {"split": f"$@data.cases, {few}"} if name == "train" else {"cases": f"${few}", "output_dir": str(tmp_path)}
+    )
+    options |= {"dataset_dir": trained["dataset_dir"], "run_dir": trained["run_dir"]}
+    error = refused("brats_conresnet", name, **options, world_size=processes, check="$1 / 0")  # of the check of files
+    assert f"as many cases to segment as processes, got {cases} and {processes}" in error
+
+
 @pytest.mark.parametrize("name", ["evaluate", "inference", "export"])
 def test_network_that_contradicts_network_json_is_an_error(brats, trained, tmp_path, name):
     options = {"run_dir": trained["run_dir"], "output_dir": str(tmp_path / "out"), "output": str(tmp_path / "out.ts")}
@@ -507,7 +519,8 @@ def test_broken_file_is_an_error_before_the_work(brats, trained, tmp_path):
     file.write_bytes(file.read_bytes()[:-2000])
     for name in ("train", "inference"):
         options = {"dataset_dir": str(data), "output_dir": str(tmp_path / "new")}
-        options |= {"run_dir": str(tmp_path / "run")} if name == "train" else {"run_dir": trained["run_dir"]}
+        own = {"run_dir": str(tmp_path / "run"), "hold_out": 2}
+        options |= own if name == "train" else {"run_dir": trained["run_dir"]}
         assert re.search(r"cannot read .*phantom_002_t2\.nii\.gz", refused("brats_conresnet", name, **options))
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "new").exists()
@@ -547,6 +560,9 @@ def test_killed_run_ends_as_an_undisturbed_one(brats, tmp_path):
     ]
     for process in processes:
         finish(process)
+    one_case = {"dataset_dir": brats, "cases": "$@data.cases[:1]", "output_dir": tmp_path / "one", **run_dir}
+    idle = start("brats_conresnet", "inference", "multi_gpu_evaluate", processes=2, **one_case)
+    assert "error: expected at least as many cases to segment as processes, got 1 and 2; " in idle.communicate()[0]
     rows = table(tmp_path / "b" / "evaluation" / "cases.csv")
     assert len(rows) == 2
     for row in rows:

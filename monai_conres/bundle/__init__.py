@@ -29,6 +29,7 @@ from monai_conres.bundle.training import (
     number_of_epochs,
     seed_everything,
     share_of_batch,
+    share_of_cases,
     start_processes,
 )
 
@@ -68,6 +69,7 @@ __all__ = [
     "save_torchscript",
     "seed_everything",
     "share_of_batch",
+    "share_of_cases",
     "start_processes",
     "stored_network",
     "stored_scans",

@@ -55,7 +55,7 @@ class CaseReport:
         ignore_index: value of voxels without a label in the label files. They do not count.
 
     Raises:
-        ValueError: when a process has no case, the folder has a file of a case or another NIfTI file than predictions,
+        ValueError: when the folder has a file of a case or another NIfTI file than predictions,
             a label has other values, or distances are not defined: see :func:`~monai_conres.volumes.voxel_sizes`.
     """
 
@@ -91,8 +91,6 @@ class CaseReport:
 
     def attach(self, engine: Engine) -> None:
         """Report the cases of ``engine``, an evaluator whose output has a label map ``"pred"`` for each case."""
-        if engine.state.epoch_length == 0:
-            raise ValueError("expected at least one case for each process, got none for this one; start fewer.")
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 

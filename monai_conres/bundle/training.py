@@ -360,6 +360,25 @@ def share_of_batch(batch_size: int, processes: int) -> int:
     return batch_size // processes
 
 
+def share_of_cases(cases: int, processes: int, rank: int) -> range:
+    """Which cases a process segments, as the sampler of a loader: each case once over all processes.
+
+    Raises:
+        ValueError: when there are fewer cases than processes.
+
+    Example:
+        >>> [list(share_of_cases(5, 2, rank)) for rank in (0, 1)]
+        [[0, 2, 4], [1, 3]]
+    """
+    if cases < processes:
+        raise ValueError(
+            f"expected at least as many cases to segment as processes, got {cases} and {processes}; start fewer "
+            "processes, or give more cases. In a training these are the validation cases: "
+            f"--split '$@data.cases, @data.cases[:{processes}]' takes training cases."
+        )
+    return range(rank, cases, processes)
+
+
 def start_processes(timeout: float = 24.0) -> None:
     """Start the process group of ``torchrun``: NCCL on GPUs, else gloo.
 

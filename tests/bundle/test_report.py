@@ -144,11 +144,6 @@ def test_report_leaves_out_pictures_and_distances(tmp_path, cases):
     assert list(row) == ["case", "Dice lesion"]
 
 
-def test_process_without_a_case_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="one case for each process"):
-        evaluate(tmp_path, [])
-
-
 def test_interval_covers_the_mean_95_times_in_100():
     generator = np.random.default_rng(0)
     covered = 0

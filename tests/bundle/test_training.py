@@ -14,6 +14,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.data import DataLoader
+from monai.data import DistributedSampler as EvaluationSampler
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from monai.losses import DiceLoss
@@ -44,6 +45,7 @@ from monai_conres.bundle import (
     number_of_epochs,
     seed_everything,
     share_of_batch,
+    share_of_cases,
 )
 from monai_conres.chain import ChainSettings
 from monai_conres.files import ScanSettings, load_network, save_chain
@@ -357,6 +359,13 @@ def test_number_of_epochs_needs_a_batch():
     assert number_of_epochs(41, range(10)) == 5
     with pytest.raises(ValueError, match="fewer cases than batch_size"):
         number_of_epochs(10, [])
+
+
+@pytest.mark.parametrize(("cases", "processes"), [(1, 1), (7, 3), (6, 3), (3, 3)])
+def test_share_of_cases_is_that_of_monais_sampler(cases, processes):
+    for rank in range(processes):
+        options = {"num_replicas": processes, "rank": rank, "shuffle": False, "even_divisible": False}
+        assert list(share_of_cases(cases, processes, rank)) == list(EvaluationSampler(range(cases), **options))
 
 
 def test_share_of_batch_must_be_even():
