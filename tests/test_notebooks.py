@@ -8,9 +8,13 @@ import re
 from pathlib import Path
 
 import nbformat
+import nibabel as nib
+import numpy as np
 import pytest
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from examples.execute_notebooks import FOLDER, execute
+from monai_conres.phantom import write_phantom_dataset
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 QUICK = ("1_the_idea", "2_train_and_look_inside")
@@ -36,6 +40,24 @@ def test_notebook_runs(path, monkeypatch):
     for cell, before in zip(execute(path).cells, stored.cells, strict=True):
         kinds = [{frozenset(output.get("data", {})) for output in c.get("outputs", [])} for c in (cell, before)]
         assert kinds[0] == kinds[1], cell.source  # the same kinds of outputs as the stored ones
+
+
+@pytest.mark.slow
+def test_slices_are_drawn_along_any_axis_of_the_files(tmp_path, monkeypatch):
+    """Notebook 6 takes scans that are stored with the axes A, S, R."""
+    folder = tmp_path / "Task00_Phantom"
+    write_phantom_dataset(folder, cases=5, size=(34, 42, 26))
+    for file in folder.glob("*Tr/*.nii.gz"):
+        image = nib.load(file)
+        turned = image.as_reoriented(ornt_transform(io_orientation(image.affine), axcodes2ornt("ASR")))
+        nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), file)
+    monkeypatch.setenv("ITERATIONS", "2")
+    monkeypatch.setenv("DECATHLON_FOLDER", str(folder))
+    notebook = execute(FOLDER / "6_draw_one_slice.ipynb")
+    printed = "".join(text_of(output) for cell in notebook.cells for output in cell.get("outputs", []))
+    finished = [float(value) for value in re.findall(r"drawn: Dice of the finished volume (\d\.\d+)", printed)]
+    assert len(finished) == 6
+    assert finished[-1] == max(finished)
 
 
 @every_notebook
