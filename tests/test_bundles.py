@@ -257,20 +257,27 @@ def test_case_without_foreground_is_not_cropped(bundle, name, place, source):
     np.testing.assert_array_equal(crop(case)["image"], case["image"][box])
 
 
-def test_hippocampus_is_downloaded_by_one_process(tmp_path, monkeypatch):
+def test_hippocampus_is_downloaded_once_by_one_process(tmp_path, monkeypatch):
     calls = []
-    write_phantom_dataset(tmp_path / "Task04_Hippocampus", cases=5, size=(12, 14, 10))  # what comes is read
-    monkeypatch.setattr("monai.apps.DecathlonDataset", lambda **kwargs: calls.append(kwargs))
+    data = tmp_path / "Task04_Hippocampus"
+
+    def download(**kwargs):
+        calls.append(kwargs)
+        write_phantom_dataset(data, cases=5, size=(12, 14, 10))  # what comes is read
+
+    monkeypatch.setattr("monai.apps.DecathlonDataset", download)
     for method in ("initialize", "barrier"):
         monkeypatch.setattr(f"ignite.distributed.{method}", lambda *args, **kwargs: None)
-    options = {"download": True, "dataset_dir": str(tmp_path / "Task04_Hippocampus"), "check": "nothing"}
+    options = {"download": True, "dataset_dir": str(data), "check": "nothing"}
     options |= {"run_dir": str(tmp_path / "run")}
     files = [
         str(BUNDLES / "hippocampus_conresnet" / "configs" / f"{name}.yaml") for name in ("train", "multi_gpu_train")
     ]
-    for names, rank in ((files[:1], 0), (files, 1), (files, 0)):
-        ConfigWorkflow(names, logging_file=False, rank=rank, **options).parser.get_parsed_content("initialize")
-    assert len(calls) == 2  # by rank 0
+    for number, names in enumerate((files[:1], files), start=1):
+        shutil.rmtree(data, ignore_errors=True)
+        for rank, item in ((1, "fetch"), (0, "initialize"), (0, "initialize")):  # the second time the data are there
+            ConfigWorkflow(names, logging_file=False, rank=rank, **options).parser.get_parsed_content(item)
+            assert len(calls) == (number if item == "initialize" else number - 1)
     assert (calls[1]["root_dir"], calls[1]["download"]) == (str(tmp_path), True)
     assert calls[1]["task"] in DecathlonDataset.resource
 

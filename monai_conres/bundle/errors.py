@@ -23,7 +23,10 @@ def _print_error(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 def cause_of(error: BaseException) -> str:
-    """The message of the error that a ``RuntimeError`` of MONAI or of a loader's worker wraps; nothing without one.
+    """The message of the error that others wrap, such as a ``RuntimeError`` of MONAI; nothing where none is wrapped.
+
+    That is the first ``ValueError``, ``TypeError`` or ``OSError`` of the chain, also in the text of a loader's worker.
+    Without one it is the innermost error, with its class.
 
     Example:
         >>> try:
@@ -35,11 +38,15 @@ def cause_of(error: BaseException) -> str:
         ...     print(cause_of(wrapped))
         expected a scan, got none.
     """
-    inner: BaseException | None = error
-    while type(inner) is RuntimeError:
-        if found := re.findall(
-            r"^(?:ValueError|TypeError|OSError): (.*?)(?:\n\n|\Z)", str(inner), re.DOTALL | re.MULTILINE
+    inner = error
+    while not isinstance(inner, (ValueError, TypeError, OSError)):
+        if type(inner) is RuntimeError and (
+            found := re.findall(
+                r"^(?:ValueError|TypeError|OSError): (.*?)(?:\n\n|\Z)", str(inner), re.DOTALL | re.MULTILINE
+            )
         ):
             return found[-1].strip()  # the trace of a worker, as text
+        if inner.__cause__ is None:
+            return "" if inner is error else f"{type(inner).__name__}: {inner}"
         inner = inner.__cause__
-    return str(inner) if isinstance(inner, (ValueError, TypeError, OSError)) and inner is not error else ""
+    return "" if inner is error else str(inner)

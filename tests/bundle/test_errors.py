@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
@@ -44,6 +45,25 @@ def test_cause_keeps_all_lines_of_an_error_and_leaves_out_its_own_cause():
     middle, outer = RuntimeError("Failed to evaluate"), RuntimeError("Failed to evaluate")
     outer.__cause__, middle.__cause__ = middle, inner
     assert cause_of(outer) == "one file\nanother file"
+
+
+def chain(*errors: BaseException) -> BaseException:
+    """The first error, which the second one caused, and so on."""
+    for outer, inner in pairwise(errors):
+        outer.__cause__ = inner
+    return errors[0]
+
+
+def test_cause_is_found_behind_any_class():
+    download = Exception("Error processing URL: no connection")  # as MONAI's download raises it
+    error = chain(RuntimeError("Failed to instantiate"), download, ConnectionError("no connection"), KeyError("x"))
+    assert cause_of(error) == "no connection"
+
+
+def test_innermost_error_is_the_cause_where_no_message_says_what_to_do():
+    assert cause_of(chain(RuntimeError("Failed to evaluate"), KeyError("x"))) == "KeyError: 'x'"
+    missing = ModuleNotFoundError("No module named 'tensorboard'")
+    assert cause_of(chain(RuntimeError("a"), RuntimeError("b"), missing)) == f"ModuleNotFoundError: {missing}"
 
 
 def test_last_line_of_a_program_is_the_cause(monkeypatch, capsys, tmp_path):
