@@ -315,10 +315,10 @@ DATA = {  # a writer of data, and the label values
 }
 
 
-def check_completion(bundle: str, data: Path, run_dir: str, image: Any, label: Path, folder: Path) -> None:
+def check_completion(bundle: str, data: Path, run_dir: int, image: Any, label: Path, folder: Path) -> None:
     """The weights of the chain are fitted; then a scan is completed from one drawn slice, as the command does it."""
     run(bundle, "fit_chain", dataset_dir=str(data), run_dir=run_dir, number=2)
-    assert load_network(run_dir).chain != load_network(run_dir.replace("run0", "run1")).chain is None
+    assert load_network(str(run_dir)).chain != load_network(str(run_dir + 1)).chain is None
     if bundle == "pancreas_ct_conresnet":  # the header of the label lies next to the series
         nib.save(nib.Nifti1Image(load_volume(image)[0].numpy(), nib.load(label).affine), folder / "scan.nii.gz")
         image = str(folder / "scan.nii.gz")
@@ -329,7 +329,7 @@ def check_completion(bundle: str, data: Path, run_dir: str, image: Any, label: P
     nib.save(nib.Nifti1Image(drawn, affine), folder / "drawn.nii.gz")
     files = {"image": image, "drawn": str(folder / "drawn.nii.gz"), "output": str(folder / "completed.nii.gz")}
     run(bundle, "complete", run_dir=run_dir, **files)
-    completed = complete_scan(load_network(run_dir), image, files["drawn"])
+    completed = complete_scan(load_network(str(run_dir)), image, files["drawn"])
     assert completed.slices == [number]
     np.testing.assert_array_equal(voxels(files["output"]), completed.label[0])
     np.testing.assert_array_equal(voxels(files["output"])[..., number], reference[..., number])
@@ -337,17 +337,18 @@ def check_completion(bundle: str, data: Path, run_dir: str, image: Any, label: P
 
 
 @pytest.mark.parametrize("bundle", NAMES)
-def test_bundle_goes_from_data_to_predictions(bundle, tmp_path):
-    """Training; then, with the run folders only: evaluation of an ensemble, inference, exports."""
-    data, mean, runs = tmp_path / "data", tmp_path / "mean", [str(tmp_path / "run0"), str(tmp_path / "run1")]
+def test_bundle_goes_from_data_to_predictions(bundle, tmp_path, monkeypatch):
+    """Training; then, with the run folders only, named by numbers: evaluation of an ensemble, inference, exports."""
+    monkeypatch.chdir(tmp_path)
+    data, mean, runs = tmp_path / "data", tmp_path / "mean", [2024, 2025]
     write, structures = DATA[bundle]
     options, label = write(data)
     for seed, folder in enumerate(runs):
         trainer = run(bundle, "train", dataset_dir=str(data), run_dir=folder, seed=seed, **options)
     assert trainer.trainer.state.iteration == 4
     validation = [case["name"] for case in trainer.parser.get_parsed_content("split")[1]]
-    assert [row["case"] for row in table(tmp_path / "run1" / "validation" / "cases.csv")] == sorted(validation)
-    assert any((tmp_path / "run1").glob("events.out.tfevents*")) == ("tensorboard" in options)
+    assert [row["case"] for row in table(tmp_path / "2025" / "validation" / "cases.csv")] == sorted(validation)
+    assert any((tmp_path / "2025").glob("events.out.tfevents*")) == ("tensorboard" in options)
 
     evaluation = run(bundle, "evaluate", dataset_dir=str(data), run_dirs=runs, output_dir=str(mean))
     assert tuple(evaluation.inferer.roi_size) == (24, 24, 16)  # as trained
@@ -371,7 +372,7 @@ def test_bundle_goes_from_data_to_predictions(bundle, tmp_path):
     output = tmp_path / "exported" / "model.ts"
     run(bundle, "export", run_dirs=runs, output=str(output))
     image, softmax = torch.randn(2, CHANNELS[bundle][0], 16, 24, 20), bundle == "hippocampus_conresnet"
-    networks = [load_network(folder).network for folder in runs]
+    networks = [load_network(str(folder)).network for folder in runs]
     with torch.no_grad():
         expected = MeanProbability(networks, softmax=softmax, flip_axes=[[0]] if softmax else [])(image)
     torch.testing.assert_close(torch.jit.load(output)(image), expected, rtol=1e-4, atol=1e-5)

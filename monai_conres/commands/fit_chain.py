@@ -63,10 +63,11 @@ def fit_run(
         ValueError: when there is no training case, or a file of one is missing or wrong.
     """
     from monai_conres.completion import fit_completion
-    from monai_conres.files import check_writable, save_chain, stem
+    from monai_conres.files import check_writable, path_text, save_chain, stem
 
     if number < 1:
         raise ValueError(f"expected 1 or more cases to use, got {number}.")
+    network = path_text(network)
     trained = load_on_device(network, backbone, device)
     check_writable(network)
     names = trained.training.get("cases")
