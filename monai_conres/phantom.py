@@ -45,7 +45,7 @@ def tumor_phantom(
         2 necrosis, 3 enhancing tumor. The edema encloses the other two classes.
 
     Raises:
-        ValueError: when ``size`` or ``spacing`` are not three positive numbers.
+        ValueError: when ``size`` or ``spacing`` are not three positive numbers, or ``seed`` is negative.
 
     Example:
         >>> image, label = tumor_phantom((24, 28, 20))
@@ -54,6 +54,8 @@ def tumor_phantom(
     """
     if len(size) != 3 or len(spacing) != 3 or min(size) < 1 or min(spacing) <= 0:
         raise ValueError(f"expected three positive numbers each, got size={tuple(size)} and spacing={tuple(spacing)}.")
+    if seed < 0:
+        raise ValueError(f"expected a seed of 0 or more, got {seed}.")
     random = np.random.default_rng(seed)
     extent = np.array(size) * spacing
     position = np.stack(np.meshgrid(*((np.arange(n) + 0.5) / n for n in size), indexing="ij")) - 0.5  # -0.5 to 0.5
@@ -102,7 +104,7 @@ def write_phantom_dataset(
         seed: seed of the first case; case ``n`` has ``seed + n``.
 
     Raises:
-        ValueError: when ``folder`` exists.
+        ValueError: when ``folder`` exists, or there are no cases; and as :func:`tumor_phantom`.
 
     Example:
         >>> import tempfile
@@ -113,7 +115,7 @@ def write_phantom_dataset(
     """
     affine = np.diag([*spacing, 1.0])
     training = [{kind: f"./{kind}sTr/phantom_{n:03d}.nii.gz" for kind in ("image", "label")} for n in range(cases)]
-    with _new_folder(folder) as temporary:
+    with _new_folder(folder, cases) as temporary:
         for kind in ("imagesTr", "labelsTr"):
             (temporary / kind).mkdir(parents=True)
         for number, case in enumerate(training):
@@ -156,7 +158,7 @@ def write_phantom_brats(
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # BraTS is stored in LPS
     affine[1, 3] = (size[1] - 1) * spacing[1]
     label_values = np.array([0, 2, 1, 4], dtype=np.uint8)  # of background, edema, necrosis, enhancing tumor
-    with _new_folder(folder) as temporary:
+    with _new_folder(folder, cases) as temporary:
         for number in range(cases):
             image, label = tumor_phantom(size, spacing=spacing, seed=seed + number)
             name = f"phantom_{number:03d}"
@@ -166,8 +168,10 @@ def write_phantom_brats(
                 nib.save(nib.Nifti1Image(volume[::-1, ::-1], affine), case / f"{name}_{kind}.nii.gz")
 
 
-def _new_folder(folder: str | os.PathLike) -> AbstractContextManager[Path]:
-    """A temporary folder that gets the name ``folder`` at the end of the block."""
+def _new_folder(folder: str | os.PathLike, cases: int) -> AbstractContextManager[Path]:
+    """A temporary folder for cases that gets the name ``folder`` at the end of the block."""
+    if cases < 1:
+        raise ValueError(f"expected 1 or more cases, got {cases}.")
     if os.path.exists(folder):
         raise ValueError(f"expected a folder that does not exist yet, got {os.fspath(folder)}; remove it first.")
     return atomic_path(folder)

@@ -499,6 +499,13 @@ def test_fewer_cases_than_processes_are_refused_before_the_work(trained, tmp_pat
     assert f"as many cases to segment as processes, got {cases} and {processes}" in error
 
 
+@pytest.mark.parametrize("option", ["iterations", "val_interval", "checkpoint_interval"])
+def test_training_names_an_option_of_zero(trained, option):
+    assert f"--{option} to be a whole number, 1 or more, got 0" in refused(
+        "brats_conresnet", "train", **{**trained, "check": "none", option: 0}
+    )
+
+
 @pytest.mark.parametrize("name", ["evaluate", "inference", "export"])
 def test_network_that_contradicts_network_json_is_an_error(brats, trained, tmp_path, name):
     options = {"run_dir": trained["run_dir"], "output_dir": str(tmp_path / "out"), "output": str(tmp_path / "out.ts")}

@@ -71,6 +71,20 @@ def test_data_set_has_brats_orientation_and_labels(tmp_path):
     np.testing.assert_array_equal(np.asarray(nib.as_closest_canonical(t1ce).dataobj), image[2])
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--cases", "0", "1 or more cases, got 0"), ("--seed", "-1", "a seed of 0 or more, got -1")],
+)
+@pytest.mark.parametrize("layout", ["decathlon", "brats"])
+def test_command_without_cases_writes_nothing(tmp_path, monkeypatch, capsys, layout, option, value, message):
+    arguments = ["phantom", str(tmp_path / "data"), "--layout", layout, option, value]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit):
+        run_path(phantom.__file__, run_name="__main__")
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_writes_a_data_set_once(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "data"
     monkeypatch.setattr("sys.argv", ["phantom", str(folder), "--cases", "1", "--size", "12", "14", "10"])

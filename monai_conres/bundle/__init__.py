@@ -31,6 +31,7 @@ from monai_conres.bundle.training import (
     share_of_batch,
     share_of_cases,
     start_processes,
+    whole_number,
 )
 
 __all__ = [
@@ -75,4 +76,5 @@ __all__ = [
     "stored_scans",
     "summarize",
     "training_plan",
+    "whole_number",
 ]

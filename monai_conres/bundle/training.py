@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -338,14 +339,33 @@ def seed_everything(seed: int) -> None:
 
     With ``torch.backends.cudnn.deterministic``, the dilated convolutions of the bottleneck take many times as long. And
     trilinear up-sampling on a GPU would still not repeat to the last bit.
+
+    Raises:
+        ValueError: for other seeds than 0, 1, 2 and so on.
     """
-    set_determinism(seed)
+    set_determinism(whole_number("seed", seed, 0))
     torch.backends.cudnn.deterministic = False
     torch.backends.cudnn.benchmark = True
 
 
+def whole_number(option: str, value: int, least: int = 1) -> int:
+    """``value``, the whole number that an option of a configuration needs.
+
+    Raises:
+        ValueError: for anything else, or less than ``least``. The error names the option.
+
+    Example:
+        >>> whole_number("val_interval", 40)
+        40
+    """
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"expected --{option} to be a whole number, {least} or more, got {value!r}.")
+    return value
+
+
 def number_of_epochs(iterations: int, loader: Sized) -> int:
-    """How many epochs have at least this number of iterations. An empty loader raises ``ValueError``."""
+    """How many epochs have at least this number of iterations, 1 or more. An empty loader raises ``ValueError``."""
+    whole_number("iterations", iterations)
     if len(loader) == 0:
         raise ValueError("expected at least one batch in an epoch, got fewer cases than batch_size; lower it.")
     return -(-iterations // len(loader))

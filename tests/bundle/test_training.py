@@ -343,6 +343,20 @@ def test_seed_everything_repeats_and_leaves_cudnn_free(monkeypatch):
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (False, True)
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, "1"])
+def test_seed_that_is_no_whole_number_names_the_option(seed):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"--seed to be a whole number, 0 or more, got {seed!r}"):
+        seed_everything(seed)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("iterations", [0, -3, 1.5])
+def test_iterations_of_no_training_name_the_option(iterations):
+    with pytest.raises(ValueError, match=rf"--iterations to be a whole number, 1 or more, got {iterations}"):
+        number_of_epochs(iterations, [1, 2])
+
+
 def test_loss_curve_has_the_mean_of_each_epoch(tmp_path):
     engine = trainer(tmp_path, epochs=2)
     losses = []
