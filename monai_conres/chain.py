@@ -79,7 +79,7 @@ class ChainSettings:
         True
     """
 
-    # below 1, because the errors of neighboring slices go together
+    # below 1, because the errors of neighboring slices go together; fitted on three data sets: 0.07 to 0.27
     tau: float = 0.25
     residual_scale: float = 0.5
     image_contrast: float = 0.5
