@@ -594,7 +594,7 @@ def next_slice(
         >>> segmentation, residual = torch.tensor([[[9.0, 2.0, 0.0, -1.0, -9.0]]]), torch.zeros(1, 1, 5)
         >>> (ranking,) = next_slice(segmentation, residual, torch.tensor([[[1, 0, 0, 0, 0]]]))
         >>> list(ranking)
-        [2, 3, 1, 4]
+        [2, 3, 4, 1]
     """
     unary, rho, clamped, is_drawn = _prepare(
         segmentation, residual, drawn, slices, image, settings, spatial_axis, sigmoid, softmax, ignore_index
