@@ -191,6 +191,8 @@ class ConResLoss(nn.Module):
     ``c = r+1``  softmax, channel 0 is background    class indices, 1 channel; or one-hot, ``c`` channels
     ===========  ==================================  ===================================================
 
+    With an own loss class indices may have no channel, ``(b, *spatial)``, as ``nn.CrossEntropyLoss`` takes them.
+
     Args:
         segmentation_loss: any loss of ``(logits, label)``, which gets the network's output and the label as plain
             tensors. ``None`` is Eq. 7 of Zhang et al., 2021: choose ``sigmoid`` or ``softmax``.
@@ -274,14 +276,20 @@ class ConResLoss(nn.Module):
         residuals: Sequence[torch.Tensor] = getattr(output, "residuals", ())
         segmentation = getattr(output, "segmentation", output)
         label = convert_to_tensor(label, track_meta=False)
-        segmentation = _unstacked(convert_to_tensor(segmentation, track_meta=False), label)
+        segmentation = convert_to_tensor(segmentation, track_meta=False)
+        with_channel = label  # also of class indices that an own loss takes without a channel
+        like = residuals[0] if len(residuals) else segmentation
+        is_own = not isinstance(self.segmentation_loss, _DefaultLoss)
+        if is_own and isinstance(like, torch.Tensor) and label.ndim == like.ndim - 1 < 5:
+            with_channel = label[:, None]
+        segmentation = _unstacked(segmentation, with_channel)
         if self._wants_indices:
-            check_class_indices(label)
+            check_class_indices(with_channel)
         if len(residuals) == 0:
             return self.segmentation_loss(segmentation, label)
-        self._check(segmentation, residuals[0].shape[1], label)
+        self._check(segmentation, residuals[0].shape[1], with_channel)
         loss = self.segmentation_loss(segmentation, label)
-        return loss + self.residual_weight * self.residual_loss(residuals, label)
+        return loss + self.residual_weight * self.residual_loss(residuals, with_channel)
 
     def _check(self, segmentation: Any, residual_channels: int, label: torch.Tensor) -> None:
         """Raise unless segmentation channels, residual channels and label go together."""

@@ -214,6 +214,20 @@ def test_joint_loss_gives_an_own_loss_output_and_label(random):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("ignore_index", [None, 255])
+def test_own_loss_takes_class_indices_without_a_channel(random, ignore_index):
+    label = torch.from_numpy(random.integers(0, 3, (2, *SIZE)))
+    if ignore_index is not None:
+        label[:, :2] = ignore_index
+    segmentation = torch.from_numpy(random.normal(size=(2, 3, *SIZE)))
+    logits = tuple(torch.from_numpy(head) for head in heads(random, 2))
+    own = torch.nn.CrossEntropyLoss(**({} if ignore_index is None else {"ignore_index": ignore_index}))
+    joint = ConResLoss(own, ignore_index=ignore_index)
+    expected = own(segmentation, label) + ContextResidualLoss(ignore_index=ignore_index)(logits, label[:, None])
+    torch.testing.assert_close(joint(ConResOutput(segmentation, logits), label), expected)
+    torch.testing.assert_close(joint(segmentation, label), own(segmentation, label))
+
+
 # boundary loss
 
 
