@@ -24,6 +24,8 @@ from monai_conres.residual import (
 
 __all__ = ["ChainLoss", "fit_chain"]
 
+CERTAIN = 15.0  # logit of a clamped voxel; in float32 its probability is not yet 1
+
 
 def _evenly_spaced(extent: torch.Tensor, labelled: torch.Tensor, number: int) -> list[int]:
     """``number`` of the slices that are ``labelled``, evenly spaced from the first to the last slice in ``extent``.
@@ -274,7 +276,10 @@ class ChainLoss(nn.Module):
             return (log_z - log_z_label).mean() / label.shape[dim] / share
         is_drawn = self._random_slices(labelled.movedim(dim, 1).flatten(2).any(2))
         drawn = states.masked_fill(~broadcast_slices(is_drawn, label.ndim, dim), -1)
-        return self.segmentation_loss(slice_marginals(unary, rho, drawn, spatial_axis=self.spatial_axis), label)
+        marginals = slice_marginals(unary, rho, drawn, spatial_axis=self.spatial_axis)
+        # clamped voxels are certain, which not every loss takes
+        marginals = torch.where(drawn < 0, marginals, marginals.clamp(-CERTAIN, CERTAIN))
+        return self.segmentation_loss(marginals, label)
 
     def _random_slices(self, labelled: torch.Tensor) -> torch.Tensor:
         """Which slices to clamp, ``(b, slices)``: some labelled slices, so that at least one is left to score."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss, FocalLoss
 from monai.networks.nets import DynUNet, UNet
 
 from monai_conres import ConResLoss, ConResNet, attach_conres, residual_mask
@@ -136,6 +136,26 @@ def test_chain_loss_is_the_likelihood_of_the_label(channels):
     free, all_drawn = (enumerate_volume(unary, rho, d, -1) for d in (torch.full_like(label, -1), label))
     expected = [a.log_z - b.log_z for (*_, a), (*_, b) in zip(free, all_drawn, strict=True)]
     assert loss.item() == pytest.approx(np.mean(expected) / 5, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        FocalLoss(use_softmax=True, to_onehot_y=True, gamma=0.5),
+        DiceCELoss(softmax=True, to_onehot_y=True, label_smoothing=0.1),
+    ],
+)
+def test_chain_loss_gives_own_losses_numbers_that_they_can_take(own):
+    """A clamped voxel is certain: an infinite logit would be a NaN in the gradient, or a loss of thousands."""
+    torch.manual_seed(0)
+    output = ConResOutput(torch.randn(1, 3, 8, 8, 6, requires_grad=True), (torch.randn(1, 2, 8, 8, 6),))
+    label = torch.randint(0, 3, (1, 1, 8, 8, 6))
+    for _ in range(5):  # other slices each time
+        loss = ChainLoss(own)(output, label)
+        (gradient,) = torch.autograd.grad(loss, output.segmentation)
+        assert loss < 5
+        assert gradient.isfinite().all()
+        assert gradient.any()
 
 
 def test_chain_loss_clamps_random_slices_of_the_label():
