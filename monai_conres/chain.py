@@ -394,7 +394,7 @@ def _drawn_slices(
     if slices is None:
         drawn = labelled.movedim(dim, 1).flatten(2).any(2)
     else:
-        given: list[Any] = list(ensure_tuple(slices.tolist() if hasattr(slices, "tolist") else slices))
+        given: list[Any] = [part.tolist() if hasattr(part, "tolist") else part for part in ensure_tuple(slices)]
         cases = given if any(isinstance(case, Iterable) for case in given) else [given] * batch
         if len(cases) != batch:
             raise ValueError(
@@ -492,6 +492,8 @@ def _prepare(
     _check_shapes(unary, rho, drawn)
     dim = slice_dim(drawn.ndim, spatial_axis)
     classes = unary.shape[1] if unary.shape[1] > rho.shape[1] else 0
+    if classes > 2 and drawn.dtype == torch.bool:
+        raise ValueError(f"expected drawn class indices from 0 to {classes - 1}, got booleans; convert drawn to uint8.")
     if ignore_index is not None:
         check_ignore_index(ignore_index, drawn.dtype, classes or 2)
     kept = torch.ones_like(drawn, dtype=torch.bool) if ignore_index is None else drawn != ignore_index

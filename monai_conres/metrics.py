@@ -51,11 +51,16 @@ class _DistanceMetric(CumulativeIterationMetric):
         self.ignore_index = ignore_index
 
     def aggregate(self, reduction: str | None = None) -> torch.Tensor:
-        """Reduce the values of all cases, as MONAI's metrics do; ``get_buffer()`` returns the single values."""
+        """Reduce the values of all cases, as MONAI's metrics do; ``get_buffer()`` returns the single values.
+
+        A mean of no known value is NaN, where MONAI's is 0.
+        """
         values = self.get_buffer()
         if not isinstance(values, torch.Tensor):
             raise ValueError("expected values to aggregate, got none; call the metric on predictions first.")
-        return do_metric_reduction(values, reduction or self.reduction)[0]
+        reduced, known = do_metric_reduction(values, reduction or self.reduction)
+        is_mean = str(reduction or self.reduction).startswith("mean")
+        return reduced.masked_fill(known == 0, float("nan")) if is_mean else reduced
 
     def _compute_list(
         self, y_pred: Sequence[torch.Tensor], y: Sequence[torch.Tensor], spacing: float | Sequence | None = None

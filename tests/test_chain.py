@@ -409,6 +409,7 @@ def bad_input(**changes):
         ({"settings": ChainSettings(offset=(1.0, 2.0, 3.0))}, "one offset"),
         ({"spatial_axis": 2}, "spatial_axis"),
         ({"slices": torch.arange(5) == 3}, "numbers of slices"),
+        ({"drawn": torch.ones(1, 1, 4, 5, dtype=torch.bool)}, "from 0 to 2, got booleans"),
         ({"ignore_index": 1}, "none of the label's values 0 to 2"),
         ({"drawn": torch.ones(1, 1, 4, 5, dtype=torch.uint8), "ignore_index": -1}, "from 0 to 255"),
     ],
@@ -420,7 +421,10 @@ def test_complete_mask_refuses_bad_input(changes, message):
 
 
 def test_complete_mask_takes_the_number_of_one_slice():
-    assert torch.equal(complete_mask(**bad_input(slices=3)), complete_mask(**bad_input(slices=[3])))
+    expected = complete_mask(**bad_input(slices=[3]))
+    tensor, array = torch.tensor([3]), np.array([3])
+    for slices in (3, tensor, tensor[0], list(tensor), array, list(array), tensor[None], [tensor]):
+        assert torch.equal(complete_mask(**bad_input(slices=slices)), expected)
 
 
 def test_complete_mask_refuses_slices_that_are_no_integers():

@@ -22,6 +22,7 @@ from monai_conres import (
     fit_chain,
     residual_mask,
 )
+from monai_conres.bundle import IgnoredToZerod, ZeroToIgnoredd
 from monai_conres.chain import ChainSettings, complete_mask, log_partition
 from monai_conres.visualize import plot_residuals, plot_slices
 from tests import reference
@@ -468,3 +469,12 @@ def test_own_losses_must_ignore_the_same_voxels(random, around):
 def test_boundary_losses_refuse_ignored_voxels(loss):
     with pytest.raises(ValueError, match="a boundary loss takes a label for each voxel"):
         CompoundBoundaryLoss(loss, DeviceBoundaryLoss(sigmoid=True), max_steps=2)
+
+
+@pytest.mark.parametrize("transform", [IgnoredToZerod, ZeroToIgnoredd])
+def test_mixed_labels_are_refused_where_ignored_voxels_change_their_value(transform):
+    label = torch.tensor([[0.0, 255.0, 1.99999, 3.00001]])
+    expected = transform("label", 255)({"label": label.round()})["label"]
+    assert torch.equal(transform("label", 255)({"label": label})["label"], expected)
+    with pytest.raises(ValueError, match=r"whole numbers in label.*mode='nearest'.*lazy=False"):
+        transform("label", 255)({"label": label / 2})

@@ -85,6 +85,21 @@ def test_lists_hold_cases_of_different_sizes_and_spacings():
         torch.testing.assert_close(value[None], metric(prediction[None], reference[None], spacing=spacing))
 
 
+@pytest.mark.parametrize(("reduction", "shape"), [("mean_batch", (2,)), ("mean_channel", (1,)), ("mean", (1,))])
+def test_mean_of_no_known_value_is_not_a_number(reduction, shape):
+    metric = BratsHausdorffDistanceMetric(reduction=reduction, ignore_index=255)
+    prediction = torch.ones(1, 2, 4, 4, 4, dtype=torch.uint8)
+    reference = torch.full_like(prediction, 255)
+    metric(prediction, reference)
+    assert metric.aggregate().shape == shape
+    assert metric.aggregate().isnan().all()
+    reference[:, 0] = 1
+    metric.reset()
+    metric(prediction, reference)
+    assert metric.aggregate("mean_batch").tolist() == pytest.approx([0, float("nan")], nan_ok=True)
+    assert metric.aggregate("mean").item() == 0
+
+
 def test_calls_accumulate_until_aggregate():
     metric = BratsSurfaceDiceMetric()
     metric([blob(1)[0], EMPTY[0]], [blob(1)[0], blob(1)[0]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 
 from monai_conres.visualize import COLORS, plot_slices, plot_surfaces
@@ -40,7 +41,7 @@ def test_mesh_keeps_single_voxels():
     mask = np.zeros((9, 9, 9), dtype=bool)
     mask[4, 2, 6] = True
     mask[0, :, 0] = True  # a line along the border
-    vertices, faces = surface_mesh(mask, (1, 1, 3))
+    vertices, faces = surface_mesh(mask, torch.tensor([1, 1, 3]))
     assert np.isfinite(vertices).all()
     near = np.abs(vertices - [4, 2, 18]).max(axis=1) < 3.1
     assert volume_and_area(vertices, faces)[0] > 0

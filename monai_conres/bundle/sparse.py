@@ -10,7 +10,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_tensor
 
-from monai_conres.volumes import ORDINALS
+from monai_conres.volumes import FRACTION, ORDINALS
 
 
 def labelled_slices(label: torch.Tensor, ignore_index: int, file: Any = "the label map") -> str:
@@ -74,6 +74,9 @@ class IgnoredToZerod(MapTransform):
         keys: keys of label maps.
         ignore_index: value of voxels without a label.
 
+    Raises:
+        ValueError: when a label has other than whole numbers, which a transform has mixed.
+
     Example:
         >>> IgnoredToZerod("label", 255)({"label": torch.tensor([[0, 255, 2]])})["label"]
         tensor([[1, 0, 3]], dtype=torch.int16)
@@ -87,7 +90,13 @@ class IgnoredToZerod(MapTransform):
         """``data`` with other values in the labels, which keep type and metadata."""
         result = dict(data)
         for key in self.key_iterator(result):
-            label = convert_to_tensor(data[key], track_meta=False).to(torch.int16)
+            given = convert_to_tensor(data[key], track_meta=False)
+            label = (given.round() if given.is_floating_point() else given).to(torch.int16)
+            if not torch.allclose(given.float(), label.float(), rtol=0, atol=FRACTION):
+                raise ValueError(
+                    f"expected whole numbers in {key}, got others; give spatial transforms mode='nearest' for labels, "
+                    "and lazy=False, because MONAI's lazy resampling mixes labels in either mode."
+                )
             result[key] = convert_to_dst_type(self._convert(label), data[key], dtype=torch.int16)[0]
         return result
 

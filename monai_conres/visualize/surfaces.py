@@ -102,7 +102,7 @@ def surface_mesh(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray
     vanished = (inside > 0) & (ndimage.maximum_filter(field, size=3) <= 0.5)  # small structures
     vanished = ndimage.maximum_filter(vanished, size=step)  # marching cubes reads each step-th voxel only
     vertices, faces, *_ = marching_cubes(np.where(vanished, 1, field), 0.5, step_size=step, gradient_direction="ascent")
-    return (vertices - border + low) * spacing, faces
+    return (vertices - border + low) * np.asarray(spacing, dtype=float), faces
 
 
 def _enclosed(number: int, masks: Masks) -> int:
