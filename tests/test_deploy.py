@@ -14,7 +14,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.networks.nets import DynUNet
-from monai.utils import set_determinism
+from monai.utils import pytorch_after, set_determinism
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from monai_conres import ConResLoss, ConResNet, ConResOutput, ContextResidualLoss, attach_conres
@@ -100,6 +100,7 @@ def test_torch_func(image):
         torch.testing.assert_close(each, torch.stack([network(one).segmentation for one in images]))
 
 
+@pytest.mark.skipif(not pytorch_after(2, 10), reason="MONAI's Dice loss fails under vmap before torch 2.10")
 def test_gradients_of_each_case(image):
     """``vmap`` over the gradient of the joint loss, as differentially private training has them."""
     network = small_network(dropout=None).double()
