@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from monai.utils import convert_to_tensor, ensure_tuple
 
 from monai_conres.chain import ChainSettings, broadcast_slices, log_partition, potentials, slice_marginals
-from monai_conres.losses import check_class_indices, reads_ignore_index
+from monai_conres.losses import check_class_indices, label_with_channel, reads_ignore_index
 from monai_conres.operations import resize_features
 from monai_conres.residual import (
     check_ignore_index,
@@ -252,7 +252,8 @@ class ChainLoss(nn.Module):
                 "expected a ConResOutput with residuals, got none; call the network in train() mode, and build it with "
                 'context="attention" or "mapping".'
             )
-        label = convert_to_tensor(label, track_meta=False)
+        given = convert_to_tensor(label, track_meta=False)
+        label = given if self.segmentation_loss is None else label_with_channel(given, output)
         if self._wants_indices:
             check_class_indices(label)
         segmentation = _full_size(output.segmentation, label)
@@ -279,7 +280,7 @@ class ChainLoss(nn.Module):
         marginals = slice_marginals(unary, rho, drawn, spatial_axis=self.spatial_axis)
         # clamped voxels are certain, which not every loss takes
         marginals = torch.where(drawn < 0, marginals, marginals.clamp(-CERTAIN, CERTAIN))
-        return self.segmentation_loss(marginals, label)
+        return self.segmentation_loss(marginals, given)
 
     def _random_slices(self, labelled: torch.Tensor) -> torch.Tensor:
         """Which slices to clamp, ``(b, slices)``: some labelled slices, so that at least one is left to score."""

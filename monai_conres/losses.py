@@ -277,11 +277,8 @@ class ConResLoss(nn.Module):
         segmentation = getattr(output, "segmentation", output)
         label = convert_to_tensor(label, track_meta=False)
         segmentation = convert_to_tensor(segmentation, track_meta=False)
-        with_channel = label  # also of class indices that an own loss takes without a channel
-        like = residuals[0] if len(residuals) else segmentation
         is_own = not isinstance(self.segmentation_loss, _DefaultLoss)
-        if is_own and isinstance(like, torch.Tensor) and label.ndim == like.ndim - 1 < 5:
-            with_channel = label[:, None]
+        with_channel = label_with_channel(label, output) if is_own else label
         segmentation = _unstacked(segmentation, with_channel)
         if self._wants_indices:
             check_class_indices(with_channel)
@@ -422,7 +419,8 @@ class CompoundBoundaryLoss(nn.Module):
 
     def forward(self, output: Any, label: torch.Tensor) -> torch.Tensor:
         """Compound loss of a network's ``output`` against ``label``."""
-        segmentation = _unstacked(output.segmentation if hasattr(output, "residuals") else output, label)
+        with_channel = label_with_channel(label, output)
+        segmentation = _unstacked(output.segmentation if hasattr(output, "residuals") else output, with_channel)
         if isinstance(segmentation, (list, tuple)) and not isinstance(self.boundary_loss, DeepSupervisionLoss):
             segmentation = segmentation[0]
         if isinstance(segmentation, Mapping):
@@ -431,7 +429,7 @@ class CompoundBoundaryLoss(nn.Module):
                 "a boundary_loss to a network that returns only its logits."
             )
         alpha = self.alpha
-        return alpha * self.loss(output, label) + (1 - alpha) * self.boundary_loss(segmentation, label)
+        return alpha * self.loss(output, label) + (1 - alpha) * self.boundary_loss(segmentation, with_channel)
 
 
 class DeviceBoundaryLoss(nn.Module):
@@ -539,6 +537,13 @@ def squared_distance(masks: torch.Tensor) -> torch.Tensor:
                 nearer = squared.narrow(dim, start, size - step)
                 torch.minimum(nearer, before.narrow(dim, end, size - step) + step**2, out=nearer)
     return squared
+
+
+def label_with_channel(label: torch.Tensor, output: Any) -> torch.Tensor:
+    """Class indices ``(b, 1, *spatial)`` of a label that an own loss takes as ``(b, *spatial)``; others as they are."""
+    residuals: Sequence[torch.Tensor] = getattr(output, "residuals", ())
+    like = residuals[0] if len(residuals) else getattr(output, "segmentation", output)
+    return label[:, None] if isinstance(like, torch.Tensor) and label.ndim == like.ndim - 1 < 5 else label
 
 
 def _unstacked(segmentation: Any, label: torch.Tensor) -> Any:

@@ -9,6 +9,7 @@ from scipy.ndimage import distance_transform_edt
 from torch.profiler import profile
 
 from monai_conres import (
+    ChainLoss,
     CompoundBoundaryLoss,
     ConResLoss,
     ConResNet,
@@ -226,6 +227,16 @@ def test_own_loss_takes_class_indices_without_a_channel(random, ignore_index):
     expected = own(segmentation, label) + ContextResidualLoss(ignore_index=ignore_index)(logits, label[:, None])
     torch.testing.assert_close(joint(ConResOutput(segmentation, logits), label), expected)
     torch.testing.assert_close(joint(segmentation, label), own(segmentation, label))
+    if ignore_index is None:
+        boundary = DeviceBoundaryLoss(softmax=True)
+        compound = CompoundBoundaryLoss(joint, boundary, max_steps=2, final_alpha=0.5)
+        compound.step()
+        expected = 0.75 * expected + 0.25 * boundary(segmentation, label[:, None])
+        torch.testing.assert_close(compound(ConResOutput(segmentation, logits), label), expected)
+    through_chain = ChainLoss(own, max_drawn=0, ignore_index=ignore_index)
+    with_channel = ChainLoss(lambda p, y: own(p, y[:, 0]), max_drawn=0, ignore_index=ignore_index)
+    output = ConResOutput(segmentation, logits)
+    torch.testing.assert_close(through_chain(output, label), with_channel(output, label[:, None]))
 
 
 # boundary loss
