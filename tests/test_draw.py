@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import socket
@@ -117,6 +118,68 @@ def test_saved_volume_equals_what_complete_gives(tmp_path, codes, axis, activati
         assert written.shape == scan.shape
         np.testing.assert_array_equal(written.affine, scan.affine)
         assert written.get_data_dtype() == np.uint8
+
+
+def test_drawing_of_another_scan_of_the_same_size_is_refused(tmp_path):
+    """As of two patients in one folder, where both scans have the name t1.nii.gz."""
+    drawing = start(tmp_path)
+    drawing.change(3, DrawnSlice(DONE, done=True))
+    image = nib.load(tmp_path / "scan.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine), tmp_path / "scan.nii.gz")
+    with pytest.raises(ValueError, match=r"drawing of this scan in .*, got other voxels"):
+        start(tmp_path)
+
+
+def test_values_keep_their_meaning_in_a_drawing(tmp_path):
+    start(tmp_path).change(3, DrawnSlice(DONE, done=True))
+    for classes, agrees in (({**CLASSES, "new": (7,)}, True), ({"WT": (4,), "ET": (1, 2, 4), "TC": (1, 4)}, False)):
+        other = network()
+        other = dataclasses.replace(
+            other, scans=dataclasses.replace(other.scans, classes=classes, activation="sigmoid")
+        )
+        if agrees:
+            assert list(start(tmp_path, other).slices) == [3]
+        else:
+            with pytest.raises(ValueError, match="got other classes"):
+                start(tmp_path, other)
+
+
+def test_drawing_of_an_older_version_continues(tmp_path):
+    drawing = start(tmp_path)
+    drawing.change(3, DrawnSlice(DONE, done=True))
+    with np.load(drawing.file) as file:
+        content = {name: value for name, value in file.items() if name not in ("voxels", "classes")}
+    with open(drawing.file, "wb") as file:
+        np.savez_compressed(file, **content)
+    assert list(start(tmp_path).slices) == [3]
+
+
+@pytest.mark.parametrize("name", ["volume.nii.gz", "volume_drawn.nii.gz"])
+@pytest.mark.parametrize("again", [False, True])
+def test_save_does_not_replace_what_others_wrote(tmp_path, name, again):
+    drawing = start(tmp_path)
+    drawing.predict()
+    drawing.change(3, DrawnSlice(DONE, done=True))
+    drawing.save()
+    drawing.save()  # its own result
+    write_label(tmp_path / name, 2)
+    if again:
+        drawing = start(tmp_path)
+        drawing.predict()
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"or the last result, in .*{name}, got another file; move it away"):
+        drawing.save()
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    (tmp_path / name).unlink()
+    drawing.save()
+
+
+def test_drawing_whose_file_is_gone_is_written_again(tmp_path):
+    drawing = start(tmp_path)
+    drawing.change(3, DrawnSlice(DONE, done=True))
+    drawing.file.unlink()
+    drawing.change(5, DrawnSlice(DONE, done=True))
+    assert sorted(start(tmp_path).slices) == [3, 5]
 
 
 def test_change_tells_the_slices_that_may_differ(tmp_path):
@@ -289,7 +352,9 @@ def test_drawing_is_not_replaced_by_a_label_map(tmp_path):
 def test_drawing_with_classes_of_another_network_is_refused(tmp_path):
     start(tmp_path).change(1, DrawnSlice(4 * DONE, done=False))
     trained = network()
-    scans = ScanSettings(channels=("T1",), patch_size=(16, 16, 8), classes={"a": (1,), "b": (2,)}, activation="softmax")
+    scans = ScanSettings(
+        channels=("T1",), patch_size=(16, 16, 8), classes={"WT": (1, 2), "TC": (1,)}, activation="softmax"
+    )
     with pytest.raises(ValueError, match=r"the network knows, got \[4\]. The drawing is in .*volume.drawing.npz"):
         start(tmp_path, TrainedNetwork(trained.network, scans, {}))
 

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="file for the completed label map (default: SCAN_completed.nii.gz in this folder)"
     )
     parser.add_argument("--drawn", type=Path, help="label map to start from: its slices with any label are done")
+    parser.add_argument("--slices", type=int, nargs="+", help="slices of --drawn that are done, if not those")
     parser.add_argument("--ignore", type=int, metavar="VALUE", help="value of --drawn in slices that are not drawn")
     parser.add_argument("--port", type=int, default=0, help="port on this machine (default: a free one)")
     parser.add_argument("--no-browser", action="store_true", help="only print the address of the page")
@@ -42,12 +43,13 @@ def run(options: argparse.Namespace) -> None:
     from monai_conres.volumes import stem
 
     _give_back_memory()
-    name = stem(options.image[0].resolve())
+    name = stem(options.image[0].absolute())  # not what a link points to
     out = options.out or Path(f"{name}_completed.nii.gz")
     trained = load_on_device(options.network, options.backbone, options.device)
     check_writable(out.absolute().parent)
     scan = ScanCompletion(trained, options.image)
-    drawing = Drawing(scan, out.absolute(), drawn=options.drawn, ignore_index=options.ignore)
+    started = {"drawn": options.drawn, "slices": options.slices, "ignore_index": options.ignore}
+    drawing = Drawing(scan, out.absolute(), **started)
     names = {value: value_name(value, trained.scans.classes) for value in drawing.values}
     server = PageServer(drawing, names, port=options.port)
     threading.Thread(target=drawing.predict, daemon=True).start()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from monai.data import MetaTensor
 from monai.utils import convert_to_tensor
 
 from monai_conres.completion import ScanCompletion
-from monai_conres.files import atomic_path, write_label_map
+from monai_conres.files import atomic_path, is_written_by, write_label_map
 from monai_conres.scans import label_values
 from monai_conres.volumes import load_volume, read_grid
 
@@ -45,6 +47,7 @@ class Drawing:
         scan: the scan and its network.
         out: the file for the completed label map, ``.nii`` or ``.nii.gz``.
         drawn: a label map whose slices with any label are done at the start.
+        slices: the slices of ``drawn`` that are done, if not all with any label.
         ignore_index: value of the slices of ``drawn`` that are not drawn, if it is not 0.
 
     Attributes:
@@ -60,7 +63,13 @@ class Drawing:
     """
 
     def __init__(
-        self, scan: ScanCompletion, out: Path, *, drawn: Path | None = None, ignore_index: int | None = None
+        self,
+        scan: ScanCompletion,
+        out: Path,
+        *,
+        drawn: Path | None = None,
+        slices: Sequence[int] | None = None,
+        ignore_index: int | None = None,
     ) -> None:
         self.scan, self.out = scan, out
         ending = re.search(r"\.nii(\.gz)?$", out.name)
@@ -74,10 +83,14 @@ class Drawing:
         self.progress = 0.0
         self.problem: str | None = None
         self._lock = threading.RLock()
-        self._written = self._stamp()
-        self._start(drawn, ignore_index)
+        self._identity = self._describe()
+        self._written = _stamp(self.file)
+        # results that this drawing may replace, as they were written
+        results = (self.out, self.drawn_file) if self.file.exists() else ()
+        self._saved = {file: _stamp(file) for file in results if is_written_by(file)}
+        self._start(drawn, slices, ignore_index)
 
-    def _start(self, drawn: Path | None, ignore_index: int | None) -> None:
+    def _start(self, drawn: Path | None, slices: Sequence[int] | None, ignore_index: int | None) -> None:
         if self.file.exists():
             if drawn is not None:
                 raise ValueError(
@@ -90,7 +103,7 @@ class Drawing:
                 if file.exists():
                     raise ValueError(f"expected a new name for the result, got {file}, which exists; give --out.")
             if drawn is not None:
-                planes, _ = self.scan.read_drawn(drawn, ignore_index=ignore_index)
+                planes, _ = self.scan.read_drawn(drawn, slices, ignore_index)
                 self.slices = {number: DrawnSlice(plane.numpy().copy(), True) for number, plane in planes.items()}
                 self._write(self.slices)
         self.scan.draw({k: torch.from_numpy(part.values) for k, part in self.slices.items() if part.done})
@@ -175,7 +188,7 @@ class Drawing:
             The files.
 
         Raises:
-            ValueError: when no slice is done, or the network has not run.
+            ValueError: when no slice is done, the network has not run, or a file is not as this drawing wrote it.
             OSError: when a file cannot be written. A file that was there before stays complete.
         """
         with self._lock:
@@ -183,9 +196,16 @@ class Drawing:
                 raise ValueError("expected the network's result before saving; wait until the progress bar is full.")
             if not self.scan.drawn:
                 raise ValueError("expected a slice that is done before saving; press D in a slice.")
+            for file in (self.out, self.drawn_file):
+                if _stamp(file) not in (None, self._saved.get(file)):
+                    raise ValueError(
+                        f"expected no file of this name, or the last result, in {file}, got another file; move it "
+                        "away, and save again."
+                    )
             label, drawn = self.scan.label(), self.scan.drawn_label()
-        for file, volume in ((self.out, label), (self.drawn_file, drawn)):
-            write_label_map(file, volume, volume)
+            for file, volume in ((self.out, label), (self.drawn_file, drawn)):
+                write_label_map(file, volume, volume)
+                self._saved[file] = _stamp(file)
         return [self.out, self.drawn_file]
 
     def _slices_first(self, volume: torch.Tensor | MetaTensor) -> torch.Tensor:
@@ -208,39 +228,31 @@ class Drawing:
             "numbers": np.array(numbers, dtype=int),
             "done": np.array([slices[number].done for number in numbers], dtype=bool),
             "slices": np.array([slices[number].values for number in numbers], dtype=np.uint8),
-            **self._identity(),
+            **self._identity,
         }
-        if self._stamp() != self._written:
+        if _stamp(self.file) not in (None, self._written):  # a file that is gone is written again
             raise ValueError(
                 f"expected {self.file} as this program wrote it, got another one; a second program draws on it. Stop "
                 "one of them, and load the page of the other one again."
             )
         with atomic_path(self.file) as temporary:
             np.savez_compressed(temporary, **content)
-        self._written = self._stamp()
-
-    def _stamp(self) -> tuple[int, int] | None:
-        """What tells one state of the file from another; ``None`` without a file."""
-        try:
-            found = self.file.stat()
-        except FileNotFoundError:
-            return None
-        return found.st_ino, found.st_mtime_ns
+        self._written = _stamp(self.file)
 
     def _read(self) -> dict[int, DrawnSlice]:
         remedy = "move the file away, or give another --out."
         try:
             with np.load(self.file, allow_pickle=False) as file:
                 content = dict(file)
-            identity = {name: content[name] for name in self._identity()}
+            identity = {name: content.get(name, own) for name, own in self._identity.items()}  # older files have fewer
             parts = list(zip(content["numbers"], content["slices"], content["done"], strict=True))
         except Exception as error:  # zlib, zipfile and numpy raise many
             raise ValueError(
                 f"expected a drawing in {self.file}, got another file or a broken one; {remedy}"
             ) from error
-        for name, value in self._identity().items():
-            if identity[name].shape != value.shape or not np.allclose(identity[name], value):
-                raise ValueError(f"expected a drawing of this scan in {self.file}, got another {name}; {remedy}")
+        for name, own in self._identity.items():
+            if not _agree(identity[name], own):
+                raise ValueError(f"expected a drawing of this scan in {self.file}, got other {name}; {remedy}")
         slices = {int(number): DrawnSlice(values, bool(done)) for number, values, done in parts}
         for number, drawn in slices.items():
             try:
@@ -249,10 +261,36 @@ class Drawing:
                 raise ValueError(f"{error} The drawing is in {self.file}; {remedy}") from error
         return slices
 
-    def _identity(self) -> dict[str, np.ndarray]:
-        """What two drawings of one scan have in common."""
+    def _describe(self) -> dict[str, np.ndarray]:
+        """What two drawings of one scan have in common. Networks may differ, but not in what a value means."""
+        voxels = hashlib.sha256()
+        for file in self.scan.files:
+            voxels.update(load_volume(file).numpy().tobytes())
+        classes = self.scan.scans.classes
+        meaning = {value: [name for name, values in classes.items() if value in values] for value in self.values}
         return {
             "shape": np.array(self.scan.shape),
             "affine": np.asarray(self.scan.affine, dtype=float),
             "spatial_axis": np.array(self.scan.spatial_axis),
+            "voxels": np.array(voxels.hexdigest()),
+            "classes": np.array(json.dumps(meaning)),
         }
+
+
+def _agree(stored: np.ndarray, own: np.ndarray) -> bool:
+    """Whether a part of the description of a scan is the same in a file; of values with a meaning, those of both."""
+    if own.dtype.kind == "U":
+        if not str(own).startswith("{"):
+            return str(stored) == str(own)
+        earlier, now = json.loads(str(stored)), json.loads(str(own))
+        return all(earlier[value] == now[value] for value in earlier.keys() & now.keys())
+    return stored.shape == own.shape and np.allclose(stored, own)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """What tells one state of a file from another; ``None`` without a file."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import sys
 import threading
 from collections.abc import Mapping
 from functools import cached_property
@@ -73,6 +74,11 @@ class PageServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             raise ValueError(f"expected a free port, cannot use port {port} ({error}); give another --port.") from error
         self.url = f"http://127.0.0.1:{self.server_port}/{self.token}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A page that is closed or loaded again ends its connections, which is no error of the program."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
     @cached_property
     def info(self) -> dict[str, Any]:
