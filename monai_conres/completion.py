@@ -576,6 +576,11 @@ def _drawn_slices(
     label = convert_to_tensor(load_label(file), track_meta=False)
     by_slice = label.movedim(axis + 1, 0)
     nothing = 0 if ignore_index is None else ignore_index  # what slices hold that are not drawn
+    if slices is None and ignore_index is not None and not (label == ignore_index).any():
+        raise ValueError(
+            f"expected slices of {ignore_index} in {file}, which are not drawn, got none; leave out --ignore (in "
+            "Python ignore_index), if slices that are not drawn are empty."
+        )
     labelled = set((by_slice != nothing).flatten(1).any(1).nonzero()[:, 0].tolist())
     if slices is None and ignore_index is None:
         _check_drawn_axis(file, label[0] != 0, axis)
@@ -611,13 +616,14 @@ def _check_drawn_axis(file: str | os.PathLike, labelled: torch.Tensor, axis: int
     found = numbers(axis)
     if len(found) < 4 or apart(found):
         return
-    for other in {0, 1, 2} - {axis}:
-        if apart(drawn := numbers(other)):
+    # a structure of one voxel looks alike from both other axes
+    for other, wide in itertools.permutations({0, 1, 2} - {axis}):
+        if apart(drawn := numbers(other)) and len(across := numbers(wide)) > 2 and not apart(across):
             raise ValueError(
                 f"expected slices that are drawn along the {ORDINALS[axis]} axis of {file}, got labels only in "
                 f"{'slice' if len(drawn) == 1 else 'slices'} {', '.join(map(str, drawn))} along the {ORDINALS[other]} "
-                f"axis; draw along the {ORDINALS[axis]} axis, or name the slices that are drawn (complete --slices, in "
-                "Python slices)."
+                f"axis; draw along the {ORDINALS[axis]} axis, or name the slices that are drawn (--slices, in Python "
+                "slices)."
             )
 
 

@@ -533,10 +533,20 @@ def test_slices_drawn_along_another_axis_are_refused(tmp_path, drawn_at):
 def test_thin_structures_in_many_drawn_slices_are_taken(tmp_path):
     trained = load_network(run_folder(tmp_path / "run", settings()))
     (image, _), _, label, _ = write_case(tmp_path, "RAS", oblique=False)
-    drawn = np.zeros_like(label)
-    drawn[3:5, 4:6, :7] = 1
-    file = write(tmp_path / "thin.nii.gz", drawn, nib.load(image).affine)
-    assert complete_scan(trained, image, file).slices == list(range(7))
+    wide, needle, landmarks, small = (np.zeros_like(label) for _ in range(4))
+    wide[3:5, 4:6, :7] = needle[3, 4, :7] = small[3, 4:6, :7] = 1
+    for number in (1, 4, 5, 6, 7):
+        landmarks[number, number, number] = 1
+    for drawn in (wide, needle, landmarks, small):
+        file = write(tmp_path / "thin.nii.gz", drawn, nib.load(image).affine)
+        assert complete_scan(trained, image, file).slices == np.flatnonzero(drawn.any((0, 1))).tolist()
+
+
+def test_ignored_value_that_occurs_nowhere_is_refused(tmp_path):
+    trained = load_network(run_folder(tmp_path / "run", settings()))
+    (image, drawn), *_ = write_case(tmp_path, "LPS", oblique=False)
+    with pytest.raises(ValueError, match=r"slices of 255 in .*, got none; leave out --ignore"):
+        complete_scan(trained, image, drawn, ignore_index=255)
 
 
 def test_command_refuses_arguments_and_writes_nothing(tmp_path, capsys):

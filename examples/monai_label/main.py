@@ -139,7 +139,7 @@ def _numbers(slices: Any) -> list[int] | None:
     """Slice numbers of a request: a list, or text such as "12 40"; ``None``, if there are none."""
     try:
         numbers = slices.replace(",", " ").split() if isinstance(slices, str) else slices
-        return sorted({int(number) for number in numbers}) if numbers else None
+        return sorted({int(number) for number in numbers}) if numbers is not None and numbers != [] else None
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected numbers of slices, such as [12, 40], got {slices!r}.") from error
 

@@ -102,6 +102,7 @@ def complete_files(
     completed = complete_scan(
         trained, images, drawn, slices=slices, propose=propose, ignore_index=ignore, progress=progress
     )
+    write_label_map(out, completed.label, completed.label)
     size = completed.label.shape[1 + completed.spatial_axis]
     print(
         f"Slices count from 0 to {size - 1} along the {ORDINALS[completed.spatial_axis]} axis of the file, from "
@@ -114,7 +115,6 @@ def complete_files(
     if not completed.uses_residual:
         print("The network has no residual decoder. Only the contrast of the image tells where the labels change.")
     say_unfitted(trained)
-    write_label_map(out, completed.label, completed.label)
     print(f"Completed volume: {out}")
     if preview:
         from monai_conres.visualize import save_figure
