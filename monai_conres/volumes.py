@@ -382,6 +382,17 @@ def stored_header(volume: MetaTensor) -> Any:
     return kind(block, check=False)
 
 
+def _missing(dataset: Any) -> str:
+    """What to do where pydicom cannot read the pixels of a file."""
+    from pydicom.pixels import get_decoder
+
+    with suppress(Exception):
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if syntax.is_compressed and not get_decoder(syntax).is_available:
+            return f"for {syntax.name} install 'pylibjpeg[all]', or convert the series to NIfTI"
+    return "fetch it again"
+
+
 def _load_file(file: Path) -> tuple[Grid, torch.Tensor]:
     """The grid and the voxels ``(c, *spatial)`` in float32 of a NIfTI file or a DICOM series."""
     if file.is_dir():
@@ -390,7 +401,7 @@ def _load_file(file: Path) -> tuple[Grid, torch.Tensor]:
             array = np.stack([_pixels(dataset) for dataset in datasets], -1)[None]
         except Exception as error:
             raise ValueError(
-                f"expected the pixels of a DICOM series, cannot read {file} ({brief(error)}); fetch it again."
+                f"expected the pixels of a DICOM series, cannot read {file} ({brief(error)}); {_missing(datasets[0])}."
             ) from error
     else:
         if not file.exists():

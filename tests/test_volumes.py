@@ -587,3 +587,16 @@ def test_find_files_follows_each_link_once(tmp_path):
     (tmp_path / "data" / "case2" / "back").symlink_to(tmp_path / "data")
     expected = [tmp_path / "data" / case / "scan.nii.gz" for case in ("case1", "case2", "case3")]
     assert find_files(tmp_path / "data", "*.nii*") == expected
+
+
+def test_series_without_a_decoder_is_not_called_broken(tmp_path, monkeypatch):
+    write_series(tmp_path / "series", np.zeros((6, 5, 3)))
+    for file in (tmp_path / "series").iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+        dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8" + bytes(100)])
+        dataset["PixelData"].is_undefined_length = True
+        dataset.save_as(file)
+    monkeypatch.setattr(pydicom.pixels.decoders.base.Decoder, "is_available", property(lambda decoder: False))
+    with pytest.raises(ValueError, match=r"JPEG Lossless.*install 'pylibjpeg\[all\]', or convert"):
+        load_volume(tmp_path / "series")
