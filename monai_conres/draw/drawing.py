@@ -265,7 +265,7 @@ class Drawing:
         """What two drawings of one scan have in common. Networks may differ, but not in what a value means."""
         voxels = hashlib.sha256()
         for file in self.scan.files:
-            voxels.update(load_volume(file).numpy().tobytes())
+            voxels.update(np.ascontiguousarray(load_volume(file).numpy()).data)
         classes = self.scan.scans.classes
         meaning = {value: [name for name, values in classes.items() if value in values] for value in self.values}
         return {
