@@ -527,6 +527,31 @@ def test_server_refuses_bad_ranges(server):
         assert ask(server, f"completed?{query}")[0] == 400
 
 
+def test_strokes_do_not_wait_until_the_results_are_written(server, monkeypatch):
+    drawing = server.drawing
+    drawing.predict()
+    tab = {"X_Tab": str(ask(server, "claim", b"")[1]["tab"])}
+    assert ask(server, "slices/3/done", DONE.tobytes(), **tab)[0] == 200
+    write, begun, go_on = drawing_module.write_label_map, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        begun.set()
+        assert go_on.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(drawing_module, "write_label_map", slow)
+    saving = threading.Thread(target=ask, args=(server, "save", b""), kwargs=tab)
+    saving.start()
+    try:
+        assert begun.wait(60)
+        assert ask(server, "slices/5/done", (2 * DONE).tobytes(), **tab)[0] == 200
+    finally:
+        go_on.set()
+        saving.join()
+    assert not read(drawing.drawn_file)[..., 5].any()  # saved is what was drawn before
+    assert (read(drawing.drawn_file)[..., 3] == 1).all()
+
+
 def test_server_says_that_the_disk_is_full(server, monkeypatch):
     tab = str(ask(server, "claim", b"")[1]["tab"])
 

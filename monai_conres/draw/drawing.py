@@ -83,6 +83,7 @@ class Drawing:
         self.progress = 0.0
         self.problem: str | None = None
         self._lock = threading.RLock()
+        self._saving = threading.Lock()  # strokes do not wait until the results are written
         self._identity = self._describe()
         self._written = _stamp(self.file)
         # results that this drawing may replace, as they were written
@@ -188,21 +189,25 @@ class Drawing:
             The files.
 
         Raises:
-            ValueError: when no slice is done, the network has not run, or a file is not as this drawing wrote it.
+            ValueError: when no slice is done, the network has not run, or another program wrote a file that would be
+                replaced.
             OSError: when a file cannot be written. A file that was there before stays complete.
         """
-        with self._lock:
-            if not self.completes:
-                raise ValueError("expected the network's result before saving; wait until the progress bar is full.")
-            if not self.scan.drawn:
-                raise ValueError("expected a slice that is done before saving; press D in a slice.")
+        with self._saving:
+            with self._lock:
+                if not self.completes:
+                    raise ValueError(
+                        "expected the network's result before saving; wait until the progress bar is full."
+                    )
+                if not self.scan.drawn:
+                    raise ValueError("expected a slice that is done before saving; press D in a slice.")
+                label, drawn = self.scan.label(), self.scan.drawn_label()
             for file in (self.out, self.drawn_file):
                 if _stamp(file) not in (None, self._saved.get(file)):
                     raise ValueError(
                         f"expected no file of this name, or the last result, in {file}, got another file; move it "
                         "away, and save again."
                     )
-            label, drawn = self.scan.label(), self.scan.drawn_label()
             for file, volume in ((self.out, label), (self.drawn_file, drawn)):
                 write_label_map(file, volume, volume)
                 self._saved[file] = _stamp(file)
@@ -272,19 +277,17 @@ class Drawing:
             "shape": np.array(self.scan.shape),
             "affine": np.asarray(self.scan.affine, dtype=float),
             "spatial_axis": np.array(self.scan.spatial_axis),
-            "voxels": np.array(voxels.hexdigest()),
+            "voxels": np.frombuffer(voxels.digest(), np.uint8),
             "classes": np.array(json.dumps(meaning)),
         }
 
 
 def _agree(stored: np.ndarray, own: np.ndarray) -> bool:
-    """Whether a part of the description of a scan is the same in a file; of values with a meaning, those of both."""
-    if own.dtype.kind == "U":
-        if not str(own).startswith("{"):
-            return str(stored) == str(own)
-        earlier, now = json.loads(str(stored)), json.loads(str(own))
-        return all(earlier[value] == now[value] for value in earlier.keys() & now.keys())
-    return stored.shape == own.shape and np.allclose(stored, own)
+    """Whether a drawing and this scan have a part of the description in common; of the classes, values of both."""
+    if own.dtype.kind != "U":
+        return stored.shape == own.shape and np.allclose(stored, own)
+    earlier, now = json.loads(str(stored)), json.loads(str(own))
+    return all(earlier[value] == now[value] for value in earlier.keys() & now.keys())
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

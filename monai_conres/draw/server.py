@@ -192,6 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         with self.server._lock:  # no other tab takes over between the check of the tab and the change
             answer = self._change(parts, body)
+        if parts == ["save"]:  # strokes do not wait for it
+            answer = {"files": [str(file) for file in self.server.drawing.save()]}
         self._send_json(answer)
 
     def _change(self, parts: list[str], body: bytes) -> dict[str, Any]:
@@ -212,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
                 changed = drawing.change(int(number), drawn)
                 return {**server.state(), "changed": [changed.start, changed.stop]}
             case ["save"]:
-                return {"files": [str(file) for file in drawing.save()]}
+                return {}
             case _:
                 raise _Refused(HTTPStatus.NOT_FOUND, "there is no such thing")
 
