@@ -605,7 +605,7 @@ def _drawn_slices(
 
 
 def _check_drawn_axis(file: str | os.PathLike, labelled: torch.Tensor, axis: int) -> None:
-    """Raise if slices were drawn along another axis than ``axis``: labels there, and none in the slices beside them."""
+    """Raise if slices were drawn along another axis than ``axis``: no two neighbors along it have labels."""
 
     def numbers(other: int) -> list[int]:
         return labelled.movedim(other, 0).flatten(1).any(1).nonzero()[:, 0].tolist()

@@ -76,6 +76,6 @@ def say_unfitted(trained: TrainedNetwork) -> None:
     """Print what to do for a network without weights of the completion."""
     if trained.chain is None:
         print(
-            "The weights of the completion are not fitted to this network, which costs accuracy. Once, with its "
+            "The weights of the completion are not fitted to this network, which may cost accuracy. Once, with its "
             "training cases: python -m monai_conres fit-chain"
         )

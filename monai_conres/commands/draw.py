@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="file for the completed label map (default: SCAN_completed.nii.gz in this folder)"
     )
     parser.add_argument("--drawn", type=Path, help="label map to start from: its slices with any label are done")
-    parser.add_argument("--slices", type=int, nargs="+", help="slices of --drawn that are done, if not those")
+    parser.add_argument(
+        "--slices", type=int, nargs="+", help="slices of --drawn that are done (default: those with any label)"
+    )
     parser.add_argument("--ignore", type=int, metavar="VALUE", help="value of --drawn in slices that are not drawn")
     parser.add_argument("--port", type=int, default=0, help="port on this machine (default: a free one)")
     parser.add_argument("--no-browser", action="store_true", help="only print the address of the page")
